@@ -1,0 +1,49 @@
+"""The errors a user can meet: each says the value seen, the rule it broke and what to do about it.
+
+Anything that derives from `UserError` is printed as one plain message with exit code 2 by the command line (a
+traceback only with `--debug`). Everything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right. The text says value, rule and fix."""
+
+
+class ConfigError(UserError):
+    """One or more settings are wrong; all of them are listed at once.
+
+    Args:
+        problems: one sentence each, in the form "name=value: rule. Fix: ...".
+        heading: what was being checked; it becomes the first line of the message.
+    """
+
+    def __init__(self, problems: Iterable[str], heading: str = "the configuration can't be used") -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        lines = [f"{heading} ({count} problem{'s' if count != 1 else ''}):"]
+        lines += [f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1)]
+        super().__init__("\n".join(lines))
+
+
+class DataError(UserError):
+    """A preference file can't be read, or too much of it would be lost."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or adapter can't be used as a reward model."""
+
+
+class TrainingError(UserError):
+    """A run had to stop: non-finite loss or head, no progress that could be trusted."""
+
+
+class CheckpointError(UserError):
+    """A save or a reload did not give back the same model."""
+
+
+class AssetError(UserError):
+    """A model or file that `rm-scale assets` fetches could not be fetched or verified."""
