@@ -1,0 +1,205 @@
+"""Who am I among the ranks, and the few collectives the package needs: sums, agreed failures, one rank first.
+
+Ranks come from the launcher's environment (deepspeed, torchrun, srun, or none for a single process), so that they
+are known before any process group exists. torch is imported only by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rm_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: global rank, number of ranks, rank within its node, and who started it."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = "python"
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that talks and writes shared files."""
+        return self.rank == 0
+
+
+def detect_world(environ: dict[str, str] | None = None) -> World:
+    """Read the launcher's environment variables; under srun translate Slurm's into torch's.
+
+    Raises:
+        UserError: `RANK` and `WORLD_SIZE` are set to something that makes no sense.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        if not 0 <= rank < size:
+            raise UserError(f"RANK={rank} with WORLD_SIZE={size}: a rank lies in [0, size). Fix: check the launcher.")
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
+        return World(rank, size, int(env.get("LOCAL_RANK", "0")), launcher)
+    # Only a job *step* has SLURM_STEP_NUM_TASKS: plain `python` inside a batch script stays a single process.
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        return World(rank, size, int(env.get("SLURM_LOCALID", "0")), "srun")
+    return World()
+
+
+def export_world(world: World) -> None:
+    """Write the variables torch, accelerate and DeepSpeed read, for launchers that don't set them."""
+    os.environ["RANK"] = str(world.rank)
+    os.environ["WORLD_SIZE"] = str(world.size)
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    if world.launcher == "srun":
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_node())
+        # The same on every node, and different for jobs that share a node.
+        job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
+        os.environ.setdefault("MASTER_PORT", str(20_000 + job % 40_000))
+    else:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_free_port())
+
+
+def _first_slurm_node() -> str:
+    node_list = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if "[" not in node_list and "," not in node_list:
+        return node_list or "127.0.0.1"
+    answer = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
+    return answer.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def has_gpu() -> bool:
+    """True when torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def prepare_environment(world: World) -> None:
+    """Set what the libraries read at import: to be called before DeepSpeed is imported."""
+    export_world(world)
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # gloo connects over the interface that the host name resolves to, which on many laptops is none.
+        all_here = os.environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"}
+        if all_here and os.path.exists("/sys/class/net/lo"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int) -> None:
+    """Create the process group: NCCL on GPUs, gloo on CPUs.
+
+    It must exist before the model is loaded, or ZeRO-3's `zero.Init` sees a world of one and shards nothing.
+    """
+    if world.size == 1 and not uses_deepspeed:
+        return
+    import torch
+
+    gpu = has_gpu()
+    if gpu:
+        torch.cuda.set_device(world.local_rank)
+    backend = "nccl" if gpu else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if uses_deepspeed:
+        # accelerate reads this when the training arguments are built; without it no engine is made.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+
+
+def close_process_group() -> None:
+    """Leave the process group if there is one; torch warns about groups that are merely abandoned."""
+    if _is_distributed():
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+def _is_distributed() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if _is_distributed():
+        import torch
+
+        torch.distributed.barrier()
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    """Add up a few numbers over all ranks, in float64 so that counts stay exact."""
+    import torch
+
+    # MPS and some accelerators lack float64, but they have no multi-rank training either.
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    if _is_distributed():
+        torch.distributed.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    if not _is_distributed():
+        return [value]
+    import torch
+
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def raise_together(error: UserError | None) -> None:
+    """Make a failure of one rank a failure of all: the first rank's error is raised everywhere.
+
+    Without this, the ranks that saw nothing wait in the next collective until it times out.
+    """
+    for seen in gather_from_ranks(error):
+        if seen is not None:
+            raise seen
+
+
+@contextmanager
+def main_rank_first(world: World) -> Iterator[None]:
+    """Run the block on local rank 0 of each node first, so that the others find its files in the cache.
+
+    A `UserError` of the first rank is raised on all.
+    """
+    error: UserError | None = None
+    first = world.local_rank == 0
+    if not first:
+        _wait_for_first()
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    if first:
+        _wait_for_first()
+    raise_together(error)
+
+
+def _wait_for_first() -> None:
+    barrier()

@@ -1,0 +1,1 @@
+"""Is the model good: exact pairwise results, written as evaluation.json."""

@@ -1,0 +1,1 @@
+"""Starting runs: the guard around entry points, and the demo."""

@@ -1,0 +1,31 @@
+"""What every entry point does with errors: a user's is one plain message, ours keeps its traceback."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from rm_scale.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def run_guarded(main: Callable[[], int], is_main_rank: bool = True, debug: bool = False) -> int:
+    """Run `main` and turn a `UserError` into a message and exit code 2.
+
+    Args:
+        main: the program.
+        is_main_rank: only this rank prints the message.
+        debug: print the traceback too, on every rank.
+    """
+    try:
+        return main()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        elif is_main_rank:
+            print(f"rm_scale: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130

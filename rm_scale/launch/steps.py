@@ -1,0 +1,219 @@
+"""The steps of `rm_scale/train.py`, each a few lines over the rooms that do the work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import trl
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from rm_scale.config import RunConfig
+from rm_scale.data.checks import raise_if_too_many, write_data_report
+from rm_scale.data.encoding import EncodingRules, TextEncoder
+from rm_scale.data.preparation import PreparedData, prepare_data
+from rm_scale.distributed import World, barrier, main_rank_first, raise_together
+from rm_scale.errors import CheckpointError, UserError
+from rm_scale.evaluation.record import evaluation_table, write_evaluation
+from rm_scale.inference.merging import merge_adapter
+from rm_scale.inference.scorer import RewardScorer
+from rm_scale.logs import get_logger
+from rm_scale.modeling.contract import BaseModel, ScoringContract
+from rm_scale.modeling.loading import LoadedModel, load_for_training
+from rm_scale.modeling.tokenizers import load_tokenizer
+from rm_scale.packing.collator import PaddedCollator
+from rm_scale.planning.plan import Plan
+from rm_scale.reporting.model_card import write_model_card
+from rm_scale.reporting.run_directory import run_folder, write_run_records
+from rm_scale.training.arguments import training_arguments
+from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
+from rm_scale.training.losses import LossSettings
+from rm_scale.training.metrics import EvaluationResult
+from rm_scale.training.trainer import RewardTrainer
+
+logger = get_logger(__name__)
+
+
+def load_text_encoder(config: RunConfig) -> tuple[PreTrainedTokenizerBase, TextEncoder]:
+    """The tokenizer with its padding token, and the rules by which a text becomes tokens."""
+    tokenizer = load_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        eos_token=config.eos_token,
+        pad_token=config.pad_token,
+        chat_template_path=config.chat_template_path,
+    )
+    rules = EncodingRules(
+        append_eos=True,
+        max_length=config.max_length,
+        overlong_policy=config.overlong_policy,
+        chat_template=tokenizer.chat_template,
+    )
+    return tokenizer, TextEncoder(tokenizer, rules)
+
+
+def load_data(config: RunConfig, encoder: TextEncoder, world: World) -> PreparedData:
+    """Read, check and encode the preference files; the first rank of each node does the work."""
+    with main_rank_first(world):
+        data = prepare_data(config, encoder)
+    raise_if_too_many(data.report, config.max_rejected_share)
+    return data
+
+
+def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
+    """The plan with the number of steps, shown to the user."""
+    plan = plan.with_data(len(data.train), len(data.eval) if data.eval is not None else 0, config.max_steps)
+    for line in plan.summary().splitlines():
+        logger.info(line)
+    return plan
+
+
+def build_arguments(config: RunConfig, plan: Plan) -> trl.RewardConfig:
+    """TRL's arguments; the seed is set here, since a new head is random."""
+    arguments = training_arguments(config, plan)
+    set_seed(config.seed)
+    return arguments
+
+
+def load_model(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Backbone, scalar head and adapters."""
+    return load_for_training(config, plan, tokenizer)
+
+
+def open_run_directory(config: RunConfig, plan: Plan, data: PreparedData, world: World) -> None:
+    """Write what was asked, planned and read. The first thing of a run that reaches the disk."""
+    if world.is_main:
+        folder = write_run_records(config, plan)
+        write_data_report(data.report, data.rejected, folder)
+    barrier()
+
+
+def build_trainer(
+    config: RunConfig,
+    plan: Plan,
+    arguments: trl.RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
+    loaded: LoadedModel,
+    data: PreparedData,
+) -> RewardTrainer:
+    """Put model, data, loss and scoring contract together."""
+    collator = PaddedCollator(tokenizer.pad_token_id, config.pad_to_multiple_of, config.tie_policy == "half")
+    settings = LossSettings(
+        config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0
+    )
+    return RewardTrainer(
+        model=loaded.model,
+        args=arguments,
+        tokenizer=tokenizer,
+        train_groups=data.train,
+        eval_groups=data.eval,
+        collator=collator,
+        loss_settings=settings,
+        contract=_contract(config, plan, loaded, encoder, tokenizer),
+        shuffle=config.shuffle_train,
+        callbacks=[StepInLogs(), EarlyWarnings(), MetricsFile(run_folder(config) / "metrics.jsonl")],
+    )
+
+
+def _contract(
+    config: RunConfig, plan: Plan, loaded: LoadedModel, encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
+) -> ScoringContract:
+    quantization = None
+    if config.load_in_4bit:
+        quantization = loaded.model.config.quantization_config.to_dict()
+        quantization = {k: v for k, v in quantization.items() if not k.startswith("_") and k != "quant_method"}
+    name = config.model_name_or_path
+    return ScoringContract(
+        encoding=encoder.describe(),
+        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=loaded.model.config.get_text_config().vocab_size,
+        dtype=plan.dtype,
+        compute_dtype=plan.compute_dtype,
+        base_model=BaseModel(
+            name=str(Path(name).resolve()) if Path(name).is_dir() else name,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            quantization=quantization,
+        ),
+    )
+
+
+def train(trainer: RewardTrainer, config: RunConfig) -> None:
+    """Train, from the start or from a checkpoint."""
+    trainer.train(resume_from_checkpoint=_resume_folder(config))
+
+
+def _resume_folder(config: RunConfig) -> str | None:
+    if config.resume_from_checkpoint != "last":
+        return config.resume_from_checkpoint
+    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    if last is None:
+        raise CheckpointError(
+            f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. Fix: leave the setting out to start."
+        )
+    return last
+
+
+def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | None:
+    """The final, exact evaluation."""
+    if data.eval is None:
+        return None
+    result = trainer.evaluate_exactly(data.eval)
+    for line in evaluation_table(result).splitlines():
+        logger.info(line)
+    return result
+
+
+def save(
+    trainer: RewardTrainer, config: RunConfig, plan: Plan, result: EvaluationResult | None, world: World
+) -> None:
+    """Write the model directory, verified, with its records; then merge and show sample scores."""
+    if result is not None:
+        trainer.contract = replace(
+            trainer.contract,
+            score_mean=result.score_mean,
+            score_std=result.score_std,
+            num_scored=result.num_scored,
+        )
+    trainer.save_model(config.output_dir)
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            _leave_behind(config, plan, result)
+            _show_samples(trainer, config)
+        except UserError as caught:
+            error = caught
+    raise_together(error)
+    trainer.end()
+
+
+def _leave_behind(config: RunConfig, plan: Plan, result: EvaluationResult | None) -> None:
+    folder = Path(config.output_dir)
+    if result is not None:
+        write_evaluation(result, run_folder(config))
+    write_model_card(folder, config, plan, result)
+    if config.merge_adapter:
+        merge_adapter(folder, folder / "merged")
+    logger.info(f"model: {folder}")
+    logger.info(f"how it scores: {folder / 'scoring_contract.json'}; model card: {folder / 'README.md'}")
+    logger.info(f"records: {run_folder(config)} (metrics.jsonl, evaluation.json, data_report.json, plan.json, ...)")
+
+
+def _show_samples(trainer: RewardTrainer, config: RunConfig) -> None:
+    """Scores of a few texts by the model as it lies on disk."""
+    groups = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    count = min(config.sample_scores, len(groups))
+    if count == 0:
+        return
+    scorer = RewardScorer.from_pretrained(config.output_dir, device="cpu")
+    rows = groups.select(torch.linspace(0, len(groups) - 1, count).long().tolist())
+    logger.info(f"scores of {count} groups by the saved model:")
+    for row in rows:
+        scores = scorer.score_tokens(row["input_ids"])
+        for rank, score, ids in sorted(zip(row["ranks"], scores, row["input_ids"], strict=True)):
+            text = " ".join(scorer.tokenizer.decode(ids, skip_special_tokens=True).split())
+            logger.info(f"  rank {rank}  {score:8.3f}  {text if len(text) <= 100 else '...' + text[-97:]}")

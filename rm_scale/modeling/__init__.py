@@ -1,0 +1,1 @@
+"""Backbone, scalar head, adapters, and the scoring contract saved with them."""

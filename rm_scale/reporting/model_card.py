@@ -1,0 +1,88 @@
+"""README.md of a trained model: what it is, how it was trained, how good it is, and how to score with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rm_scale.config import RunConfig
+from rm_scale.planning.plan import Plan
+from rm_scale.training.metrics import EvaluationResult
+
+
+def write_model_card(folder: Path, config: RunConfig, plan: Plan, result: EvaluationResult | None) -> Path:
+    """Write the card beside the weights.
+
+    Args:
+        folder: the run's output directory.
+        config: what was asked.
+        plan: what ran.
+        result: the final evaluation, `None` when there was nothing to evaluate on.
+    """
+    path = folder / "README.md"
+    parts = [_front_matter(config), _description(config, plan), _results(result), _usage(folder.name, config)]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _front_matter(config: RunConfig) -> str:
+    lines = ["---", "library_name: peft" if config.use_peft else "library_name: transformers"]
+    lines += ["pipeline_tag: text-classification", f"base_model: {config.model_name_or_path}"]
+    lines += ["tags:", "- reward-model", "- reward-trainer", "- trl", "- rm_scale", "---"]
+    return "\n".join(lines)
+
+
+def _description(config: RunConfig, plan: Plan) -> str:
+    data = config.dataset_name or ", ".join(Path(path).name for path in config.dataset_path or [])
+    zero = f"ZeRO-{plan.zero_stage}" if plan.deepspeed_config is not None else "no ZeRO"
+    return "\n".join(
+        [
+            f"# Reward model from {Path(config.model_name_or_path).name}",
+            "",
+            "One scalar per text, higher is better. Trained from human or synthetic preferences with rm_scale.",
+            "",
+            "| | |",
+            "| --- | --- |",
+            f"| base model | {config.model_name_or_path} |",
+            f"| method | {plan.method}, {zero}, {plan.world_size} ranks |",
+            f"| data | {data}: {plan.num_train_groups:,} groups to train on |",
+            f"| loss | {config.loss_type} |",
+            f"| steps | {plan.total_steps:,} of {plan.global_batch_size} groups, learning rate {plan.learning_rate:g} |",
+            f"| precision | weights {plan.dtype}, compute {plan.compute_dtype}, head float32 |",
+            f"| longest text | {config.max_length} tokens |",
+        ]
+    )
+
+
+def _results(result: EvaluationResult | None) -> str:
+    if result is None:
+        return "## Evaluation\n\nThere was no evaluation data."
+    values = result.as_dict()
+    lines = ["## Evaluation", "", "| subset | pairs | accuracy | 95 % interval | mean margin |", "| --- | --- | --- | --- | --- |"]
+    for name, part in [("all", values), *values["subsets"].items()]:
+        low, high = part["accuracy_ci95"]
+        accuracy = "-" if part["accuracy"] is None else f"{part['accuracy']:.4f}"
+        margin = "-" if part["mean_margin"] is None else f"{part['mean_margin']:.3f}"
+        lines.append(f"| {name} | {part['num_pairs']} | {accuracy} | {low:.4f} - {high:.4f} | {margin} |")
+    lines += ["", f"Scores on the evaluation set: mean {result.score_mean:.4f}, standard deviation {result.score_std:.4f}."]
+    return "\n".join(lines)
+
+
+def _usage(name: str, config: RunConfig) -> str:
+    code = [
+        "## Use",
+        "",
+        "```python",
+        "from rm_scale.inference.scorer import RewardScorer",
+        "",
+        f'scorer = RewardScorer.from_pretrained("{name}")',
+        'scorer.score(["What is 2 + 2?"], [" 4"])',
+        "```",
+        "",
+        "`scoring_contract.json` says how a text becomes a score (template, EOS, maximum length).",
+    ]
+    if not config.use_peft:
+        code += [
+            "It is a plain `transformers` sequence classifier; for the raw score use",
+            f'`pipeline("text-classification", "{name}", function_to_apply="none")`.',
+        ]
+    return "\n".join(code)

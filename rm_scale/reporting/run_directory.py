@@ -1,0 +1,89 @@
+"""The `run/` folder: what was asked, what was planned, and on what it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import rm_scale
+from rm_scale.config import LAUNCH_FIELDS, RunConfig
+from rm_scale.planning.plan import Plan
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run's records lie."""
+    return Path(config.output_dir) / "run"
+
+
+def write_run_records(config: RunConfig, plan: Plan) -> Path:
+    """Write `run_config.yaml`, `plan.json` and `environment.json`; gives the folder."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = config.model_dump(exclude=set(LAUNCH_FIELDS))
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this machine. Environment variables are left out: they may hold tokens."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "rm_scale": rm_scale.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, `None` for an installed one."""
+    root = Path(rm_scale.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

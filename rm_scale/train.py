@@ -1,0 +1,73 @@
+"""Train a reward model. `deepspeed`, `torchrun`, `srun` and plain `python` all start this file.
+
+    deepspeed rm_scale/train.py --config configs/demo_cpu.yaml [--any_setting value]
+
+Reads from top to bottom: what was asked, what will run, data, model, training, what is left behind.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rm_scale.config import help_text, parse_config
+from rm_scale.distributed import close_process_group, detect_world, has_gpu, init_process_group, prepare_environment
+from rm_scale.launch.guard import run_guarded
+from rm_scale.logs import get_logger, setup_logging
+from rm_scale.planning.plan import make_plan
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one training from settings to a verified model directory.
+
+    Args:
+        argv: settings as on the command line; default `sys.argv[1:]`.
+
+    Returns:
+        The exit code: 0, or 2 after a message for the user.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    world = detect_world()
+    parsed = parse_config(argv)
+    config = parsed.config
+    setup_logging(world.rank, config.debug)
+
+    def run() -> int:
+        # What will run; everything wrong with the settings is said here, before anything is loaded or written.
+        prepare_environment(world)
+        plan = make_plan(parsed, world.size, "cuda" if has_gpu() else "cpu", check_output=world.is_main)
+        if config.dry_run:
+            print(f"{config.model_dump_json(indent=2)}\n{plan.to_json()}" if world.is_main else "", end="\n")
+            return 0
+        init_process_group(world, plan.deepspeed_config is not None, config.ddp_timeout)
+
+        # The libraries are imported only now: DeepSpeed reads the environment when it is imported.
+        from rm_scale.launch import steps
+
+        # Data: checked groups of token sequences.
+        tokenizer, encoder = steps.load_text_encoder(config)
+        data = steps.load_data(config, encoder, world)
+        plan = steps.count_steps(plan, data, config)
+
+        # Model: the training arguments come first, so that ZeRO-3 shards the weights while they are read.
+        arguments = steps.build_arguments(config, plan)
+        loaded = steps.load_model(config, plan, tokenizer)
+        steps.open_run_directory(config, plan, data, world)
+
+        # Training, evaluation, and what is left behind.
+        trainer = steps.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data)
+        steps.train(trainer, config)
+        result = steps.evaluate(trainer, data)
+        steps.save(trainer, config, plan, result, world)
+        return 0
+
+    code = run_guarded(run, world.is_main, config.debug)
+    get_logger(__name__).debug(f"exit code {code}")
+    close_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

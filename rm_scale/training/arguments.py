@@ -1,0 +1,85 @@
+"""The run's settings in TRL's own terms."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from trl import RewardConfig
+
+from rm_scale.config import RunConfig
+from rm_scale.planning.plan import Plan
+
+_SAME_NAME = (
+    "output_dir",
+    "max_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+    "disable_dropout",
+    "seed",
+    "data_seed",
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "report_to",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_only_model",
+    "disable_tqdm",
+    "trust_remote_code",
+    "max_length",
+)
+
+
+def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
+    """Build TRL's `RewardConfig`. From here on transformers knows about ZeRO-3 and shards weights while loading.
+
+    Args:
+        config: what was asked.
+        plan: what will run; fills every value that has a default by tier.
+    """
+    values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_NAME}
+    warmup = config.warmup_steps if config.warmup_steps is not None else _warmup_steps(config, plan)
+    return RewardConfig(
+        **values,
+        learning_rate=plan.learning_rate,
+        num_train_epochs=plan.num_train_epochs,
+        per_device_train_batch_size=plan.per_device_train_batch_size,
+        per_device_eval_batch_size=plan.per_device_eval_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        warmup_steps=warmup,
+        run_name=config.run_name or Path(config.output_dir).name,
+        deepspeed=copy.deepcopy(plan.deepspeed_config),
+        use_cpu=plan.device == "cpu",
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs=_checkpointing(config, plan),
+        # A NaN must be seen, not replaced by the average of earlier losses.
+        logging_nan_inf_filter=False,
+        logging_first_step=True,
+        remove_unused_columns=False,
+        push_to_hub=False,
+    )
+
+
+def _warmup_steps(config: RunConfig, plan: Plan) -> int:
+    assert plan.total_steps is not None
+    return round(config.warmup_ratio * plan.total_steps)
+
+
+def _checkpointing(config: RunConfig, plan: Plan) -> dict[str, Any] | None:
+    if not config.gradient_checkpointing:
+        return None
+    return {"use_reentrant": plan.use_reentrant, **(config.gradient_checkpointing_kwargs or {})}

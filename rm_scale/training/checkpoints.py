@@ -1,0 +1,64 @@
+"""Saves that can be trusted: what is written is read back and must score the same."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from rm_scale.errors import CheckpointError
+from rm_scale.logs import get_logger
+from rm_scale.modeling.contract import ScoringContract, check_golden
+from rm_scale.modeling.head import active_head
+from rm_scale.modeling.loading import load_reward_model
+from rm_scale.modeling.scoring import score_sequences
+
+logger = get_logger(__name__)
+
+
+def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Tensor) -> None:
+    """Load a saved model on this rank's CPU and compare head and golden scores with the ones in training.
+
+    Args:
+        folder: what was just written, its scoring contract included.
+        contract: holds the golden scores.
+        head_weight: fp32 head of the model in training, `(1, hidden_size)`.
+
+    Raises:
+        CheckpointError: a tensor is empty or not finite, the head differs, or the scores do.
+    """
+    started = time.perf_counter()
+    _check_tensors(folder)
+    model = load_reward_model(folder)
+    saved_head = active_head(model).effective_weight().detach().cpu()
+    if saved_head.shape != head_weight.shape or not torch.equal(saved_head, head_weight.cpu()):
+        raise CheckpointError(
+            f"{folder}: the saved reward head is not the one in training. The save is not usable. "
+            "Fix: keep the previous checkpoint and report this."
+        )
+    golden = contract.golden_scores
+    scores = score_sequences(model, [g.input_ids for g in golden], contract.pad_token_id, batch_size=1, device="cpu")
+    check_golden([g.score for g in golden], scores, contract.compute_dtype, str(folder))
+    logger.info(
+        f"saved and verified {folder}: {len(golden)} texts score the same after a reload "
+        f"({time.perf_counter() - started:.1f} s)"
+    )
+
+
+def _check_tensors(folder: Path) -> None:
+    """Every tensor in the folder has values, all finite; an adapter's LoRA weights are matrices."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no weights were written. Fix: check the disk and the rank 0 log.")
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():
+                tensor = tensors.get_tensor(name)
+                if math.prod(tensor.shape) == 0 or (tensor.is_floating_point() and not tensor.isfinite().all()):
+                    raise CheckpointError(
+                        f"{file}: tensor {name} of shape {tuple(tensor.shape)} is empty or not finite. The save is not "
+                        "usable. Fix: keep the previous checkpoint and report this."
+                    )

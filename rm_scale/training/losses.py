@@ -1,0 +1,104 @@
+"""Preference losses on scalar rewards, in fp32.
+
+Every loss gives a *sum* and the number of terms in it. The caller divides by the number of terms of the whole step
+over all ranks, so that the result does not depend on how the batch was cut up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss, and its options.
+
+    Attributes:
+        kind: Bradley-Terry on pairs, or Plackett-Luce on whole rankings.
+        label_smoothing: assumed share of flipped labels, 0 <= e < 0.5 (Bradley-Terry only).
+        center_coefficient: weight of the mean of (r_better + r_worse)^2 (arXiv 2312.09244, eq. 2).
+    """
+
+    kind: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"
+    label_smoothing: float = 0.0
+    center_coefficient: float = 0.0
+
+
+def num_loss_terms(batch: Mapping[str, torch.Tensor], settings: LossSettings) -> int:
+    """How many terms `preference_loss` adds up for this batch: pairs, or ranking stages for Plackett-Luce."""
+    if settings.kind == "bradley_terry":
+        return int(batch["pair_better"].numel())
+    return int(_stages(batch["row_group"], batch["row_rank"]).sum())
+
+
+def preference_loss(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], settings: LossSettings) -> torch.Tensor:
+    """Sum of the loss terms of a micro-batch.
+
+    Args:
+        rewards: `(N,)`, one per response.
+        batch: the collator's labels (see `rm_scale.packing.collator.PaddedCollator`).
+        settings: which loss.
+
+    Returns:
+        fp32 scalar. Zero, with a graph, when the batch has nothing to compare.
+    """
+    rewards = rewards.float()
+    if settings.kind == "bradley_terry":
+        total = bradley_terry(rewards, batch, settings.label_smoothing)
+    else:
+        total = plackett_luce(rewards, batch["row_group"], batch["row_rank"])
+    if settings.center_coefficient:
+        total = total + settings.center_coefficient * centering(rewards, batch, settings)
+    # A batch of fillers has no terms, but ZeRO-3 still needs every parameter to take part in the backward pass.
+    return total + 0.0 * rewards.sum()
+
+
+def bradley_terry(
+    rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Sum over pairs of -log sigmoid(r_better - r_worse - margin), with soft targets.
+
+    With target p the term is -p log sigmoid(d) - (1 - p) log sigmoid(-d), d = r_better - r_worse - margin. A tie
+    has p = 0.5 and pulls the rewards together; smoothing e turns p into p (1 - e) + (1 - p) e.
+    """
+    difference = rewards[batch["pair_better"]] - rewards[batch["pair_worse"]] - batch["pair_margin"]
+    target = batch["pair_target"]
+    if label_smoothing:
+        target = target * (1.0 - label_smoothing) + (1.0 - target) * label_smoothing
+    return -(target * logsigmoid(difference) + (1.0 - target) * logsigmoid(-difference)).sum()
+
+
+def plackett_luce(rewards: torch.Tensor, row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:
+    """Sum over ranking stages of -log P(this response is picked first among those not ranked above it).
+
+    Tied responses share one set of rivals (Breslow's rule); the last rank class has no rivals below and adds nothing.
+    For K = 2 this is Bradley-Terry.
+
+    Args:
+        rewards: `(N,)` fp32.
+        row_group: `(N,)` group of each response, -1 for responses that don't count.
+        row_rank: `(N,)` 0 is best.
+    """
+    same_group = row_group[:, None] == row_group[None, :]
+    not_above = row_rank[None, :] >= row_rank[:, None]
+    rivals = torch.where(same_group & not_above, rewards[None, :], rewards.new_tensor(-torch.inf))
+    terms = torch.logsumexp(rivals, dim=1) - rewards
+    return torch.where(_stages(row_group, row_rank), terms, terms.new_zeros(())).sum()
+
+
+def _stages(row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:
+    """Which responses open a ranking stage: those with at least one response ranked below them. `(N,)` bool."""
+    below = (row_group[:, None] == row_group[None, :]) & (row_rank[None, :] > row_rank[:, None])
+    return below.any(dim=1) & (row_group >= 0)
+
+
+def centering(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], settings: LossSettings) -> torch.Tensor:
+    """Sum of (r_better + r_worse)^2 over pairs; for rankings rescaled so that its mean is still over pairs."""
+    squares = (rewards[batch["pair_better"]] + rewards[batch["pair_worse"]]).square()
+    num_pairs = max(1, squares.numel())
+    return squares.sum() * (num_loss_terms(batch, settings) / num_pairs)

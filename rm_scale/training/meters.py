@@ -1,0 +1,116 @@
+"""What a run does per second and how its rewards move, counted on each rank and summed over all when logged."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rm_scale.distributed import gather_from_ranks
+
+_SUMS = ("groups", "pairs", "correct", "ties", "margin_sum", "reward_sum", "responses", "real_tokens", "processed_tokens")
+
+
+@dataclass
+class StepMeter:
+    """Counts since the last log line on this rank. Reward statistics stay on the device until they are read.
+
+    Attributes:
+        counts: plain sums by name.
+        seconds: time spent training, without evaluation and saving.
+    """
+
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
+    seconds: float = 0.0
+    _device_sums: torch.Tensor | None = None
+    _extremes: torch.Tensor | None = None
+    _running_since: float | None = None
+
+    def resume(self) -> None:
+        """Start or go on with the clock."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock, for evaluation and saving."""
+        if self._running_since is not None:
+            self.seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    @torch.no_grad()
+    def add(self, rewards: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+        """Count one micro-batch.
+
+        Args:
+            rewards: `(N,)`, one per response.
+            batch: the collator's batch.
+        """
+        rewards = rewards.detach().float()
+        real = batch["row_group"] >= 0
+        labelled = batch["pair_target"] != 0.5
+        difference = (rewards[batch["pair_better"]] - rewards[batch["pair_worse"]])[labelled]
+        counted = rewards[real]
+        sums = torch.stack(
+            [
+                (difference > 0).sum().float(),
+                (difference == 0).sum().float(),
+                difference.sum(),
+                counted.sum(),
+                batch["attention_mask"][real].sum().float(),
+                labelled.sum().float(),
+            ]
+        ).double()
+        self._device_sums = sums if self._device_sums is None else self._device_sums + sums
+        if counted.numel():
+            low, high = counted.aminmax()
+            extremes = torch.stack([-low, high])
+            self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+        self.counts["groups"] += float(batch["row_group"].max().item() + 1) if real.any() else 0.0
+        self.counts["responses"] += float(counted.numel())
+        self.counts["processed_tokens"] += float(batch["input_ids"].numel())
+
+    def read(self) -> dict[str, Any]:
+        """World totals as logged metrics, and start counting afresh. A collective: every rank must call it."""
+        was_running = self._running_since is not None
+        self.pause()
+        mine = dict(self.counts)
+        if self._device_sums is not None:
+            names = ("correct", "ties", "margin_sum", "reward_sum", "real_tokens", "pairs")
+            mine.update(zip(names, self._device_sums.tolist(), strict=True))
+        low, high = (-self._extremes[0].item(), self._extremes[1].item()) if self._extremes is not None else (None, None)
+        ranks = gather_from_ranks({**mine, "min": low, "max": high, "seconds": self.seconds, "memory": peak_memory_bytes()})
+        self.counts = dict.fromkeys(_SUMS, 0.0)
+        self.seconds, self._device_sums, self._extremes = 0.0, None, None
+        if was_running:
+            self.resume()
+        return _as_metrics(ranks)
+
+
+def _as_metrics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    total = {name: sum(rank[name] for rank in ranks) for name in _SUMS}
+    seconds = max(rank["seconds"] for rank in ranks)
+    metrics: dict[str, Any] = {"peak_memory_bytes": max(rank["memory"] for rank in ranks)}
+    if total["pairs"]:
+        metrics["accuracy"] = total["correct"] / total["pairs"]
+        metrics["margin"] = total["margin_sum"] / total["pairs"]
+        metrics["num_ties"] = int(total["ties"])
+    if total["responses"]:
+        metrics["mean_reward"] = total["reward_sum"] / total["responses"]
+        metrics["min_reward"] = min(rank["min"] for rank in ranks if rank["min"] is not None)
+        metrics["max_reward"] = max(rank["max"] for rank in ranks if rank["max"] is not None)
+    if seconds > 0 and total["responses"]:
+        metrics["pairs_per_second"] = total["pairs"] / seconds
+        metrics["real_tokens_per_second"] = total["real_tokens"] / seconds
+        metrics["processed_tokens_per_second"] = total["processed_tokens"] / seconds
+        metrics["padding_share"] = 1.0 - total["real_tokens"] / total["processed_tokens"]
+    return metrics
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this rank has held: allocated on its GPU, or resident in the process on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
