@@ -10,6 +10,8 @@ Text = str | list[Message]
 """Plain text, or a conversation as a list of {"role", "content", ...} messages."""
 
 REJECTION_REASONS = {
+    "bad_json": "the line is not valid JSON",
+    "bad_csv": "the line does not have as many cells as the header",
     "missing_key": "a column that the format needs is absent or null in this row",
     "wrong_type": "a value is not of the type the format needs (text, list of messages, list of numbers, ...)",
     "bad_unicode": "a text holds lone surrogates or NUL characters",
@@ -22,6 +24,7 @@ REJECTION_REASONS = {
     "over_long": "a sequence is longer than max_length (and could not be truncated)",
     "identical_tokens": "all responses are the same tokens after encoding",
     "template_error": "the chat template could not render the conversation",
+    "double_bos": "a sequence begins with two BOS tokens: the text holds one and the tokenizer or template adds another",
     "ends_with_pad": "a sequence ends with the padding token, so that its last real token can't be found",
 }
 

@@ -1,0 +1,284 @@
+"""What became of every input row, what the texts look like, and whether too much was lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rm_scale.data.groups import REJECTION_REASONS
+from rm_scale.errors import DataError
+from rm_scale.logs import get_logger
+
+logger = get_logger(__name__)
+
+NUM_FIRST_ROWS = 5
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RejectionCount:
+    """How many rows of one source were refused for one reason, and the first of them.
+
+    Attributes:
+        count: rows refused.
+        first_rows: up to five row indexes, from 0.
+    """
+
+    count: int
+    first_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of the rows of one source: `rows_read` = `rows_used` + all of `rejected`.
+
+    Attributes:
+        name: file or hub name.
+        split: what it was read for: "train" or "eval".
+        format: how its rows were read, and `format_reason` why so.
+        rows_read: rows of the source, blank lines not counted.
+        rows_used: rows that became groups.
+        rejected: per reason of `REJECTION_REASONS`.
+        ignored_columns: columns that the format does not read.
+    """
+
+    name: str
+    split: str
+    format: str
+    format_reason: str
+    rows_read: int
+    rows_used: int
+    rejected: Mapping[str, RejectionCount] = field(default_factory=dict)
+    ignored_columns: tuple[str, ...] = ()
+
+    @property
+    def rows_rejected(self) -> int:
+        """Rows refused, for whatever reason."""
+        return sum(entry.count for entry in self.rejected.values())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, 95th percentile and maximum of a count of tokens."""
+
+    mean: float = 0.0
+    p95: float = 0.0
+    max: int = 0
+
+
+@dataclass(frozen=True)
+class TextStatistics:
+    """Lengths of what is trained or evaluated on, and how far length alone predicts the labels.
+
+    Attributes:
+        num_groups: groups.
+        num_pairs: pairs of differently ranked responses within groups.
+        num_prompts: different prompts.
+        num_duplicate_groups: groups whose prompt and responses all occurred before.
+        prompt_tokens: tokens shared by a group's sequences, per group.
+        response_tokens: tokens after the shared ones, per response.
+        chosen_longer_share: share of pairs whose better response has more tokens.
+        longer_wins_accuracy: accuracy of "the longer response is better" over pairs, equal lengths counted half.
+        shorter_wins_accuracy: the same for "the shorter response is better".
+    """
+
+    num_groups: int = 0
+    num_pairs: int = 0
+    num_prompts: int = 0
+    num_duplicate_groups: int = 0
+    prompt_tokens: Spread = field(default_factory=Spread)
+    response_tokens: Spread = field(default_factory=Spread)
+    chosen_longer_share: float | None = None
+    longer_wins_accuracy: float | None = None
+    shorter_wins_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Everything about the data of a run that a reader may want to know; `to_dict` gives JSON values.
+
+    Attributes:
+        sources: what became of the rows, per source.
+        train, eval: the texts of both sides (`eval` is `None` without evaluation data).
+        held_out: groups moved from the training data to evaluation.
+        left_out_by_limit: usable groups beyond `max_train_samples` and `max_eval_samples`.
+        shared_prompts: different prompts that occur on both sides.
+    """
+
+    sources: tuple[SourceReport, ...]
+    train: TextStatistics = field(default_factory=TextStatistics)
+    eval: TextStatistics | None = None
+    held_out: int = 0
+    left_out_by_limit: int = 0
+    shared_prompts: int = 0
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of all sources."""
+        return sum(source.rows_read for source in self.sources)
+
+    @property
+    def rows_rejected(self) -> int:
+        """Refused rows of all sources."""
+        return sum(source.rows_rejected for source in self.sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with totals and the meaning of each reason that occurs."""
+        reasons = sorted({reason for source in self.sources for reason in source.rejected})
+        return {
+            "rows_read": self.rows_read,
+            "rows_used": self.rows_read - self.rows_rejected,
+            "rows_rejected": self.rows_rejected,
+            **json.loads(json.dumps(asdict(self))),
+            "reasons": {reason: REJECTION_REASONS[reason] for reason in reasons},
+        }
+
+
+# --- Too much lost -------------------------------------------------------------------------------------------------
+
+
+def raise_if_too_many(report: DataReport, max_share: float) -> None:
+    """Stop when more than `max_share` of the rows read for training, or of those for evaluation, were refused.
+
+    Raises:
+        DataError: lists reasons, counts and first rows, and the way on.
+    """
+    for split in ("train", "eval"):
+        sources = [source for source in report.sources if source.split == split]
+        read, lost = sum(s.rows_read for s in sources), sum(s.rows_rejected for s in sources)
+        if lost > max_share * read:
+            raise DataError(too_many_text(sources, read, lost, max_share))
+
+
+def too_many_text(sources: Iterable[SourceReport], read: int, lost: int, max_share: float) -> str:
+    """The message for a data set of which too much would be lost."""
+    share = lost / max(read, 1)
+    lines = [f"{lost:,} of {read:,} rows can't be used ({share:.1%}); at most {max_share:.1%} may be lost:"]
+    for source in sources:
+        for reason, entry in sorted(source.rejected.items(), key=lambda item: -item[1].count):
+            rows = ", ".join(map(str, entry.first_rows)) + (", ..." if entry.count > len(entry.first_rows) else "")
+            lines.append(
+                f"  {source.name}: {reason} {entry.count:,} (rows {rows}; from 0): {REJECTION_REASONS[reason]}"
+            )
+    needed = min(1.0, float(np.ceil(share * 1000) / 1000))
+    lines.append(
+        "Fix: correct these rows (run/rejected_rows.jsonl says what was seen in each), "
+        f"or accept the loss with --max_rejected_share {needed:g}."
+    )
+    return "\n".join(lines)
+
+
+def log_summary(report: DataReport) -> None:
+    """One line per source and per reason, and one on the texts of each side."""
+    for source in report.sources:
+        share = source.rows_rejected / max(source.rows_read, 1)
+        logger.info(
+            f"{source.name} ({source.split}): {source.rows_read:,} rows read as {source.format}, "
+            f"{source.rows_used:,} used, {source.rows_rejected:,} rejected ({share:.1%})"
+        )
+        for reason, entry in source.rejected.items():
+            rows = ", ".join(map(str, entry.first_rows))
+            logger.warning(f"  {reason}: {entry.count:,} rows, first {rows}: {REJECTION_REASONS[reason]}")
+    for name, side in (("train", report.train), ("eval", report.eval)):
+        if side is not None:
+            logger.info(_side_line(name, side))
+    if report.shared_prompts:
+        logger.warning(f"{report.shared_prompts:,} prompts occur both in training and in evaluation data")
+
+
+def _side_line(name: str, side: TextStatistics) -> str:
+    longer = "" if side.longer_wins_accuracy is None else f", 'longer wins' is right in {side.longer_wins_accuracy:.1%}"
+    return (
+        f"{name}: {side.num_groups:,} groups, {side.num_pairs:,} pairs, tokens per prompt {side.prompt_tokens.mean:.0f} "
+        f"(max {side.prompt_tokens.max:,}), per response {side.response_tokens.mean:.0f} "
+        f"(max {side.response_tokens.max:,}){longer}, {side.num_duplicate_groups:,} duplicates"
+    )
+
+
+def write_data_report(report: DataReport, rejected: Iterable[Mapping[str, Any]], run_dir: str | Path) -> None:
+    """Write `data_report.json` and `rejected_rows.jsonl` (source, row, reason, detail per line) to `run_dir`."""
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / "data_report.json") as path:
+        path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with _replacing(folder / "rejected_rows.jsonl") as path, path.open("w", encoding="utf-8") as stream:
+        for row in rejected:
+            stream.write(json.dumps(dict(row)) + "\n")
+
+
+class _replacing:
+    """Write aside and rename, so that a reader never meets half a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.aside = target.with_name(f".{target.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        return self.aside
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.aside.replace(self.target)
+        else:
+            self.aside.unlink(missing_ok=True)
+
+
+# --- Statistics ----------------------------------------------------------------------------------------------------
+
+
+def text_statistics(
+    prompt_lengths: IntArray, lengths: IntArray, ranks: IntArray, sizes: IntArray, prompts: IntArray, groups: IntArray
+) -> TextStatistics:
+    """Statistics of G groups with R responses in all.
+
+    Args:
+        prompt_lengths: G shared tokens per group.
+        lengths: R tokens per sequence (shared ones included), group after group.
+        ranks: R ranks in the same order.
+        sizes: G responses per group, sum R.
+        prompts: G hashes of the prompt.
+        groups: G hashes of prompt and responses.
+    """
+    if len(sizes) == 0:
+        return TextStatistics()
+    longer, equal, pairs = _length_comparisons(lengths, ranks, sizes)
+    accuracy = (longer + equal / 2) / pairs if pairs else None
+    return TextStatistics(
+        num_groups=len(sizes),
+        num_pairs=pairs,
+        num_prompts=len(np.unique(prompts)),
+        num_duplicate_groups=len(groups) - len(np.unique(groups)),
+        prompt_tokens=_spread(prompt_lengths),
+        response_tokens=_spread(lengths - np.repeat(prompt_lengths, sizes)),
+        chosen_longer_share=longer / pairs if pairs else None,
+        longer_wins_accuracy=accuracy,
+        shorter_wins_accuracy=None if accuracy is None else 1 - accuracy,
+    )
+
+
+def _spread(values: IntArray) -> Spread:
+    return Spread(float(values.mean()), float(np.percentile(values, 95)), int(values.max()))
+
+
+def _length_comparisons(lengths: IntArray, ranks: IntArray, sizes: IntArray) -> tuple[int, int, int]:
+    """Over pairs of different rank: how often the better one is longer, how often as long, and how many there are."""
+    starts = np.cumsum(sizes) - sizes
+    longer = equal = pairs = 0
+    for size in np.unique(sizes):
+        rows = starts[sizes == size][:, None] + np.arange(size)
+        for first in range(size):
+            for second in range(first + 1, size):
+                order = ranks[rows[:, second]] - ranks[rows[:, first]]
+                ahead = np.sign(order) * (lengths[rows[:, first]] - lengths[rows[:, second]])
+                decided = order != 0
+                longer += int((ahead[decided] > 0).sum())
+                equal += int((ahead[decided] == 0).sum())
+                pairs += int(decided.sum())
+    return longer, equal, pairs
