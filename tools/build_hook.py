@@ -1,0 +1,28 @@
+"""Put the repository's ready files into the wheel: `configs/`, `ds_configs/` and `slurm/` under `rm_scale/shipped/`.
+
+They stay at the top of the repository, where people look, and `pip install rm-scale` users have them too. An editable
+installation gets no copies (they would go stale): there the files of the checkout are used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SHIPPED_FOLDERS = ("configs", "ds_configs", "slurm")
+
+
+class ShippedFilesHook(BuildHookInterface):
+    """Called by hatchling (`[tool.hatch.build.targets.wheel.hooks.custom]`)."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the folders to a standard wheel; `version` is "editable" for `pip install -e`."""
+        if version == "editable":
+            return
+        for folder in SHIPPED_FOLDERS:
+            if (Path(self.root) / folder).is_dir():
+                build_data["force_include"][folder] = f"rm_scale/shipped/{folder}"
+            else:
+                self.app.display_warning(f"{folder}/ does not exist: the wheel is built without it")
