@@ -195,10 +195,11 @@ def log_summary(report: DataReport) -> None:
 
 def _side_line(name: str, side: TextStatistics) -> str:
     longer = "" if side.longer_wins_accuracy is None else f", 'longer wins' is right in {side.longer_wins_accuracy:.1%}"
+    prompt, response = side.prompt_tokens, side.response_tokens
     return (
-        f"{name}: {side.num_groups:,} groups, {side.num_pairs:,} pairs, tokens per prompt {side.prompt_tokens.mean:.0f} "
-        f"(max {side.prompt_tokens.max:,}), per response {side.response_tokens.mean:.0f} "
-        f"(max {side.response_tokens.max:,}){longer}, {side.num_duplicate_groups:,} duplicates"
+        f"{name}: {side.num_groups:,} groups, {side.num_pairs:,} pairs, tokens per prompt {prompt.mean:.0f} "
+        f"(max {prompt.max:,}), per response {response.mean:.0f} (max {response.max:,}){longer}, "
+        f"{side.num_duplicate_groups:,} duplicates"
     )
 
 

@@ -30,7 +30,7 @@ class EncodingRules:
     """How text becomes tokens.
 
     Attributes:
-        append_eos: end plain text with the EOS token unless it already ends with it (conversations: the template's job).
+        append_eos: end plain text with EOS unless it already does (in conversations that is the template's job).
         max_length: longest sequence, in tokens of prompt + response.
         overlong_policy: what happens to a group with a longer sequence.
         chat_template: Jinja text, or `None` for the tokenizer's own template.
@@ -148,7 +148,7 @@ class TextEncoder:
         return result
 
     def encode_groups(self, groups: Sequence[PreferenceGroup]) -> list[EncodedGroup | RejectedRow]:
-        """Like `encode_group` for many groups, in one call of the tokenizer; refused groups come back as their reason."""
+        """Like `encode_group`, with one call of the tokenizer for all; a refused group comes back as the reason."""
         results: list[EncodedGroup | RejectedRow | None] = [None] * len(groups)
         texts: dict[bool, list[str]] = {False: [], True: []}
         spans: list[tuple[int, bool, int, int]] = []
@@ -364,7 +364,7 @@ def common_prefix_length(sequences: Sequence[Sequence[int]], leave: int = 1) -> 
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides a tokenizer's output; padding and truncation, which calls switch on and off, are left out."""
+    """Hash of what decides a tokenizer's output; padding and truncation, which calls switch on, are left out."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())

@@ -332,12 +332,13 @@ def _text(row: Row, column: str) -> str:
 
 
 def _label_text(value: Any, column: str) -> str:
-    """Id and subset may be text or whole numbers; nothing else is turned into text silently."""
-    if value is None:
+    """Id and subset may be text or numbers; nothing else is turned into text silently."""
+    if value is None or value != value:
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RejectedRow("wrong_type", f"{column} is {_kind(value)}, not text or a whole number")
-    text = str(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RejectedRow("wrong_type", f"{column} is {_kind(value)}, not text or a number")
+    # Table libraries store whole numbers as floats as soon as one row has none.
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     _check_unicode(text, column)
     return text
 

@@ -24,7 +24,7 @@ REJECTION_REASONS = {
     "over_long": "a sequence is longer than max_length (and could not be truncated)",
     "identical_tokens": "all responses are the same tokens after encoding",
     "template_error": "the chat template could not render the conversation",
-    "double_bos": "a sequence begins with two BOS tokens: the text holds one and the tokenizer or template adds another",
+    "double_bos": "a sequence begins with two BOS tokens: the text holds one and another is added to it",
     "ends_with_pad": "a sequence ends with the padding token, so that its last real token can't be found",
 }
 

@@ -226,11 +226,16 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     work = folder / "work"
     work.mkdir()
     raw = source.load(work)
-    sample = raw.sample()
+    try:
+        sample = raw.sample()
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from error
     verdict = choose_format(config.dataset_format, raw.columns(sample), sample, source.name, config.subset_column)
     ignored = f"; columns not read: {', '.join(verdict.ignored_columns)}" if verdict.ignored_columns else ""
     logger.info(f"{source.name}: read as {verdict.name}, since {verdict.why}{ignored}")
-    mapped = _map(raw, RowReader(verdict.name, config.subset_column, source.name), encoder, config, work)
+    reader = RowReader(verdict.name, config.subset_column, source.name)
+    _warn_about_template(sample, reader, encoder)
+    mapped = _map(raw, reader, encoder, config, work)
     reasons = np.asarray(mapped.with_format("arrow").select_columns(["reason"])[:]["reason"].to_numpy())
     good = np.flatnonzero(reasons == "")
     used = mapped.select(good).remove_columns(["reason", "detail"])
@@ -240,6 +245,27 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     _write_meta(folder, verdict, len(mapped), len(used), rejected)
     del mapped, used, raw
     shutil.rmtree(work)
+
+
+def _warn_about_template(sample: Sequence[Any], reader: RowReader, encoder: TextEncoder) -> None:
+    """Say early what would make scores differ between places, looking at the first usable row."""
+    groups = (_read(reader, row, index) for index, row in enumerate(sample))
+    group = next((group for group in groups if isinstance(group, PreferenceGroup)), None)
+    if group is None:
+        return
+    if group.is_conversational and "strftime_now" in (encoder.chat_template or ""):
+        logger.warning(
+            "The chat template writes today's date, so the same text will get another score on another day. "
+            "Fix: --chat_template_path with a fixed date."
+        )
+    try:
+        encoder.encode(group.prompt, group.responses[0], group.tools)  # without a chat template the run ends here
+    except DataError:
+        return  # this row will be counted under its reason
+    try:
+        encoder.render(group.prompt, group.responses[0], group.tools)
+    except ModelError as error:
+        logger.warning(str(error))
 
 
 def _write_rejected(rows: Dataset, path: Path) -> dict[str, RejectionCount]:
@@ -399,7 +425,15 @@ def _used_record(index: int, group: PreferenceGroup, encoded: EncodedGroup) -> d
 def _rejected_record(index: int, rejected: RejectedRow) -> dict[str, Any]:
     # The detail may quote the row, whose text may be what can't be written as UTF-8.
     detail = rejected.detail.encode("utf-8", errors="backslashreplace").decode()[:500]
-    empty = {"input_ids": [], "ranks": [], "lengths": [], "margin": None, "soft_label": None, "subset": "", "id": ""}
+    empty: dict[str, Any] = {
+        "input_ids": [],
+        "ranks": [],
+        "lengths": [],
+        "margin": None,
+        "soft_label": None,
+        "subset": "",
+        "id": "",
+    }
     numbers = dict.fromkeys(("prompt_length", "num_tokens", "prompt_key", "group_key"), 0)
     return {**empty, **numbers, "row": index, "reason": rejected.reason, "detail": detail}
 

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rm_scale.data.groups import RejectedRow
 from rm_scale.errors import DataError
@@ -58,10 +58,21 @@ class RawRows:
         return [(index, dict(zip(names, values, strict=True))) for index, values in zip(indices, columns, strict=True)]
 
     def sample(self, num_rows: int = SAMPLE_ROWS) -> list[dict[str, Any]]:
-        """The first rows that are readable objects."""
+        """The first rows that are readable objects.
+
+        Raises:
+            DataError: none is; says what is wrong with the first one.
+        """
         count = min(num_rows, len(self.dataset))
-        rows = self.decode(self.dataset[:count], range(count))
-        return [row for _, row in rows if isinstance(row, dict)]
+        rows = [row for _, row in self.decode(self.dataset[:count], range(count))]
+        readable = [row for row in rows if isinstance(row, dict)]
+        if not readable:
+            seen = str(rows[0]) if isinstance(rows[0], RejectedRow) else f"a value that is no object: {rows[0]!r:.80}"
+            raise DataError(
+                f"none of the first {count} rows is a readable object; the first is {seen}. "
+                "Fix: check the file's kind; each row must be an object with columns, e.g. prompt, chosen, rejected."
+            )
+        return readable
 
     def columns(self, sample: Sequence[Mapping[str, Any]]) -> list[str]:
         """Column names in order: those declared, or for JSON those seen in the sample."""
@@ -263,7 +274,9 @@ def _load_raw(rows: Iterator[RawRow], name: str, work_dir: Path) -> RawRows:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batched(rows):
                 columns = list(zip(*batch, strict=True))
-                writer.write_batch(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema)], schema))
+                writer.write_batch(
+                    pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema)
+                )
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _unreadable(name, error) from error
     return RawRows(_require_rows(datasets.Dataset.from_file(str(path)), name), is_json=True)
@@ -293,7 +306,7 @@ def _parse(raw: bytes, problem: str) -> Any:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _jsonl_rows(path: Path) -> Iterator[RawRow]:
@@ -321,7 +334,7 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
 
 def _require_whole_first_line(path: Path) -> None:
     first = next(_jsonl_rows(path), None)
-    if first is not None and first[1] in (b"{", b"{}"):
+    if first is not None and first[1].endswith((b"{", b"[", b",")):
         raise DataError(
             f"{path}: is one JSON object spread over several lines, not a list of rows. "
             "Fix: store a list [{...}, {...}], or one row per line (JSONL)."
