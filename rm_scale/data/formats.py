@@ -20,7 +20,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -245,7 +244,7 @@ def _read_hh(row: Row) -> PreferenceGroup:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if chosen == rejected:
         raise RejectedRow("identical_responses")
-    start = os.path.commonprefix([chosen, rejected]).rfind(HH_ASSISTANT)
+    start = chosen[: _shared_length(chosen, rejected)].rfind(HH_ASSISTANT)
     if start < 0:
         raise RejectedRow("prompt_mismatch", "chosen and rejected differ before the first '\\n\\nAssistant:'")
     cut = start + len(HH_ASSISTANT)
@@ -381,13 +380,19 @@ def _ranks(row: Row, num_responses: int) -> tuple[int, ...]:
     return tuple(places.index(number) for number in numbers)
 
 
+def _shared_length(first: str, second: str) -> int:
+    """Length of the longest common prefix."""
+    length = min(len(first), len(second))
+    return next((place for place in range(length) if first[place] != second[place]), length)
+
+
 def _shared_prompt_length(chosen: str, rejected: str) -> int:
     """Length of the longest common prefix, cut back to where a response can begin.
 
     The cut is after the last line break, or else before the last white space, as byte-level tokens begin with one.
     Each response keeps at least one character.
     """
-    shared = os.path.commonprefix([chosen, rejected])[: min(len(chosen), len(rejected)) - 1]
+    shared = chosen[: min(_shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
     if "\n" in shared:
         return shared.rindex("\n") + 1
     spaces = list(re.finditer(r"\s+", shared))

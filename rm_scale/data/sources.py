@@ -27,7 +27,16 @@ from rm_scale.errors import DataError
 SUPPORTED_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
 # Cells of these CSV columns hold numbers or lists; all others stay the text they are.
 CSV_JSON_COLUMNS = frozenset(
-    "margin soft_label chosen_probability preference_probability ranks scores responses completions".split()
+    [
+        "margin",
+        "soft_label",
+        "chosen_probability",
+        "preference_probability",
+        "ranks",
+        "scores",
+        "responses",
+        "completions",
+    ]
 )
 SAMPLE_ROWS = 200
 _WRITE_ROWS = 1000
@@ -228,6 +237,7 @@ def _load_folder(path: Path, name: str, split: str) -> RawRows:
 def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
     import datasets
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     cache = str(work_dir / "typed")
     try:
@@ -238,7 +248,9 @@ def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
                 # The other Arrow layout ("file" with a footer), which can't be mapped as it is.
                 dataset = datasets.load_dataset("arrow", data_files=[str(path)], split="train", cache_dir=cache)
         else:
-            dataset = datasets.Dataset.from_parquet(str(path), cache_dir=cache)
+            # `datasets` fails on an empty file with a message about batch sizes.
+            empty = pq.read_metadata(path).num_rows == 0
+            dataset = [] if empty else datasets.Dataset.from_parquet(str(path), cache_dir=cache)
     except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(name, error.__cause__ or error) from error
     return RawRows(_require_rows(dataset, name), is_json=False)

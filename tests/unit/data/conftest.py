@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
     return copy.deepcopy(_WITH_BOS)
 
 
-def jsonl(path: Path, rows: Iterable[Any]) -> str:
+def write_jsonl(path: Path, rows: Iterable[Any]) -> str:
     """Write rows, one per line; bytes go in as they are. Returns the path as text."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     data = b"\n".join(lines) + b"\n"
@@ -76,9 +77,19 @@ def jsonl(path: Path, rows: Iterable[Any]) -> str:
     return str(path)
 
 
-def pair(number: int, **more: Any) -> dict[str, Any]:
-    """An explicit-prompt row whose texts hold its number."""
-    return {"prompt": f"Question {number}? ", "chosen": f"good {number}", "rejected": f"bad answer {number}", **more}
+@pytest.fixture
+def jsonl() -> Callable[[Path, Iterable[Any]], str]:
+    """`write_jsonl`."""
+    return write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`setup_logging`, called by another test, takes rm_scale's logger off the root."""
+    logger = logging.getLogger("rm_scale")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_text_beside_messages(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_rules_without_eos_or_special_tokens(bos_tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(bos_tokenizer, EncodingRules(append_eos=False, add_special_tokens=False))
     assert encoder.encode("How ", "now") == bos_tokenizer("How now", add_special_tokens=False)["input_ids"]
-    with pytest.raises(ModelError, match="can't give the token ids used in training .*adds BOS: True.*Fix: "):
+    with pytest.raises(ModelError, match=r"can't give the token ids used in training .*adds BOS: True.*Fix: "):
         encoder.render("How ", "now")
 
 
@@ -153,7 +153,7 @@ def test_drop_refuses_long_groups(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_error_policy_names_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(tokenizer, EncodingRules(max_length=20, overlong_policy="error"))
     with pytest.raises(
-        DataError, match="file, row 7: .*max_length is 20, and overlong_policy is error. Fix: --max_length"
+        DataError, match=r"file, row 7: .*max_length is 20, and overlong_policy is error. Fix: --max_length"
     ):
         encoder.encode_group(LONG)
 
@@ -188,7 +188,7 @@ def test_truncation_never_cuts_into_responses(bos_tokenizer: PreTrainedTokenizer
     rules = EncodingRules(max_length=longest - prompt_tokens - 1, overlong_policy="truncate_prompt_left")
     with pytest.raises(RejectedRow, match=r"over_long: .* the prompt has only \d tokens to cut"):
         TextEncoder(bos_tokenizer, rules).encode_group(given)
-    with pytest.raises(RejectedRow, match="the prompt has only 0 tokens to cut"):
+    with pytest.raises(RejectedRow, match=r"the prompt has only 0 tokens to cut"):
         TextEncoder(bos_tokenizer, rules).encode_group(group("", shared_start + "a", shared_start + "b"))
 
 
@@ -206,49 +206,49 @@ def test_identical_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}"
     loud = [{"role": "assistant", "content": "PARIS"}]
     quiet = [{"role": "assistant", "content": "paris"}]
-    with pytest.raises(RejectedRow, match="identical_tokens: 2 responses"):
+    with pytest.raises(RejectedRow, match=r"identical_tokens: 2 responses"):
         TextEncoder(tokenizer).encode_group(group([USER], loud, quiet))
 
 
 def test_ends_with_pad(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(tokenizer, EncodingRules(append_eos=False))
-    with pytest.raises(RejectedRow, match="ends_with_pad: response 1 ends with pad token 2"):
+    with pytest.raises(RejectedRow, match=r"ends_with_pad: response 1 ends with pad token 2"):
         encoder.encode_group(group("Why? ", "a", "b<pad>"))
 
 
 def test_double_bos_in_data_and_in_templates(bos_tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(bos_tokenizer)
-    with pytest.raises(RejectedRow, match="double_bos: .*begins with two '<s>'.*Fix: remove"):
+    with pytest.raises(RejectedRow, match=r"double_bos: .*begins with two '<s>'.*Fix: remove"):
         encoder.encode_group(group("<s>Why? ", "a", "b"))
-    with pytest.raises(DataError, match="begins with two '<s>'"):
+    with pytest.raises(DataError, match=r"begins with two '<s>'"):
         encoder.encode("<s>Why? ", "a")
     bos_tokenizer.chat_template = "<s>" + bos_tokenizer.chat_template
-    with pytest.raises(RejectedRow, match="double_bos"):
+    with pytest.raises(RejectedRow, match=r"double_bos"):
         encoder.encode_group(group([USER], [GOOD], [BAD]))
 
 
 def test_template_errors(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(tokenizer, EncodingRules(chat_template="{{ raise_exception('no system role') }}"))
-    with pytest.raises(RejectedRow, match="template_error: TemplateError: no system role"):
+    with pytest.raises(RejectedRow, match=r"template_error: TemplateError: no system role"):
         encoder.encode_group(group([USER], [GOOD], [BAD]))
-    with pytest.raises(DataError, match="no system role. Fix: correct this conversation"):
+    with pytest.raises(DataError, match=r"no system role. Fix: correct this conversation"):
         encoder.encode([USER], [GOOD])
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     with pytest.raises(
-        ModelError, match="has no chat template, but the data holds conversations. Fix: --chat_template_path"
+        ModelError, match=r"has no chat template, but the data holds conversations. Fix: --chat_template_path"
     ):
         TextEncoder(tokenizer).encode_group(group([USER], [GOOD], [BAD]))
 
 
 def test_special_tokens_are_checked(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.pad_token = "</s>"
-    with pytest.raises(ModelError, match="pad_token '</s>' is the EOS token too.*Fix: --pad_token"):
+    with pytest.raises(ModelError, match=r"pad_token '</s>' is the EOS token too.*Fix: --pad_token"):
         TextEncoder(tokenizer)
     tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="has no EOS token.*Fix: --eos_token"):
+    with pytest.raises(ModelError, match=r"has no EOS token.*Fix: --eos_token"):
         TextEncoder(tokenizer)
     TextEncoder(tokenizer, EncodingRules(append_eos=False))
 
@@ -259,7 +259,9 @@ def test_a_tokenizer_without_vocabulary_is_refused() -> None:
         unk_token="[UNK]",
         eos_token="</s>",
     )
-    with pytest.raises(ModelError, match="0 known tokens .vocabulary of 2.*was not loaded. Fix: check that the folder"):
+    with pytest.raises(
+        ModelError, match=r"0 known tokens .vocabulary of 2.*was not loaded. Fix: check that the folder"
+    ):
         TextEncoder(empty)
 
 

@@ -297,7 +297,7 @@ def test_a_named_format_that_does_not_fit_says_what_is_missing(name: str) -> Non
 
 
 def test_a_misfit_names_the_format_that_fits() -> None:
-    with pytest.raises(DataError, match="nearest format is explicit_prompt .*Fix: --dataset_format explicit_prompt"):
+    with pytest.raises(DataError, match=r"nearest format is explicit_prompt .*Fix: --dataset_format explicit_prompt"):
         choose_format("ranked", list(PAIR), [PAIR], "f", "subset")
 
 
@@ -311,7 +311,7 @@ def test_no_format_fits() -> None:
 
 
 def test_soft_label_needs_two_responses_of_one_kind() -> None:
-    with pytest.raises(DataError, match="both responses of one kind"):
+    with pytest.raises(DataError, match=r"both responses of one kind"):
         choose_format("soft_label", ["prompt", "chosen", "response_1", "soft_label"], [], "f", "subset")
 
 

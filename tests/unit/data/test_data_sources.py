@@ -1,0 +1,302 @@
+"""Every kind of file gives the same rows; dirty rows are kept and named; what can't be read says why."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rm_scale.data import sources
+from rm_scale.data.groups import RejectedRow
+from rm_scale.data.sources import Source, hub_source, local_sources
+from rm_scale.errors import DataError
+
+Jsonl = Callable[[Path, Iterable[Any]], str]
+
+
+def pair(number: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"Question {number}? ", "chosen": f"good {number}", "rejected": f"bad {number}", **more}
+
+
+ROWS = [pair(number, margin=number / 2) for number in range(5)]
+
+
+def read(source: Source, tmp_path: Path) -> list[tuple[int, Any]]:
+    """All rows with their indexes."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    raw = source.load(work)
+    return raw.decode(raw.dataset[:], range(len(raw.dataset)))
+
+
+def read_path(path: Path | str, tmp_path: Path, split: str = "train") -> list[tuple[int, Any]]:
+    return [row for source in local_sources([str(path)], split) for row in read(source, tmp_path)]
+
+
+def write(kind: str, folder: Path) -> Path:
+    path = folder / f"rows.{kind}"
+    listing = json.dumps(ROWS, indent=1).encode()
+    table = datasets.Dataset.from_list(ROWS)
+    if kind.startswith("jsonl"):
+        lines = "\n".join(map(json.dumps, ROWS)).encode()
+        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    elif kind == "json":
+        path.write_bytes(listing)
+    elif kind == "json.gz":
+        path.write_bytes(gzip.compress(listing))
+    elif kind == "csv":
+        table.to_csv(path)
+    elif kind == "csv.gz":
+        table.to_csv(folder / "plain")
+        path.write_bytes(gzip.compress((folder / "plain").read_bytes()))
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.data.table.schema) as writer:
+            writer.write_table(table.data.table)
+    elif kind == "file.arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.data.table.schema) as writer:
+            writer.write_table(table.data.table)
+    elif kind == "saved":
+        table.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet", "arrow", "file.arrow", "saved"],
+)
+def test_every_kind_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    assert read_path(write(kind, tmp_path), tmp_path) == list(enumerate(ROWS))
+
+
+def test_json_with_one_row_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in ROWS))
+    assert read_path(path, tmp_path) == list(enumerate(ROWS))
+
+
+def test_dirty_lines_are_kept_with_their_line_numbers(tmp_path: Path, jsonl: Jsonl) -> None:
+    deep = b"[" * 100_000
+    lines = [
+        b'{"prompt": "a\xe2\x80\xa8b"}',
+        b"",
+        b"{not json",
+        b'{"prompt": "\xff"}',
+        b"[1]",
+        b"null",
+        deep,
+        b'{"a": "\\ud800"}',
+    ]
+    rows = dict(read_path(jsonl(tmp_path / "rows.jsonl", lines), tmp_path))
+    assert sorted(rows) == [0, 2, 3, 4, 5, 6, 7]
+    assert rows[0] == {"prompt": "a\u2028b"}
+    assert (rows[4], rows[5], rows[7]) == ([1], None, {"a": "\ud800"})
+    reasons = {index: row.reason for index, row in rows.items() if isinstance(row, RejectedRow)}
+    assert reasons == {2: "bad_json", 3: "bad_unicode", 6: "bad_json"}
+    assert "byte 12 of the row is not UTF-8" in rows[3].detail
+
+
+def test_json_lists_larger_than_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_READ_CHARACTERS", 7)
+    path = tmp_path / "rows.json"
+    values = [{"text": "x" * 50, "list": [1, 2]}, 12345678901234, "ü]}", {}, 1]
+    for indent in (None, 2):
+        path.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
+        assert [row for _, row in read_path(path, tmp_path)] == values
+    path.write_bytes(b'[{"a": "\xff"}, {"a": "b"}]')
+    (_, bad), (_, good) = read_path(path, tmp_path)
+    assert (bad.reason, good) == ("bad_unicode", {"a": "b"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"a": 1}, {"a": }]', "is not valid JSON near character 11: .*Fix: correct the file there, or store one row"),
+        ('[{"a": 1} {"a": 2}]', "near character 10: expected ',' or ']', found '{'"),
+        ('[{"a": 1}', "expected ',' or ']', found the end of the file. Fix: .*complete"),
+        ('{\n "a": [1]\n}', "one JSON object spread over several lines.*Fix: store a list"),
+        ("[]", "has no rows. Fix: give a file with at least one preference"),
+        ("", "has no rows"),
+        ("\n\n", "has no rows"),
+    ],
+)
+def test_broken_json_files(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_path(path, tmp_path)
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    header = "prompt,chosen,rejected,margin,scores\r\n"
+    path.write_bytes((header + 'NA,None,007,0.5,"[1, 2]"\r\n"a\r\nb","say ""x""",,,oops\r\n').encode())
+    assert [row for _, row in read_path(path, tmp_path)] == [
+        {"prompt": "NA", "chosen": "None", "rejected": "007", "margin": 0.5, "scores": [1, 2]},
+        {"prompt": "a\r\nb", "chosen": 'say "x"', "rejected": "", "margin": None, "scores": "oops"},
+    ]
+
+
+def test_bad_csv_records_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,chosen,rejected\na,b\n\na,b,c,d\na,"b"x,c\na,\xff,c\na,b,c\n"open,b,c\n')
+    rows = dict(read_path(path, tmp_path))
+    reasons = {index: row.reason for index, row in rows.items() if isinstance(row, RejectedRow)}
+    assert reasons == {0: "bad_csv", 1: "bad_csv", 2: "bad_csv", 5: "bad_csv"}
+    assert rows[0].detail == "2 cells, the header has 3" and "line" in rows[2].detail
+    assert rows[3]["chosen"] == "\udcff" and rows[4] == {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def test_csv_header_with_a_repeated_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,chosen\na,b,c\n")
+    with pytest.raises(DataError, match=r"the header names chosen twice. Fix: rename"):
+        read_path(path, tmp_path)
+
+
+# --- Paths ---------------------------------------------------------------------------------------------------------
+
+
+def test_several_files_and_patterns(tmp_path: Path, jsonl: Jsonl) -> None:
+    paths = [jsonl(tmp_path / f"part-{number}.jsonl", [pair(number)]) for number in (1, 0)]
+    assert [source.name for source in local_sources(paths)] == paths
+    assert [source.name for source in local_sources([str(tmp_path / "part-*.jsonl")])] == sorted(paths)
+    with pytest.raises(DataError, match=r"no-\*.jsonl: the pattern matches no file. Fix: check it with ls"):
+        local_sources([str(tmp_path / "no-*.jsonl")])
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path, jsonl: Jsonl) -> None:
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(
+        DataError, match=r"there is no such file. Nearest name there: .*/train.jsonl. Fix: correct the path"
+    ):
+        local_sources([str(tmp_path / "trian.jsonl")])
+    with pytest.raises(DataError, match=r"The folder .*/nowhere does not exist either"):
+        local_sources([str(tmp_path / "nowhere" / "x.jsonl")])
+
+
+def test_unsupported_suffix(tmp_path: Path) -> None:
+    (tmp_path / "rows.xlsx").write_text("x")
+    with pytest.raises(
+        DataError, match=r"rows.xlsx: files of this kind can't be read; supported are .json, .*Fix: convert"
+    ):
+        local_sources([str(tmp_path / "rows.xlsx")])
+
+
+def test_folders(tmp_path: Path, jsonl: Jsonl) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", ROWS)
+    with pytest.raises(
+        DataError, match=r"not one written by datasets' save_to_disk. It holds .*a.jsonl. Fix: .*\*.jsonl"
+    ):
+        local_sources([str(folder)])
+    saved = tmp_path / "saved"
+    dataset = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": dataset, "validation": dataset.select([0])}).save_to_disk(str(saved))
+    assert len(read_path(saved, tmp_path)) == 5 and len(read_path(saved, tmp_path, "validation")) == 1
+    with pytest.raises(DataError, match=r"holds no split 'test', but train, validation. Fix: --dataset_train_split"):
+        read_path(saved, tmp_path, "test")
+    (saved / "train" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"saved: can't be read: .*Fix: check that the file is complete"):
+        read_path(saved, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl.gz"])
+def test_files_that_are_not_what_they_say(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(b"this is something else entirely, and long enough to have a footer")
+    with pytest.raises(DataError, match=f"rows.{kind}: can't be read: .*Fix: check that the file is complete"):
+        read_path(path, tmp_path)
+
+
+def test_truncated_gzip(tmp_path: Path, jsonl: Jsonl) -> None:
+    path = Path(jsonl(tmp_path / "rows.jsonl.gz", [pair(number) for number in range(1000)]))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"can't be read: Compressed file ended"):
+        read_path(path, tmp_path)
+
+
+def test_empty_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"chosen": pa.array([], pa.string())}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet: has no rows"):
+        read_path(tmp_path / "rows.parquet", tmp_path)
+
+
+def test_sample_needs_a_readable_row(tmp_path: Path, jsonl: Jsonl) -> None:
+    (source,) = local_sources([jsonl(tmp_path / "rows.jsonl", [b"<html>", b"</html>"])])
+    with pytest.raises(
+        DataError, match=r"none of the first 2 rows is a readable object; the first is bad_json.*Fix: check"
+    ):
+        source.load(tmp_path).sample()
+    (source,) = local_sources([jsonl(tmp_path / "rows.jsonl", [[1]])])
+    with pytest.raises(DataError, match=r"the first is a value that is no object: \[1\]"):
+        source.load(tmp_path).sample()
+
+
+def test_identity_follows_the_file(tmp_path: Path, jsonl: Jsonl) -> None:
+    path = Path(jsonl(tmp_path / "rows.jsonl", ROWS))
+    before = local_sources([str(path)])[0].identity
+    assert local_sources([str(path)])[0].identity == before
+    jsonl(path, ROWS[:-1])
+    assert local_sources([str(path)])[0].identity != before
+    json.dumps(before)
+
+
+# --- The hub -------------------------------------------------------------------------------------------------------
+
+
+def test_hub_names_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> datasets.Dataset:
+        calls.append((arguments, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = hub_source("owner/name", "small", "train")
+    assert calls == [(("owner/name", "small"), {"split": "train"})]
+    assert source.name == "owner/name/small[train]" and hub_source("o/n", None, "test").name == "o/n[test]"
+    assert read(source, tmp_path) == list(enumerate(ROWS))
+    json.dumps(source.identity)
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (
+            ValueError("Unknown split 'x'. Should be one of ['train', 'test']."),
+            "--dataset_train_split or --dataset_test",
+        ),
+        (ValueError("Config name is missing.\nPlease pick one among ['a', 'b']"), "--dataset_config with one of"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub"), "OWNER/NAME"),
+        (ConnectionError("Couldn't reach the Hub"), "check the name .* and the network, or give local files"),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Exception, fix: str) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    first = str(error).splitlines()[0].split("'")[0]
+    with pytest.raises(DataError, match=f"dataset_name=o/n .*can't be loaded.*{first}.*Fix: .*{fix}"):
+        hub_source("o/n", None, "x")
+
+
+def test_missing_split_of_a_real_dataset_folder(tmp_path: Path, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", ROWS)
+    with pytest.raises(
+        DataError, match=r'Unknown split "nope". Should be one of \[.train.\].*Fix: --dataset_train_split'
+    ):
+        hub_source(str(folder), None, "nope")
