@@ -15,12 +15,17 @@ from rm_scale.config import RunConfig, parse_config
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.y*ml"))
 DS_CONFIGS = sorted((REPOSITORY / "ds_configs").rglob("*.json"))
+METHODS = ("full", "lora", "qlora")
 PROMISED_CONFIGS = {
     "demo_cpu",
     "smollm2_135m_hh_cpu",
     "qwen2.5_0.5b_ultrafeedback",
     "llama_3.2_1b",
-    *(f"{model}_{method}" for model in ("qwen2.5_7b", "llama_3.1_8b", "llama_2_13b") for method in ("full", "lora", "qlora")),
+    *(
+        f"{model}_{method}"
+        for model in ("qwen2.5_7b", "llama_3.1_8b", "llama_2_13b")
+        for method in ("full", "lora", "qlora")
+    ),
     "qwen2.5_14b_lora",
     "qwen2.5_14b_qlora",
 }
