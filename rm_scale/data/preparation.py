@@ -7,6 +7,7 @@ are cheap, so that trying another seed or size reads nothing twice.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -48,6 +49,7 @@ logger = get_logger(__name__)
 CODE_VERSION = 1
 DEFAULT_CACHE_DIR = "~/.cache/rm_scale"
 _BATCH_ROWS = 256
+_CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 # Columns kept in the cache for splitting and statistics, but not handed on.
 _FACT_COLUMNS = ("lengths", "prompt_key", "group_key")
 
@@ -114,22 +116,21 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     if config.eval_split_size is not None:
         train, evaluation = _split(train, config.eval_split_size, _seed(config))
         held_out = len(evaluation)
-    usable = len(train) + (len(evaluation) if evaluation is not None else 0)
-    train = _limited(train, config.max_train_samples)
-    evaluation = None if evaluation is None else _limited(evaluation, config.max_eval_samples)
-    used = len(train) + (len(evaluation) if evaluation is not None else 0)
+    usable = len(train) + (len(evaluation) if evaluation else 0)
+    train = train.limit(config.max_train_samples)
+    evaluation = evaluation.limit(config.max_eval_samples) if evaluation else None
     parts = train_parts + eval_parts
     report = DataReport(
         sources=tuple(part.report for part in parts),
-        train=_statistics(train),
-        eval=None if evaluation is None else _statistics(evaluation),
+        train=train.statistics(),
+        eval=evaluation.statistics() if evaluation else None,
         held_out=held_out,
-        left_out_by_limit=usable - used,
-        shared_prompts=0 if evaluation is None else _num_shared_prompts(train, evaluation),
+        left_out_by_limit=usable - len(train) - (len(evaluation) if evaluation else 0),
+        shared_prompts=len(np.intersect1d(train.prompts, evaluation.prompts)) if evaluation else 0,
     )
     log_summary(report)
     rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
-    return PreparedData(_public(train), None if evaluation is None else _public(evaluation), report, rejected)
+    return PreparedData(train.dataset, evaluation.dataset if evaluation else None, report, rejected)
 
 
 def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
@@ -177,9 +178,11 @@ def _encoded(source: Source, split: str, config: RunConfig, encoder: TextEncoder
         if not _is_complete(folder):
             with _lock(root / f"encoded-{key}.lock", source.name):
                 _build_if_missing(folder, source, config, encoder)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in _CACHE_ERRORS:
+            raise
         raise DataError(
-            f"dataset_cache_dir={root}: can't be written ({error}). Fix: --dataset_cache_dir DIR."
+            f"dataset_cache_dir={root}: can't be written ({error}). Fix: --dataset_cache_dir DIR, one with room."
         ) from error
     return _load(folder, source.name, split)
 
@@ -446,7 +449,50 @@ def _hash(value: Any) -> int:
 # --- Joining, splitting, limits ------------------------------------------------------------------------------------
 
 
-def _joined(parts: Sequence[_Encoded]) -> Dataset:
+@dataclass(frozen=True)
+class _Side:
+    """Training or evaluation data: a data set, and per group what splitting and statistics need, as arrays.
+
+    The arrays are read once, column by column and before any selection: reading columns through a selection costs
+    seconds per hundred thousand rows.
+    """
+
+    dataset: Dataset
+    prompt_lengths: IntArray
+    lengths: IntArray
+    ranks: IntArray
+    sizes: IntArray
+    prompts: IntArray
+    groups: IntArray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def take(self, indices: IntArray) -> _Side:
+        """Only these groups, in this order."""
+        sizes = self.sizes[indices]
+        starts = (np.cumsum(self.sizes) - self.sizes)[indices]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        flat = np.repeat(starts, sizes) + within
+        return _Side(
+            self.dataset.select(indices),
+            self.prompt_lengths[indices],
+            self.lengths[flat],
+            self.ranks[flat],
+            sizes,
+            self.prompts[indices],
+            self.groups[indices],
+        )
+
+    def limit(self, count: int | None) -> _Side:
+        """The first groups only."""
+        return self if count is None or count >= len(self) else self.take(np.arange(count))
+
+    def statistics(self) -> TextStatistics:
+        return text_statistics(self.prompt_lengths, self.lengths, self.ranks, self.sizes, self.prompts, self.groups)
+
+
+def _joined(parts: Sequence[_Encoded]) -> _Side:
     import datasets
 
     used = [part.used for part in parts if len(part.used)]
@@ -454,23 +500,37 @@ def _joined(parts: Sequence[_Encoded]) -> Dataset:
         reports = [part.report for part in parts]
         read, lost = sum(r.rows_read for r in reports), sum(r.rows_rejected for r in reports)
         raise DataError("no usable row is left. " + too_many_text(reports, read, lost, 0.0))
-    return datasets.concatenate_datasets(used) if len(used) > 1 else used[0]
+    data = datasets.concatenate_datasets(used) if len(used) > 1 else used[0]
+    columns = data.select_columns([*_FACT_COLUMNS, "prompt_length", "ranks"]).with_format("arrow")[:]
+    ranks = columns["ranks"].combine_chunks()
+    return _Side(
+        data.remove_columns(list(_FACT_COLUMNS)),
+        prompt_lengths=_integers(columns["prompt_length"].combine_chunks()),
+        lengths=_integers(columns["lengths"].combine_chunks().flatten()),
+        ranks=_integers(ranks.flatten()),
+        sizes=_integers(ranks.value_lengths()),
+        prompts=_integers(columns["prompt_key"].combine_chunks()),
+        groups=_integers(columns["group_key"].combine_chunks()),
+    )
 
 
-def _split(data: Dataset, size: float, seed: int) -> tuple[Dataset, Dataset]:
+def _integers(array: Any) -> IntArray:
+    return np.asarray(array.to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def _split(side: _Side, size: float, seed: int) -> tuple[_Side, _Side]:
     """Hold out groups for evaluation; groups of one prompt stay on one side.
 
     Prompts are drawn in an order that depends on the seed and the prompts alone, not on processes or files' order.
     """
-    wanted = int(size) if size >= 1 else round(size * len(data))
-    if not 1 <= wanted < len(data):
+    wanted = int(size) if size >= 1 else round(size * len(side))
+    if not 1 <= wanted < len(side):
         raise DataError(
-            f"eval_split_size={size:g}: holds out {wanted} of {len(data)} usable groups; at least one must be on each "
+            f"eval_split_size={size:g}: holds out {wanted} of {len(side)} usable groups; at least one must be on each "
             "side. Fix: choose another size, or give eval_dataset_path."
         )
-    _, prompt_of, sizes = np.unique(_column(data, "prompt_key"), return_inverse=True, return_counts=True)
-    taken = _draw(sizes, wanted, seed)
-    held = taken[prompt_of.reshape(-1)]
+    _, prompt_of, sizes = np.unique(side.prompts, return_inverse=True, return_counts=True)
+    held = _draw(sizes, wanted, seed)[prompt_of.reshape(-1)]
     if not held.any():
         raise DataError(
             f"eval_split_size={size:g}: every prompt has more than {wanted} groups, and groups of one prompt stay "
@@ -478,7 +538,7 @@ def _split(data: Dataset, size: float, seed: int) -> tuple[Dataset, Dataset]:
         )
     if held.sum() != wanted:
         logger.warning(f"eval_split_size={size:g}: {held.sum()} groups held out, as groups of one prompt stay together")
-    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))
+    return side.take(np.flatnonzero(~held)), side.take(np.flatnonzero(held))
 
 
 def _draw(sizes: IntArray, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -492,34 +552,3 @@ def _draw(sizes: IntArray, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[n
         if not left:
             break
     return taken
-
-
-def _limited(data: Dataset, limit: int | None) -> Dataset:
-    return data if limit is None or limit >= len(data) else data.select(range(limit))
-
-
-def _public(data: Dataset) -> Dataset:
-    return data.remove_columns(list(_FACT_COLUMNS))
-
-
-def _column(data: Dataset, name: str) -> IntArray:
-    """A column of whole numbers; a column of lists comes back as one flat array."""
-    column = data.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
-    flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
-    return np.asarray(flat.to_numpy(zero_copy_only=False)).astype(np.int64)
-
-
-def _statistics(data: Dataset) -> TextStatistics:
-    ranks = data.select_columns(["ranks"]).with_format("arrow")[:]["ranks"].combine_chunks()
-    return text_statistics(
-        prompt_lengths=_column(data, "prompt_length"),
-        lengths=_column(data, "lengths"),
-        ranks=_column(data, "ranks"),
-        sizes=np.asarray(ranks.value_lengths().to_numpy(zero_copy_only=False)).astype(np.int64),
-        prompts=_column(data, "prompt_key"),
-        groups=_column(data, "group_key"),
-    )
-
-
-def _num_shared_prompts(train: Dataset, evaluation: Dataset) -> int:
-    return len(np.intersect1d(_column(train, "prompt_key"), _column(evaluation, "prompt_key")))

@@ -13,6 +13,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -150,6 +151,8 @@ def _local_source(name: str, split: str) -> Source:
     path = Path(name)
     if not path.exists():
         raise DataError(f"dataset_path={name}: there is no such file.{_nearest_file(path)} Fix: correct the path.")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"dataset_path={name}: may not be read by this user. Fix: chmod +r, or copy the file.")
     if path.is_dir():
         _require_saved_dataset(path, name)
         files = sorted(part for part in path.rglob("*") if part.is_file())

@@ -529,6 +529,17 @@ def test_waiting_for_another_process_says_so(
     assert "a.jsonl: waiting for another process that is encoding it" in caplog.text
 
 
+def test_other_system_errors_are_not_blamed_on_the_cache(
+    tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(preparation, "_build", fail)
+    with pytest.raises(OSError, match=r"Input/output error"):
+        prepare_data(make_config(jsonl(tmp_path / "a.jsonl", [pair(0)])), encoder)
+
+
 @pytest.mark.skipif("RM_SCALE_HH_DATA" not in os.environ, reason="RM_SCALE_HH_DATA does not name the HH file")
 def test_real_hh_data(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = make_config(os.environ["RM_SCALE_HH_DATA"], eval_split_size=100, dataset_num_proc=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,13 @@ def test_missing_file_names_the_nearest(tmp_path: Path, jsonl: Jsonl) -> None:
         local_sources([str(tmp_path / "trian.jsonl")])
     with pytest.raises(DataError, match=r"The folder .*/nowhere does not exist either"):
         local_sources([str(tmp_path / "nowhere" / "x.jsonl")])
+
+
+def test_unreadable_file(tmp_path: Path, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
+    with pytest.raises(DataError, match=r"rows.jsonl: may not be read by this user. Fix: chmod"):
+        local_sources([path])
 
 
 def test_unsupported_suffix(tmp_path: Path) -> None:
