@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: global rank, number of ranks, rank within its node, and who started it."""
+    """This process's place: global rank, number of ranks, rank within its node, who started it, ranks on its node."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     launcher: str = "python"
+    ranks_on_node: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -48,11 +49,15 @@ def detect_world(environ: dict[str, str] | None = None) -> World:
         if not 0 <= rank < size:
             raise UserError(f"RANK={rank} with WORLD_SIZE={size}: a rank lies in [0, size). Fix: check the launcher.")
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
-        return World(rank, size, int(env.get("LOCAL_RANK", "0")), launcher)
+        # torchrun and deepspeed name it differently.
+        on_node = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
+        return World(rank, size, int(env.get("LOCAL_RANK", "0")), launcher, on_node)
     # Only a job *step* has SLURM_STEP_NUM_TASKS: plain `python` inside a batch script stays a single process.
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        return World(rank, size, int(env.get("SLURM_LOCALID", "0")), "srun")
+        # "2(x3)" or "2,1": tasks per node; an upper bound is enough to share cores.
+        per_node = max(int(part.split("(")[0]) for part in env.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split(","))
+        return World(rank, size, int(env.get("SLURM_LOCALID", "0")), "srun", per_node)
     return World()
 
 
@@ -96,6 +101,10 @@ def has_gpu() -> bool:
 def prepare_environment(world: World) -> None:
     """Set what the libraries read at import: to be called before DeepSpeed is imported."""
     export_world(world)
+    # Ranks on one machine share its cores; left alone each would start a thread per core and they would wait on
+    # each other. Read when torch is imported, so it comes first.
+    threads = max(1, len(os.sched_getaffinity(0)) // world.ranks_on_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # gloo connects over the interface that the host name resolves to, which on many laptops is none.
@@ -104,13 +113,20 @@ def prepare_environment(world: World) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int) -> None:
-    """Create the process group: NCCL on GPUs, gloo on CPUs.
+def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int) -> bool:
+    """Create the process group: NCCL on GPUs, gloo on CPUs. Gives True when there was none before.
 
     It must exist before the model is loaded, or ZeRO-3's `zero.Init` sees a world of one and shards nothing.
+
+    Args:
+        world: this process's place.
+        uses_deepspeed: the run goes through DeepSpeed's engine, which needs a group even for one process.
+        timeout_seconds: after this a collective that hangs ends the run.
     """
-    if world.size == 1 and not uses_deepspeed:
-        return
+    # accelerate reads this when the training arguments are built; without it no engine is made.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if uses_deepspeed else "false"
+    if _is_distributed() or (world.size == 1 and not uses_deepspeed):
+        return False
     import torch
 
     gpu = has_gpu()
@@ -119,21 +135,12 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
     backend = "nccl" if gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if uses_deepspeed:
-        # accelerate reads this when the training arguments are built; without it no engine is made.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         import deepspeed
 
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
-
-
-def close_process_group() -> None:
-    """Leave the process group if there is one; torch warns about groups that are merely abandoned."""
-    if _is_distributed():
-        import torch
-
-        torch.distributed.destroy_process_group()
+    return True
 
 
 def _is_distributed() -> bool:

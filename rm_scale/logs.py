@@ -55,4 +55,6 @@ def setup_logging(rank: int = 0, debug: bool = False) -> None:
     noisy = ("transformers", "datasets", "accelerate", "peft", "trl", "DeepSpeed", "httpx", "filelock")
     for library in noisy:
         logging.getLogger(library).setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    # accelerate warns that transformers counts micro-steps itself; nothing is wrong.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

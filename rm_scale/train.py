@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 
 from rm_scale.config import help_text, parse_config
-from rm_scale.distributed import close_process_group, detect_world, has_gpu, init_process_group, prepare_environment
+from rm_scale.distributed import detect_world, has_gpu, init_process_group, prepare_environment
 from rm_scale.launch.guard import run_guarded
-from rm_scale.logs import get_logger, setup_logging
+from rm_scale.logs import setup_logging
 from rm_scale.planning.plan import make_plan
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.dry_run:
             print(f"{config.model_dump_json(indent=2)}\n{plan.to_json()}" if world.is_main else "", end="\n")
             return 0
-        init_process_group(world, plan.deepspeed_config is not None, config.ddp_timeout)
+        owns_group = init_process_group(world, plan.deepspeed_config is not None, config.ddp_timeout)
 
         # The libraries are imported only now: DeepSpeed reads the environment when it is imported.
         from rm_scale.launch import steps
@@ -61,12 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         steps.train(trainer, config)
         result = steps.evaluate(trainer, data)
         steps.save(trainer, config, plan, result, world)
+        if owns_group:
+            trainer.end()  # finishes the loggers and leaves the process group
         return 0
 
-    code = run_guarded(run, world.is_main, config.debug)
-    get_logger(__name__).debug(f"exit code {code}")
-    close_process_group()
-    return code
+    return run_guarded(run, world.is_main, config.debug)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`evaluation.json`: the exact result of the final evaluation."""
+"""`evaluation.json`: the exact result of the final evaluation, and the rewards it came from."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from rm_scale.training.metrics import EvaluationResult
 
 
 def write_evaluation(result: EvaluationResult, run_dir: Path) -> Path:
-    """Write `evaluation.json` into the run's `run/` folder, whole or not at all."""
+    """Write `evaluation.json` and every group's rewards beside it (`evaluation_scores.jsonl`) into `run/`."""
     path = run_dir / "evaluation.json"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
-    os.replace(aside, path)
+    _write_whole(path, json.dumps(result.as_dict(), indent=2))
+    lines = [
+        json.dumps({"id": group.id, "subset": group.subset, "ranks": group.ranks, "rewards": group.rewards})
+        for group in result.groups
+    ]
+    _write_whole(run_dir / "evaluation_scores.jsonl", "\n".join(lines) + "\n")
     return path
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write the file, whole or not at all."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def evaluation_table(result: EvaluationResult) -> str:

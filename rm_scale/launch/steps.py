@@ -188,7 +188,6 @@ def save(
         except UserError as caught:
             error = caught
     raise_together(error)
-    trainer.end()
 
 
 def _leave_behind(config: RunConfig, plan: Plan, result: EvaluationResult | None) -> None:

@@ -24,6 +24,7 @@ class ScoredGroup:
         margin, soft_label: as in `PreferenceGroup`.
         subset: "" when there is none.
         lengths: K lengths in tokens.
+        id: the row's id in its source.
     """
 
     rewards: Sequence[float]
@@ -32,6 +33,7 @@ class ScoredGroup:
     soft_label: float | None = None
     subset: str = ""
     lengths: Sequence[int] = ()
+    id: str = ""
 
 
 @dataclass
@@ -79,6 +81,7 @@ class EvaluationResult:
         score_mean, score_std: over all responses.
         num_scored: responses scored.
         longer_wins: counts of the rule "the longer response is better", over the same pairs.
+        groups: the groups themselves, in the data set's order.
     """
 
     overall: PairCounts = field(default_factory=PairCounts)
@@ -87,6 +90,7 @@ class EvaluationResult:
     score_std: float = math.nan
     num_scored: int = 0
     longer_wins: PairCounts = field(default_factory=PairCounts)
+    groups: list[ScoredGroup] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `evaluation.json`."""
@@ -111,6 +115,7 @@ def evaluate_groups(groups: Iterable[ScoredGroup], settings: LossSettings, keep_
     result = EvaluationResult()
     rewards: list[float] = []
     for group in groups:
+        result.groups.append(group)
         result.overall.add(group, settings, keep_ties)
         if group.subset:
             result.subsets.setdefault(group.subset, PairCounts()).add(group, settings, keep_ties)

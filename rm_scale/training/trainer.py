@@ -208,7 +208,7 @@ class RewardTrainer(trl.RewardTrainer):  # type: ignore[misc]
         everything: dict[int, list[float]] = {}
         for part in gather_from_ranks(rewards):
             everything.update(part)
-        rows = groups.select_columns(["ranks", "margin", "soft_label", "subset", "input_ids"])
+        rows = groups.select_columns(["ranks", "margin", "soft_label", "subset", "id", "input_ids"])
         return [_scored_group(rows[index], everything[index]) for index in range(len(groups))]
 
     def _score_batch(
@@ -329,6 +329,7 @@ def _scored_group(row: dict[str, Any], rewards: list[float]) -> ScoredGroup:
         soft_label=row["soft_label"],
         subset=row["subset"] or "",
         lengths=[len(ids) for ids in row["input_ids"]],
+        id=row["id"] or "",
     )
 
 

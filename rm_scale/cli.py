@@ -1,0 +1,77 @@
+"""`rm-scale <command>`: thin commands over the rooms. Heavy imports happen inside a command, never for `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rm_scale import __version__
+from rm_scale.launch.guard import run_guarded
+from rm_scale.logs import setup_logging
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives its exit code.
+
+    Args:
+        argv: words of the command line; default `sys.argv[1:]`.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and not getattr(options, "takes_settings", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    setup_logging(debug=options.debug)
+    return run_guarded(lambda: int(options.run(options, rest)), debug=options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rm-scale", description="Train reward models from a laptop to many GPU nodes.")
+    parser.add_argument("--version", action="version", version=f"rm-scale {__version__}")
+    parser.add_argument("--debug", action="store_true", help="full tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    assets = commands.add_parser("assets", help="make or fetch a model folder to try things with, without a hub")
+    assets.add_argument("name", choices=["tiny", "smollm2-135m"], help="tiny: random weights, made here in a second")
+    assets.add_argument("directory", help="where to write the model folder")
+    assets.add_argument("--architecture", default="llama", help="of the tiny model: llama, qwen2, qwen3, mistral, ...")
+    assets.set_defaults(run=_assets)
+
+    data = commands.add_parser(
+        "data",
+        help="read, check and encode preference files as a run would, and report",
+        description="Takes the settings of rm_scale/train.py, such as --dataset_path FILE --model_name_or_path DIR.",
+    )
+    data.set_defaults(run=_data, takes_settings=True)
+    return parser
+
+
+def _assets(options: argparse.Namespace, rest: list[str]) -> int:
+    from rm_scale.modeling.assets import fetch_smollm2, make_tiny_model
+
+    if options.name == "tiny":
+        folder = make_tiny_model(options.directory, architecture=options.architecture)
+    else:
+        folder = fetch_smollm2(options.directory)
+    print(folder)
+    return 0
+
+
+def _data(options: argparse.Namespace, rest: list[str]) -> int:
+    from rm_scale.config import parse_config
+
+    parsed = parse_config(rest)
+    parsed.raise_problems()
+
+    from rm_scale.data.checks import raise_if_too_many
+    from rm_scale.data.preparation import prepare_data
+    from rm_scale.launch.steps import load_text_encoder
+
+    _, encoder = load_text_encoder(parsed.config)
+    data = prepare_data(parsed.config, encoder)
+    raise_if_too_many(data.report, parsed.config.max_rejected_share)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
