@@ -191,7 +191,7 @@ def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
         _tiny(tmp_path / "model", vocab_size=100)
     impossible: tuple[dict[str, Any], ...] = ({"heads": 0}, {"layers": 0}, {"hidden_size": 18})
     for sizes in impossible:
-        with pytest.raises(AssetError, match=r"hidden_size=.* a multiple of 2 \* heads .* Fix: use 64, 2 and 4"):
+        with pytest.raises(AssetError, match=r"hidden_size=.* a multiple of 2 \* heads .* Fix: use 64, 2 and 2"):
             _tiny(tmp_path / "model", **sizes)
 
 

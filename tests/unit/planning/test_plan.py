@@ -1,0 +1,208 @@
+"""From settings to a plan: defaults by size, batch arithmetic, and every refusal with its text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rm_scale.config import config_from_dict
+from rm_scale.errors import ConfigError, ModelError
+from rm_scale.planning.plan import Plan, make_plan
+from rm_scale.planning.shape import read_model_config, shape_from_config
+from rm_scale.planning.zero import find_deepspeed_config, read_deepspeed_config
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("{}\n")
+    return path
+
+
+def plan(model: Path, data: Path, world_size: int = 2, device: str = "cuda", **settings: Any) -> Plan:
+    values = {
+        "model_name_or_path": str(model),
+        "dataset_path": str(data),
+        "output_dir": str(model.parent / "out"),
+        **settings,
+    }
+    return make_plan(config_from_dict(values), world_size, device)
+
+
+def test_parameters_of_known_models() -> None:
+    # Published totals without the language-model head: Llama-3.1-8B 8.03e9 - 128256 x 4096; Llama-2-13B 13.02e9 - ...
+    assert shape_from_config(LLAMA_8B).num_parameters == pytest.approx(8.030e9 - 128256 * 4096, rel=1e-3)
+    llama_13b = {**LLAMA_8B, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}
+    llama_13b |= {"num_key_value_heads": 40, "intermediate_size": 13824, "vocab_size": 32000}
+    assert shape_from_config(llama_13b).num_parameters == pytest.approx(13.016e9 - 32000 * 5120, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "expected"), [(4, 512, (2e-5, 8)), (24, 2048, (1e-5, 4)), (32, 4096, (5e-6, 2))]
+)
+def test_defaults_by_size_are_applied_and_said(
+    model: Path, data: Path, layers: int, hidden: int, expected: tuple[float, int]
+) -> None:
+    shape = {**LLAMA_8B, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": hidden * 7 // 2}
+    (model / "config.json").write_text(json.dumps(shape))
+    made = plan(model, data)
+    assert (made.learning_rate, made.per_device_train_batch_size) == expected
+    assert any(note.startswith("learning_rate not given") for note in made.notes)
+
+
+def test_given_values_are_kept_without_a_note(model: Path, data: Path) -> None:
+    made = plan(model, data, learning_rate=3e-4, per_device_train_batch_size=1, num_train_epochs=2)
+    assert (made.learning_rate, made.per_device_train_batch_size, made.notes) == (3e-4, 1, ())
+
+
+def test_global_batch_sets_accumulation(model: Path, data: Path) -> None:
+    made = plan(model, data, world_size=4, global_batch_size=64, per_device_train_batch_size=2)
+    assert (made.gradient_accumulation_steps, made.global_batch_size) == (8, 64)
+    fitted = plan(model, data, world_size=2, global_batch_size=6)
+    assert (fitted.per_device_train_batch_size, fitted.gradient_accumulation_steps) == (1, 3)
+
+
+def test_impossible_global_batch_names_a_possible_one(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"multiple of per_device_train_batch_size x ranks = 2 x 4\. Fix: use 8"):
+        plan(model, data, world_size=4, global_batch_size=9, per_device_train_batch_size=2)
+
+
+def test_steps_come_with_the_data(model: Path, data: Path) -> None:
+    made = plan(model, data, per_device_train_batch_size=4, num_train_epochs=2).with_data(100, 10, -1)
+    assert (made.steps_per_epoch, made.total_steps) == (13, 26)
+    assert "100 groups to train on" in made.summary()
+    assert json.loads(made.to_json())["total_steps"] == 26
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "float32"),
+        ({"deepspeed": "zero3"}, "bfloat16"),
+        ({"use_peft": True}, "bfloat16"),
+        ({"use_peft": True, "bf16": False}, "float32"),
+        ({"dtype": "float32", "deepspeed": "zero2"}, "float32"),
+    ],
+)
+def test_weight_type(model: Path, data: Path, settings: dict[str, Any], expected: str) -> None:
+    assert plan(model, data, **settings).dtype == expected
+
+
+def test_problems_of_files_and_settings_come_together(tmp_path: Path, model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(model, tmp_path / "pears.jsonl", lora_r=0, model_name_or_path=str(tmp_path / "nowhere"), deepspeed="zero9")
+    text = str(caught.value)
+    assert "did you mean" in text and "pairs.jsonl" in text
+    for part in ("lora_r=0", "there is no such folder", "deepspeed='zero9': no such file"):
+        assert part in text
+
+
+def test_output_that_cannot_be_written(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be written"):
+        plan(model, data, output_dir=str(data / "out"))
+
+
+def test_probing_the_output_leaves_nothing_behind(model: Path, data: Path, tmp_path: Path) -> None:
+    plan(model, data, output_dir=str(tmp_path / "a" / "b" / "c"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_existing_run_is_not_overwritten_unasked(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "full"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="already holds files.*--force overwrite"):
+        plan(model, data, output_dir=str(output))
+    plan(model, data, output_dir=str(output), force=["overwrite"])
+
+
+def test_missing_checkpoint_and_template(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)chat_template_path=t.jinja.*resume_from_checkpoint=nowhere: no such folder"):
+        plan(model, data, chat_template_path="t.jinja", resume_from_checkpoint="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "has a 'optimizer' block"),
+        ({"train_batch_size": 8}, "train_batch_size=8: batch and clipping come from the run"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled=False but the run has bf16=True"),
+        ({"zero_optimization": {"stage": 3}}, "gather_16bit_weights_on_model_save is not true"),
+        ({"zero_optimization": {"stage": 4}}, "The stage is 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_weights": True}}, "quantised communication"),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}, "does not divide the 2 ranks"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}},
+            "is not a folder on this machine",
+        ),
+    ],
+)
+def test_deepspeed_file_is_checked(model: Path, data: Path, change: dict[str, Any], expected: str) -> None:
+    file = model / "ds.json"
+    file.write_text(json.dumps({"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}, **change}))
+    with pytest.raises(ConfigError) as caught:
+        plan(model, data, deepspeed=str(file))
+    assert expected in str(caught.value)
+
+
+def test_deepspeed_file_that_is_no_json(model: Path) -> None:
+    (model / "ds.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_deepspeed_config(str(model / "ds.json"))
+    (model / "ds.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must hold one JSON object"):
+        read_deepspeed_config(str(model / "ds.json"))
+
+
+def test_shipped_deepspeed_files_are_found_by_name() -> None:
+    assert find_deepspeed_config("zero3").name == "zero3.json"
+    with pytest.raises(ConfigError, match="shipped names: .*zero2"):
+        find_deepspeed_config("zero7")
+
+
+def test_quantised_checkpoints_are_refused(model: Path, data: Path) -> None:
+    (model / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ConfigError, match=r"already quantised \(gptq\)"):
+        plan(model, data)
+
+
+def test_folders_that_hold_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no config.json"):
+        read_model_config(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds a LoRA adapter, not a model"):
+        read_model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="can't be read"):
+        read_model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="is not a JSON object"):
+        read_model_config(str(tmp_path))
+    with pytest.raises(ModelError, match="has none of hidden_size"):
+        shape_from_config({"model_type": "strange"})
+
+
+def test_unknown_hub_name_says_what_to_do() -> None:
+    with pytest.raises(ModelError, match="the hub gave no config.json .*without network give a local folder"):
+        read_model_config("nobody/no-such-model")

@@ -1,0 +1,135 @@
+"""The configuration is strict, names what is wrong, and says all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rm_scale.config import RunConfig, config_from_dict, help_text, parse_config
+from rm_scale.errors import ConfigError
+
+OK = ["--model_name_or_path", "m", "--dataset_path", "d.jsonl"]
+
+
+def problem(*flags: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config([*OK, *flags]).raise_problems()
+    return str(caught.value)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: a\ndataset_path: [x.jsonl]\nlearning_rate: 1e-4\nlora_r: 8\n")
+    parsed = parse_config(["--local_rank=0", "--config", str(file), "--lora_r", "4"])
+    parsed.raise_problems()
+    assert (parsed.config.learning_rate, parsed.config.lora_r, parsed.config.dataset_path) == (1e-4, 4, ["x.jsonl"])
+    assert {"learning_rate", "lora_r"} <= parsed.given
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [("lora_rankk", "lora_"), ("learning_rat", "learning_rate"), ("dataset_pth", "dataset_path"), ("bf_16", "bf16")],
+)
+def test_typo_names_the_nearest_setting(flag: str, nearest: str) -> None:
+    assert f"did you mean {nearest}" in problem(f"--{flag}", "1")
+
+
+def test_typo_in_yaml_is_as_wrong_as_in_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: a\ndataset_path: x.jsonl\nlearning_rte: 1e-4\n")
+    with pytest.raises(ConfigError, match="learning_rte .*did you mean learning_rate"):
+        parse_config(["--config", str(file)]).raise_problems()
+
+
+def test_all_problems_come_at_once() -> None:
+    text = problem("--lora_r", "0", "--max_length", "abc", "--nonsense_setting", "1", "--load_in_4bit")
+    assert "4 problems" in text
+    for name in ("lora_r='0'", "max_length='abc'", "nonsense_setting", "load_in_4bit=True with use_peft=False"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--fp16", "--bf16", "false"], "rewards overflow"),
+        (["--fp16", "--force", "fp16"], "choose one"),
+        (["--load_in_4bit", "--use_peft", "--bf16", "false"], "full precision"),
+        (["--merge_adapter"], "no adapter to merge"),
+        (["--dataset_name", "n"], "exactly one must be given, got 2"),
+        (["--eval_strategy", "epoch"], "nothing to evaluate on"),
+        (["--eval_split_size", "0.1", "--eval_strategy", "steps"], "eval_steps is missing"),
+        (["--eval_split_size", "2.5"], "whole number of groups"),
+        (["--eval_split_size", "5", "--eval_dataset_path", "e.jsonl"], "only one can say"),
+        (["--dataset_test_split", "test"], "dataset_name is not set"),
+        (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], "keep one of them"),
+        (["--loss_type", "plackett_luce", "--label_smoothing_factor", "0.1"], "smoothing is defined on pairs"),
+        (["--optim", "paged_adamw_8bit", "--deepspeed", "zero3_offload"], "silently swaps"),
+        (["--use_dora", "--use_peft", "--load_in_4bit", "--deepspeed", "zero3"], "DoRA must read whole"),
+        (["--dtype", "float16"], "weights in fp16 need"),
+        (["--dtype", "bfloat16", "--bf16", "false"], "disagree"),
+        (["--force", "everything"], "no such setting"),
+        (["--load_in_8bit"], "use load_in_4bit"),
+        (["--push_to_hub"], "nothing is pushed"),
+    ],
+)
+def test_impossible_combinations_are_refused(flags: list[str], expected: str) -> None:
+    text = problem(*flags)
+    assert expected in text
+    assert "Fix:" in text
+
+
+def test_word_before_any_flag_is_refused() -> None:
+    with pytest.raises(ConfigError, match="train.yaml: expected a --flag before it"):
+        parse_config(["train.yaml", *OK]).raise_problems()
+
+
+def test_required_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="model_name_or_path: is required"):
+        parse_config(["--dataset_path", "d"]).raise_problems()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2", "must be a mapping"),
+        ("lora_r: 1\nlora_r: 2", "key lora_r is written twice"),
+    ],
+)
+def test_broken_files_are_explained(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert expected in problem("--config", str(file))
+
+
+def test_missing_file_is_explained() -> None:
+    assert "can't be read (No such file or directory)" in problem("--config", "nowhere.yaml")
+
+
+def test_python_objects_in_yaml_are_not_built(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: !!python/object/apply:os.system ['true']")
+    assert "not valid YAML" in problem("--config", str(file))
+
+
+def test_lists_come_from_words_commas_and_none() -> None:
+    assert parse_config([*OK, "--report_to", "wandb,tensorboard"]).config.report_to == ["wandb", "tensorboard"]
+    assert parse_config([*OK, "--lora_target_modules", "q_proj", "v_proj"]).config.lora_target_modules == ["q_proj", "v_proj"]
+    assert parse_config([*OK, "--report_to", "none"]).config.report_to == []
+    assert parse_config([*OK, "--lora_target_modules", "none"]).config.lora_target_modules is None
+
+
+def test_method_follows_from_the_settings() -> None:
+    base = {"model_name_or_path": "m", "dataset_path": "d"}
+    assert config_from_dict(base).config.method == "full"
+    assert config_from_dict({**base, "use_peft": True}).config.method == "lora"
+    assert config_from_dict({**base, "use_peft": True, "load_in_4bit": True}).config.method == "qlora"
+
+
+def test_every_field_is_documented_and_frozen() -> None:
+    assert all(info.description for info in RunConfig.model_fields.values())
+    config = config_from_dict({"model_name_or_path": "m", "dataset_path": "d"}).config
+    with pytest.raises(ValueError, match="frozen"):
+        config.lora_r = 3  # type: ignore[misc]
+    assert all(f"--{name}" in help_text() for name in RunConfig.model_fields)
