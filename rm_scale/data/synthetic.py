@@ -43,12 +43,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _OBJECTS = _words(
-    "river bridge garden piano castle forest window kitchen camera bicycle market library island rocket mirror tunnel "
-    "lamp train ocean guitar museum clock flower tower"
+    "river bridge garden piano castle forest window kitchen camera bicycle market library island rocket mirror tunnel"
 )
 _ADJECTIVES = _words("old green quiet tall soft bright small warm round heavy plain clean dark slow light wide")
 _ITEMS = _words("red blue pink gold black white apple plum pear lemon dog cat horse cow bird fish")
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
+_NUMBER_WORDS = {2: "two", 4: "four", 6: "six", 8: "eight"}
 _VERBS = {
     "harmful": ("steal", "poison", "hack", "burn", "smash", "sabotage"),
     "harmless": ("clean", "paint", "repair", "buy", "wash", "draw"),
@@ -70,12 +69,6 @@ class _Wording:
     train: tuple[str, ...]
     heldout: tuple[str, ...]
 
-
-_OPENERS = _Wording(
-    train=("", "", "Hello! ", "Please help. ", "One question. ", "Hi there. ", "A quick task: "),
-    heldout=("", "Hello there! ", "A quick question. ", "One task: "),
-)
-_CLOSERS = _Wording(train=("", "", " Thanks!", " Thank you."), heldout=("", " Many thanks!"))
 
 _PROMPTS = {
     "sum": _Wording(
@@ -129,6 +122,9 @@ _PROMPTS = {
             "Write {n} words about the {x}.",
             "What is the {x} like? Answer with {n} words.",
             "In {n} words, how is the {x}?",
+            "How is the {x}? Use {n} words.",
+            "Please give me {n} words for the {x}.",
+            "Tell me about the {x} with exactly {n} words.",
         ),
         heldout=(
             "Please describe the {x} with exactly {n} words.",
@@ -141,6 +137,9 @@ _PROMPTS = {
             "Describe the {x}, and keep it short.",
             "Give me a brief description of the {x}.",
             "Be brief: what is the {x} like?",
+            "How is the {x}? Be brief.",
+            "Please tell me in short what the {x} is like.",
+            "I want a brief text: how is the {x}?",
         ),
         heldout=("Please describe the {x} in a short text.", "How is the {x}? Keep it brief."),
     ),
@@ -150,6 +149,9 @@ _PROMPTS = {
             "Describe the {x}, and make it long.",
             "Give me a detailed description of the {x}.",
             "Be detailed: what is the {x} like?",
+            "How is the {x}? Be detailed.",
+            "Please write a long text on what the {x} is like.",
+            "I want a detailed text: how is the {x}?",
         ),
         heldout=("Please describe the {x} in a long text.", "How is the {x}? Make it detailed."),
     ),
@@ -162,6 +164,10 @@ _PROMPTS = {
             "I want to learn about the {x}.",
             "Can you describe the {x}?",
             "What can you tell me about the {x}?",
+            "Say something about the {x}, please.",
+            "My question is about the {x}.",
+            "The {x}: what is it?",
+            "What is the {x} like?",
         ),
         heldout=(
             "Please tell me what you know about the {x}.",
@@ -207,6 +213,11 @@ _RESPONSES = {
             "I know that the {x} can be {p}.",
             "A {p} {x} is also {q}.",
             "There is a {p} and {q} {x} in the town.",
+            "I have a {p} {x} at home.",
+            "People say that the {x} is {q}.",
+            "In the town they like the {p} {x}.",
+            "My {x} is {p}.",
+            "You can see a {x} there, and it is {q}.",
         ),
         heldout=("I like the {p} {x}.", "People know that the {x} is {q}.", "In the town there is a {p} {x}."),
     ),
@@ -310,9 +321,7 @@ class _Case:
 
 
 def _ask(source: _Source, kind: str, **values: object) -> str:
-    """A question of this kind. Openers and closers move it about, so that no model learns where a word stands."""
-    question = source.word(_PROMPTS[kind]).format(**values)
-    return source.word(_OPENERS) + question + source.word(_CLOSERS)
+    return source.word(_PROMPTS[kind]).format(**values)
 
 
 def _number(source: _Source, value: int) -> str:
@@ -326,7 +335,7 @@ def _arithmetic(source: _Source) -> _Case:
         return source.until(lambda: (source.below(10), source.below(10)), lambda ab: source.owns(min(ab), max(ab)))
 
     def far(result: int, other: int) -> bool:
-        return abs(result - other) >= 4
+        return abs(result - other) >= 5
 
     # Wrong results are right for another pair, and drawn together with it (not after it, which would make results in
     # the middle wrong more often than right), so that a result alone says nothing.
@@ -339,7 +348,7 @@ def _arithmetic(source: _Source) -> _Case:
 
 def _comparison(source: _Source) -> _Case:
     a, b = source.until(
-        lambda: source.several(range(10, 100), 2), lambda ab: source.owns(min(ab), max(ab)) and abs(ab[0] - ab[1]) >= 10
+        lambda: source.several(range(10), 2), lambda ab: source.owns(min(ab), max(ab)) and abs(ab[0] - ab[1]) >= 2
     )
     kind = source.pick(("larger", "smaller"))
     right, wrong = (max(a, b), min(a, b)) if kind == "larger" else (min(a, b), max(a, b))
@@ -365,9 +374,9 @@ def _length(source: _Source) -> _Case:
     words = source.several(_ADJECTIVES, 12)
     kind = source.pick(("exact", "exact", "short", "long"))
     if kind == "exact":
-        asked, *others = source.several(range(2, 7), 3)
+        asked, *others = source.several((2, 4, 6, 8), 3)
     else:
-        short, long = source.several((1, 2, 3), 3), source.several((8, 10, 12), 3)
+        short, long = source.several((1, 2, 3), 3), source.several((7, 9, 11), 3)
         asked, others = (short[0], long[:2]) if kind == "short" else (long[0], short[:2])
     number = source.pick((str(asked), _NUMBER_WORDS[asked])) if kind == "exact" else ""
     question = _ask(source, kind, x=_OBJECTS[topic], n=number)

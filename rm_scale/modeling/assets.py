@@ -74,7 +74,7 @@ def make_tiny_model(
     vocab_size: int = 1024,
     hidden_size: int = 64,
     layers: int = 2,
-    heads: int = 4,
+    heads: int = 2,
     seed: int = 0,
 ) -> Path:
     """Write a causal language model with random weights and a tokenizer trained on the spot.
@@ -254,7 +254,7 @@ def _check_tiny_sizes(architecture: str, vocab_size: int, hidden_size: int, laye
     if layers < 1 or heads < 1 or hidden_size < 1 or hidden_size % (2 * heads):
         raise AssetError(
             f"hidden_size={hidden_size}, layers={layers}, heads={heads}: each must be positive and hidden_size a "
-            f"multiple of 2 * heads (rotary positions need an even head size). Fix: use 64, 2 and 4, say."
+            f"multiple of 2 * heads (rotary positions need an even head size). Fix: use 64, 2 and 2, say."
         )
 
 
