@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rm-scale", description="Train reward models from a laptop to many GPU nodes.")
+    parser = argparse.ArgumentParser(
+        prog="rm-scale", description="Train reward models from a laptop to many GPU nodes."
+    )
     parser.add_argument("--version", action="version", version=f"rm-scale {__version__}")
     parser.add_argument("--debug", action="store_true", help="full tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -39,7 +39,8 @@ class RunConfig(BaseModel):
     model_revision: str = Field("main", description="Branch, tag or commit of a hub model.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless asked.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Weight type. auto: bfloat16, or float32 for full fine-tuning without ZeRO and with bf16 off."
+        "auto",
+        description="Weight type. auto: bfloat16, or float32 for full fine-tuning without ZeRO and with bf16 off.",
     )
     attn_implementation: str | None = Field(None, description="transformers' attention kernel; default its own choice.")
     chat_template_path: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
@@ -52,7 +53,9 @@ class RunConfig(BaseModel):
     lora_alpha: int = Field(32, ge=1, description="LoRA alpha; updates are scaled by alpha / r.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the LoRA input.")
     lora_target_modules: list[str] | None = Field(None, description="Modules to adapt. Default: all linear layers.")
-    lora_modules_to_save: list[str] | None = Field(None, description="Further modules trained in full; the head always is.")
+    lora_modules_to_save: list[str] | None = Field(
+        None, description="Further modules trained in full; the head always is."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv 2402.09353).")
     load_in_4bit: bool = Field(False, description="QLoRA: hold the frozen backbone in 4 bits. Needs use_peft.")
@@ -64,14 +67,18 @@ class RunConfig(BaseModel):
     merge_adapter: bool = Field(False, description="At the end also write a merged model to OUTPUT_DIR/merged.")
 
     # --- Data ----------------------------------------------------------------------------------------------------
-    dataset_path: list[str] | None = Field(None, description="Local preference files (JSON, JSONL[.gz], Parquet, CSV, Arrow).")
+    dataset_path: list[str] | None = Field(
+        None, description="Local preference files (JSON, JSONL[.gz], Parquet, CSV, Arrow)."
+    )
     dataset_name: str | None = Field(None, description="Name of a hub dataset.")
     dataset_config: str | None = Field(None, description="Configuration of the hub dataset.")
     dataset_train_split: str = Field("train", description="Hub split to train on.")
     dataset_test_split: str | None = Field(None, description="Hub split to evaluate on.")
     eval_dataset_path: list[str] | None = Field(None, description="Local files to evaluate on.")
     eval_split_size: float | None = Field(
-        None, gt=0, description="Hold out this many groups (>= 1) or this share (< 1) of the training data for evaluation."
+        None,
+        gt=0,
+        description="Hold out this many groups (>= 1) or this share (< 1) of the training data for evaluation.",
     )
     dataset_format: Literal[
         "auto", "explicit_prompt", "implicit_prompt", "conversational", "hh_text", "ranked", "soft_label"
@@ -153,7 +160,9 @@ class RunConfig(BaseModel):
     sample_scores: int = Field(4, ge=0, description="Groups of the evaluation set whose scores are printed at the end.")
 
     # --- Running -------------------------------------------------------------------------------------------------
-    force: list[str] = Field(default_factory=list, description="Rules to override by name: " + ", ".join(FORCEABLE_RULES))
+    force: list[str] = Field(
+        default_factory=list, description="Rules to override by name: " + ", ".join(FORCEABLE_RULES)
+    )
     dry_run: bool = Field(False, description="Print the resolved RunConfig and Plan and stop.")
     debug: bool = Field(False, description="Full tracebacks and log lines from every rank.")
     local_rank: int | None = Field(None, description="Set by launchers; the environment's LOCAL_RANK counts.")
@@ -373,7 +382,8 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
     rule(
         "load_in_4bit use_peft",
         c.load_in_4bit and not c.use_peft,
-        "load_in_4bit=True with use_peft=False: 4-bit weights can't be trained in full. Fix: set use_peft: true (QLoRA).",
+        "load_in_4bit=True with use_peft=False: 4-bit weights can't be trained in full. Fix: set use_peft: "
+        "true (QLoRA).",
     )
     rule(
         "merge_adapter use_peft",
@@ -432,7 +442,8 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
     rule(
         "eval_split_size",
         c.eval_split_size is not None and c.eval_split_size >= 1 and c.eval_split_size != int(c.eval_split_size),
-        f"eval_split_size={c.eval_split_size}: must be a share below 1 or a whole number of groups. Fix: e.g. 300 or 0.1.",
+        f"eval_split_size={c.eval_split_size}: must be a share below 1 or a whole number of groups. Fix: "
+        "e.g. 300 or 0.1.",
     )
     rule(
         "eval_strategy eval_dataset_path eval_split_size dataset_test_split",

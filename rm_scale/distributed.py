@@ -137,6 +137,9 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
     if uses_deepspeed:
         import deepspeed
 
+        if not gpu:
+            # A shared-memory all-reduce that ZeRO never calls would take a minute to compile on first use.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)

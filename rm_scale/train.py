@@ -11,6 +11,7 @@ import sys
 
 from rm_scale.config import help_text, parse_config
 from rm_scale.distributed import detect_world, has_gpu, init_process_group, prepare_environment
+from rm_scale.launch.extensions import prepare_extensions
 from rm_scale.launch.guard import run_guarded
 from rm_scale.logs import setup_logging
 from rm_scale.planning.plan import make_plan
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> int:
         # What will run; everything wrong with the settings is said here, before anything is loaded or written.
         prepare_environment(world)
+        prepare_extensions(world.local_rank)
         plan = make_plan(parsed, world.size, "cuda" if has_gpu() else "cpu", check_output=world.is_main)
         if config.dry_run:
             print(f"{config.model_dump_json(indent=2)}\n{plan.to_json()}" if world.is_main else "", end="\n")

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
-# Several ranks share few cores here, and nothing may look for a hub.
+# Several ranks share few cores here, and nothing may look for a hub. Read when the libraries are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and its tokenizer, in transformers' format."""
+    from rm_scale.modeling.assets import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("assets") / "llama", vocab_size=400, hidden_size=32)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 generated pairs of several subsets."""
+    from rm_scale.data.synthetic import generate_pairs
+
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in generate_pairs(120, seed=3, split="train")))
+    return path

@@ -38,7 +38,8 @@ def evaluation_table(result: EvaluationResult) -> str:
         low, high = part["accuracy_ci95"]
         numbers = [part[key] if part[key] is not None else float("nan") for key in ("accuracy", "loss", "mean_margin")]
         lines.append(
-            f"{name:<{width}}  {numbers[0]:8.4f}  {low:.4f} - {high:.4f}  {part['num_pairs']:6d}  {part['num_ties']:4d}  "
+            f"{name:<{width}}  {numbers[0]:8.4f}  {low:.4f} - {high:.4f}  {part['num_pairs']:6d}  "
+            f"{part['num_ties']:4d}  "
             f"{numbers[1]:5.3f}  {numbers[2]:6.3f}"
         )
     baselines = values["baselines"]

@@ -78,7 +78,9 @@ class RewardScorer:
             DataError: the lengths differ, or a text is longer than the contract allows.
         """
         if len(prompts) != len(completions):
-            raise DataError(f"{len(prompts)} prompts and {len(completions)} completions: give one prompt per completion.")
+            raise DataError(
+                f"{len(prompts)} prompts and {len(completions)} completions: give one prompt per completion."
+            )
         tools = tools if tools is not None else [None] * len(prompts)
         sequences = [
             self._encode(prompt, completion, tool)

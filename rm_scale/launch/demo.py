@@ -56,12 +56,11 @@ def make_assets(folder: Path) -> None:
     from rm_scale.modeling.assets import make_tiny_model
 
     write_synthetic(folder, num_train=NUM_TRAIN, num_heldout=NUM_HELDOUT, seed=0)
-    make_tiny_model(folder / "model", **TINY_MODEL)
+    make_tiny_model(folder / "model", hidden_size=64, layers=2)
 
 
 NUM_TRAIN = 12_000
 NUM_HELDOUT = 1_000
-TINY_MODEL: dict[str, int] = {}
 
 
 def demo_command(output_dir: Path, assets: Path) -> list[str]:
@@ -106,7 +105,8 @@ def _summary(output_dir: Path, training_seconds: float, total_seconds: float) ->
     low, high = evaluation["accuracy_ci95"]
     print(
         f"\nheld-out accuracy {accuracy:.4f} (95 % interval {low:.4f} - {high:.4f}, {evaluation['num_pairs']} pairs), "
-        f"target {ACCURACY_TARGET:.2f}; training and evaluation took {training_seconds:.0f} s, all {total_seconds:.0f} s\n"
+        f"target {ACCURACY_TARGET:.2f}; training and evaluation took {training_seconds:.0f} s, all "
+        f"{total_seconds:.0f} s\n"
         f"  the model           {output_dir}/ (config.json, model.safetensors, tokenizer)\n"
         f"  how it scores       {output_dir}/scoring_contract.json\n"
         f"  model card          {output_dir}/README.md\n"
@@ -116,7 +116,9 @@ def _summary(output_dir: Path, training_seconds: float, total_seconds: float) ->
         f"  model and data made {output_dir}/assets/"
     )
     if accuracy < ACCURACY_TARGET:
-        raise UserError(f"held-out accuracy {accuracy:.4f} is below {ACCURACY_TARGET}. Fix: report this with the output.")
+        raise UserError(
+            f"held-out accuracy {accuracy:.4f} is below {ACCURACY_TARGET}. Fix: report this with the output."
+        )
     return 0
 
 

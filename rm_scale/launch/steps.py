@@ -102,9 +102,7 @@ def build_trainer(
 ) -> RewardTrainer:
     """Put model, data, loss and scoring contract together."""
     collator = PaddedCollator(tokenizer.pad_token_id, config.pad_to_multiple_of, config.tie_policy == "half")
-    settings = LossSettings(
-        config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0
-    )
+    settings = LossSettings(config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0)
     return RewardTrainer(
         model=loaded.model,
         args=arguments,
@@ -153,7 +151,8 @@ def _resume_folder(config: RunConfig) -> str | None:
     last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
     if last is None:
         raise CheckpointError(
-            f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. Fix: leave the setting out to start."
+            f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. Fix: leave the setting "
+            "out to start."
         )
     return last
 
@@ -168,9 +167,7 @@ def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | N
     return result
 
 
-def save(
-    trainer: RewardTrainer, config: RunConfig, plan: Plan, result: EvaluationResult | None, world: World
-) -> None:
+def save(trainer: RewardTrainer, config: RunConfig, plan: Plan, result: EvaluationResult | None, world: World) -> None:
     """Write the model directory, verified, with its records; then merge and show sample scores."""
     if result is not None:
         trainer.contract = replace(

@@ -61,7 +61,7 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
         if head is None:
             continue
         outputs = getattr(head, "out_features", None)
-        if not isinstance(head, nn.Linear) or outputs != 1 or head.bias is not None:
+        if not isinstance(head, nn.Linear) or outputs != 1 or getattr(head, "bias", None) is not None:
             raise ModelError(
                 f"{type(model).__name__}.{name} is {type(head).__name__} with {outputs} outputs: a reward head is one "
                 "linear layer with one output and no bias. Fix: use a decoder-only model (Llama, Qwen, Mistral, Gemma, "

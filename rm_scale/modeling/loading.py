@@ -104,15 +104,15 @@ def load_reward_model(
             install_scalar_head(model)
             _restore_head(model, folder / "model.safetensors")
         else:
-            raise ModelError(f"{folder}: holds no config.json or adapter_config.json. Fix: give a run's output directory.")
+            raise ModelError(
+                f"{folder}: holds no config.json or adapter_config.json. Fix: give a run's output directory."
+            )
     if not getattr(model, "is_loaded_in_4bit", False):
         model = model.to(device)
     return model.eval()
 
 
-def _load_adapter(
-    folder: Path, dtype: torch.dtype | None, device: str | torch.device, quantized: bool
-) -> PeftModel:
+def _load_adapter(folder: Path, dtype: torch.dtype | None, device: str | torch.device, quantized: bool) -> PeftModel:
     from transformers import BitsAndBytesConfig
 
     contract = json.loads((folder / "scoring_contract.json").read_text(encoding="utf-8"))
@@ -161,7 +161,8 @@ def _load_sequence_classifier(
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES or head_expected]
     if missing:
         raise ModelError(
-            f"model_name_or_path={name!r}: its files lack {len(missing)} weights, first {sorted(missing)[0]}; they would "
+            f"model_name_or_path={name!r}: its files lack {len(missing)} weights, first "
+            f"{sorted(missing)[0]}; they would "
             "be random. Fix: download the model again, or check that config.json belongs to these weights."
         )
     return model
@@ -197,7 +198,9 @@ def checkpoint_has_head(name: str, revision: str = "main") -> bool:
 
 def checkpoint_keys(name: str, revision: str = "main") -> list[str]:
     """Names of all tensors in a safetensors checkpoint, sharded or not."""
-    index = cached_file(name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    index = cached_file(
+        name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     if index is not None:
         return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
     single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -245,7 +248,7 @@ def _restore_head(model: torch.nn.Module, weights: Path) -> None:
         return
     head = active_head(model)
     with safe_open(str(weights), framework="pt") as tensors:
-        names = [key for key in tensors.keys() if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]
+        names = [key for key in list(tensors.keys()) if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]
         if len(names) == 1:
             head.weight.data = tensors.get_tensor(names[0]).float().to(head.weight.device)
             head.residual = torch.zeros_like(head.residual)

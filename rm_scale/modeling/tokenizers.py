@@ -88,7 +88,9 @@ def settle_pad_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = No
     vocabulary = tokenizer.get_vocab()
     for candidate in PAD_CANDIDATES:
         if candidate in vocabulary and vocabulary[candidate] not in {tokenizer.eos_token_id, tokenizer.bos_token_id}:
-            logger.info(f"padding token: {candidate} (the tokenizer had {tokenizer.pad_token}, EOS is {tokenizer.eos_token})")
+            logger.info(
+                f"padding token: {candidate} (the tokenizer had {tokenizer.pad_token}, EOS is {tokenizer.eos_token})"
+            )
             tokenizer.pad_token = candidate
             return
     tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})

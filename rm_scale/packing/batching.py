@@ -19,11 +19,11 @@ class GroupRef(NamedTuple):
     """One place in a micro-batch.
 
     Attributes:
-        index: row of the data set.
+        row: row of the data set.
         counted: False for a filler that keeps all ranks at the same number of micro-steps and adds nothing to the loss.
     """
 
-    index: int
+    row: int
     counted: bool
 
 
@@ -41,7 +41,7 @@ class GroupDataset(Dataset[dict[str, Any]]):
         return len(self.groups)
 
     def __getitem__(self, ref: GroupRef) -> dict[str, Any]:
-        return {**self.groups[ref.index], "index": ref.index, "counted": ref.counted}
+        return {**self.groups[ref.row], "index": ref.row, "counted": ref.counted}
 
 
 class StepBatchSampler:

@@ -33,7 +33,10 @@ class PaddedCollator:
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [ids for group in groups for ids in group["input_ids"]]
-        return {**pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of), **comparison_labels(groups, self.keep_ties)}
+        return {
+            **pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of),
+            **comparison_labels(groups, self.keep_ties),
+        }
 
 
 def comparison_labels(groups: Sequence[dict[str, Any]], keep_ties: bool) -> dict[str, torch.Tensor]:

@@ -90,7 +90,8 @@ class Plan:
         """A few lines for people."""
         zero = f"ZeRO-{self.zero_stage}" if self.deepspeed_config is not None else "no ZeRO"
         lines = [
-            f"{self.method} training of {self.num_parameters / 1e6:,.1f}M parameters on {self.world_size} x {self.device}, "
+            f"{self.method} training of {self.num_parameters / 1e6:,.1f}M parameters on {self.world_size} x "
+            f"{self.device}, "
             f"{zero}{f', offload to {self.offload}' if self.offload != 'none' else ''}, "
             f"weights {self.dtype}, compute {self.compute_dtype}",
             f"batch: {self.per_device_train_batch_size} groups x {self.gradient_accumulation_steps} micro-steps x "
@@ -214,7 +215,8 @@ def _check_batch(config: RunConfig, world_size: int) -> list[str]:
     if total % (micro * world_size) == 0:
         return []
     return [
-        f"global_batch_size={total}: must be a multiple of per_device_train_batch_size x ranks = {micro} x {world_size}. "
+        f"global_batch_size={total}: must be a multiple of per_device_train_batch_size x ranks = {micro} x "
+        f"{world_size}. "
         f"Fix: use {max(1, round(total / (micro * world_size))) * micro * world_size}."
     ]
 
@@ -223,7 +225,8 @@ def _check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | 
     problems = []
     if shape.quantization is not None:
         problems.append(
-            f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised ({shape.quantization}); "
+            f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised "
+            f"({shape.quantization}); "
             "they can't be sharded or trained here. Fix: give the unquantised model, with load_in_4bit: true for QLoRA."
         )
     if values is not None and offload_device(values) == "nvme" and zero_stage(values) != 3:
@@ -258,12 +261,12 @@ def _nearest_file(path: Path) -> str:
 def _check_output_dir(config: RunConfig) -> list[str]:
     """Try to write there, and leave no trace of having tried."""
     path = Path(config.output_dir)
-    if path.is_dir() and any(path.iterdir()):
-        if config.resume_from_checkpoint is None and "overwrite" not in config.force:
-            return [
-                f"output_dir={config.output_dir}: already holds files. Fix: choose another folder, continue with "
-                "--resume_from_checkpoint last, or add --force overwrite."
-            ]
+    may_hold_files = config.resume_from_checkpoint is not None or "overwrite" in config.force
+    if path.is_dir() and any(path.iterdir()) and not may_hold_files:
+        return [
+            f"output_dir={config.output_dir}: already holds files. Fix: choose another folder, continue with "
+            "--resume_from_checkpoint last, or add --force overwrite."
+        ]
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,8 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
             if isinstance(text.get(name), int):
                 return int(text[name])
         raise ModelError(
-            f"config.json of model type {config.get('model_type')!r} has none of {', '.join(names)}: its shape can't be "
+            f"config.json of model type {config.get('model_type')!r} has none of {', '.join(names)}: its "
+            "shape can't be "
             "read. Fix: use a decoder-only language model in transformers' format."
         )
 
@@ -95,7 +96,9 @@ def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:
     if folder.exists():
         return _read_local(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise ModelError(f"model_name_or_path={name!r}: there is no such folder. Fix: give a folder that holds config.json.")
+        raise ModelError(
+            f"model_name_or_path={name!r}: there is no such folder. Fix: give a folder that holds config.json."
+        )
     return _read_json(_download(name, revision), name)
 
 
@@ -111,7 +114,8 @@ def _read_local(folder: Path) -> dict[str, Any]:
             )
         return _read_json(path, str(folder))
     raise ModelError(
-        f"model_name_or_path={str(folder)!r}: the folder has no config.json. Fix: give a folder in transformers' format."
+        f"model_name_or_path={str(folder)!r}: the folder has no config.json. Fix: give a folder in "
+        "transformers' format."
     )
 
 
@@ -123,7 +127,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
             f"model_name_or_path={name!r}: {path.name} can't be read ({error}). Fix: download the model again."
         ) from error
     if not isinstance(config, dict):
-        raise ModelError(f"model_name_or_path={name!r}: {path.name} is not a JSON object. Fix: download the model again.")
+        raise ModelError(
+            f"model_name_or_path={name!r}: {path.name} is not a JSON object. Fix: download the model again."
+        )
     return config
 
 

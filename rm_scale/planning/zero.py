@@ -33,7 +33,9 @@ def find_deepspeed_config(name: str) -> Path:
         return shipped
     sample = shipped_file("ds_configs", "zero3.json")
     names = ", ".join(sorted(path.stem for path in sample.parent.glob("*.json"))) if sample else "none found"
-    raise ConfigError([f"deepspeed={name!r}: no such file. Fix: give a JSON file or one of the shipped names: {names}."])
+    raise ConfigError(
+        [f"deepspeed={name!r}: no such file. Fix: give a JSON file or one of the shipped names: {names}."]
+    )
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:
@@ -46,7 +48,9 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError([f"deepspeed={name!r}: {path} is not valid JSON ({error}). Fix: correct the file."]) from error
+        raise ConfigError(
+            [f"deepspeed={name!r}: {path} is not valid JSON ({error}). Fix: correct the file."]
+        ) from error
     if not isinstance(values, dict):
         raise ConfigError([f"deepspeed={name!r}: {path} must hold one JSON object. Fix: correct the file."])
     return values
@@ -80,7 +84,8 @@ def check_deepspeed_config(values: dict[str, Any], config: RunConfig, world_size
     problems += _check_precision(values, config, where)
     if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         problems.append(
-            f"{where}: zero_optimization.stage3_gather_16bit_weights_on_model_save is not true; ZeRO-3 weights would not "
+            f"{where}: zero_optimization.stage3_gather_16bit_weights_on_model_save is not true; ZeRO-3 "
+            "weights would not "
             "be gathered at a save. Fix: set it to true."
         )
     if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
@@ -101,7 +106,7 @@ def check_deepspeed_config(values: dict[str, Any], config: RunConfig, world_size
 def _check_batch_values(values: dict[str, Any], config: RunConfig, where: str) -> list[str]:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return [
-        f"{where}: {name}={values[name]}: batch and clipping come from the run's settings. Fix: set it to \"auto\"."
+        f'{where}: {name}={values[name]}: batch and clipping come from the run\'s settings. Fix: set it to "auto".'
         for name in names
         if values.get(name, "auto") != "auto"
     ]
@@ -113,7 +118,7 @@ def _check_precision(values: dict[str, Any], config: RunConfig, where: str) -> l
         enabled = values.get(kind, {}).get("enabled", "auto" if kind in values else False)
         if enabled != "auto" and bool(enabled) != wanted and (enabled or kind == "bf16"):
             problems.append(
-                f"{where}: {kind}.enabled={enabled} but the run has {kind}={wanted}. Fix: set {kind}.enabled to \"auto\"."
+                f'{where}: {kind}.enabled={enabled} but the run has {kind}={wanted}. Fix: set {kind}.enabled to "auto".'
             )
     return problems
 
@@ -125,7 +130,8 @@ def _check_nvme(zero: dict[str, Any], where: str) -> list[str]:
         path = block.get("nvme_path")
         if block.get("device") == "nvme" and not (path and Path(path).is_dir()):
             problems.append(
-                f"{where}: {what}.nvme_path={path!r} is not a folder on this machine. Fix: copy the file, set nvme_path "
+                f"{where}: {what}.nvme_path={path!r} is not a folder on this machine. Fix: copy the file, "
+                "set nvme_path "
                 "to a folder on a local NVMe disk, and give the copy's path."
             )
     return problems

@@ -46,7 +46,8 @@ def _description(config: RunConfig, plan: Plan) -> str:
             f"| method | {plan.method}, {zero}, {plan.world_size} ranks |",
             f"| data | {data}: {plan.num_train_groups:,} groups to train on |",
             f"| loss | {config.loss_type} |",
-            f"| steps | {plan.total_steps:,} of {plan.global_batch_size} groups, learning rate {plan.learning_rate:g} |",
+            f"| steps | {plan.total_steps:,} of {plan.global_batch_size} groups, learning rate "
+            f"{plan.learning_rate:g} |",
             f"| precision | weights {plan.dtype}, compute {plan.compute_dtype}, head float32 |",
             f"| longest text | {config.max_length} tokens |",
         ]
@@ -57,13 +58,21 @@ def _results(result: EvaluationResult | None) -> str:
     if result is None:
         return "## Evaluation\n\nThere was no evaluation data."
     values = result.as_dict()
-    lines = ["## Evaluation", "", "| subset | pairs | accuracy | 95 % interval | mean margin |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "## Evaluation",
+        "",
+        "| subset | pairs | accuracy | 95 % interval | mean margin |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, part in [("all", values), *values["subsets"].items()]:
         low, high = part["accuracy_ci95"]
         accuracy = "-" if part["accuracy"] is None else f"{part['accuracy']:.4f}"
         margin = "-" if part["mean_margin"] is None else f"{part['mean_margin']:.3f}"
         lines.append(f"| {name} | {part['num_pairs']} | {accuracy} | {low:.4f} - {high:.4f} | {margin} |")
-    lines += ["", f"Scores on the evaluation set: mean {result.score_mean:.4f}, standard deviation {result.score_std:.4f}."]
+    lines += [
+        "",
+        f"Scores on the evaluation set: mean {result.score_mean:.4f}, standard deviation {result.score_std:.4f}.",
+    ]
     return "\n".join(lines)
 
 

@@ -96,7 +96,8 @@ class EarlyWarnings(TrainerCallback):
         if logs.get("max_reward") is not None and logs["max_reward"] == logs.get("min_reward"):
             self._warn(
                 "rewards_equal",
-                f"all rewards are {logs['max_reward']:.6g}: the head or the pooled position is the same for every text. "
+                f"all rewards are {logs['max_reward']:.6g}: the head or the pooled position is the same for "
+                "every text. "
                 "Check that responses differ before max_length and that the padding token is not EOS.",
             )
         self._watch_accuracy(logs)
@@ -133,7 +134,8 @@ def not_finite_error(num_bad_losses: int, grad_norm: Any, step: int, rows: list[
         rows: data set rows of the step on this rank.
     """
     return TrainingError(
-        f"step {step}: the loss is not finite on {num_bad_losses} ranks (gradient norm {grad_norm}): the weights can't be "
+        f"step {step}: the loss is not finite on {num_bad_losses} ranks (gradient norm {grad_norm}): the "
+        "weights can't be "
         f"trusted from here on. Rows of this step on this rank: {rows[:16]}. "
         "Fix: lower learning_rate, check these rows, or resume from the last checkpoint."
     )

@@ -55,7 +55,7 @@ def _check_tensors(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no weights were written. Fix: check the disk and the rank 0 log.")
     for file in files:
         with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in list(tensors.keys()):
                 tensor = tensors.get_tensor(name)
                 if math.prod(tensor.shape) == 0 or (tensor.is_floating_point() and not tensor.isfinite().all()):
                     raise CheckpointError(

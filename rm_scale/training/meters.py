@@ -11,7 +11,17 @@ import torch
 
 from rm_scale.distributed import gather_from_ranks
 
-_SUMS = ("groups", "pairs", "correct", "ties", "margin_sum", "reward_sum", "responses", "real_tokens", "processed_tokens")
+_SUMS = (
+    "groups",
+    "pairs",
+    "correct",
+    "ties",
+    "margin_sum",
+    "reward_sum",
+    "responses",
+    "real_tokens",
+    "processed_tokens",
+)
 
 
 @dataclass
@@ -80,8 +90,12 @@ class StepMeter:
         if self._device_sums is not None:
             names = ("correct", "ties", "margin_sum", "reward_sum", "real_tokens", "pairs")
             mine.update(zip(names, self._device_sums.tolist(), strict=True))
-        low, high = (-self._extremes[0].item(), self._extremes[1].item()) if self._extremes is not None else (None, None)
-        ranks = gather_from_ranks({**mine, "min": low, "max": high, "seconds": self.seconds, "memory": peak_memory_bytes()})
+        low, high = (
+            (-self._extremes[0].item(), self._extremes[1].item()) if self._extremes is not None else (None, None)
+        )
+        ranks = gather_from_ranks(
+            {**mine, "min": low, "max": high, "seconds": self.seconds, "memory": peak_memory_bytes()}
+        )
         self.counts = dict.fromkeys(_SUMS, 0.0)
         self.seconds, self._device_sums, self._extremes = 0.0, None, None
         if was_running:

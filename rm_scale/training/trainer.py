@@ -11,7 +11,7 @@ import datasets
 import torch
 import trl
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from rm_scale.distributed import gather_from_ranks, raise_together, sum_over_ranks
 from rm_scale.errors import ModelError, UserError
@@ -30,7 +30,7 @@ from rm_scale.training.metrics import EvaluationResult, ScoredGroup, evaluate_gr
 logger = get_logger(__name__)
 
 
-class RewardTrainer(trl.RewardTrainer):  # type: ignore[misc]
+class RewardTrainer(trl.RewardTrainer):
     """Train a scalar reward on preference groups.
 
     It differs from TRL's trainer in four places only: which groups make a micro-batch (`get_train_dataloader`), the
@@ -69,6 +69,7 @@ class RewardTrainer(trl.RewardTrainer):  # type: ignore[misc]
         self.contract = contract
         self.shuffle = shuffle
         self.meter = StepMeter()
+        self.control: TrainerControl = TrainerControl()
         self._step_terms = 1.0
         self._step_rows: list[int] = []
         trainable = _trainable_values(model) if getattr(model, "is_loaded_in_4bit", False) else {}
@@ -108,7 +109,7 @@ class RewardTrainer(trl.RewardTrainer):  # type: ignore[misc]
         )
         return EpochDataLoader(
             GroupDataset(self.train_dataset),
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,

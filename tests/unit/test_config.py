@@ -38,7 +38,7 @@ def test_typo_names_the_nearest_setting(flag: str, nearest: str) -> None:
 def test_typo_in_yaml_is_as_wrong_as_in_a_flag(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model_name_or_path: a\ndataset_path: x.jsonl\nlearning_rte: 1e-4\n")
-    with pytest.raises(ConfigError, match="learning_rte .*did you mean learning_rate"):
+    with pytest.raises(ConfigError, match=r"learning_rte .*did you mean learning_rate"):
         parse_config(["--config", str(file)]).raise_problems()
 
 
@@ -80,12 +80,12 @@ def test_impossible_combinations_are_refused(flags: list[str], expected: str) ->
 
 
 def test_word_before_any_flag_is_refused() -> None:
-    with pytest.raises(ConfigError, match="train.yaml: expected a --flag before it"):
+    with pytest.raises(ConfigError, match=r"train.yaml: expected a --flag before it"):
         parse_config(["train.yaml", *OK]).raise_problems()
 
 
 def test_required_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match="model_name_or_path: is required"):
+    with pytest.raises(ConfigError, match=r"model_name_or_path: is required"):
         parse_config(["--dataset_path", "d"]).raise_problems()
 
 
@@ -115,7 +115,10 @@ def test_python_objects_in_yaml_are_not_built(tmp_path: Path) -> None:
 
 def test_lists_come_from_words_commas_and_none() -> None:
     assert parse_config([*OK, "--report_to", "wandb,tensorboard"]).config.report_to == ["wandb", "tensorboard"]
-    assert parse_config([*OK, "--lora_target_modules", "q_proj", "v_proj"]).config.lora_target_modules == ["q_proj", "v_proj"]
+    assert parse_config([*OK, "--lora_target_modules", "q_proj", "v_proj"]).config.lora_target_modules == [
+        "q_proj",
+        "v_proj",
+    ]
     assert parse_config([*OK, "--report_to", "none"]).config.report_to == []
     assert parse_config([*OK, "--lora_target_modules", "none"]).config.lora_target_modules is None
 
@@ -130,6 +133,6 @@ def test_method_follows_from_the_settings() -> None:
 def test_every_field_is_documented_and_frozen() -> None:
     assert all(info.description for info in RunConfig.model_fields.values())
     config = config_from_dict({"model_name_or_path": "m", "dataset_path": "d"}).config
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match=r"frozen"):
         config.lora_r = 3  # type: ignore[misc]
     assert all(f"--{name}" in help_text() for name in RunConfig.model_fields)

@@ -7,7 +7,9 @@ import pytest
 from rm_scale.packing.batching import StepBatchSampler
 
 
-def steps(num_groups: int, micro: int, accumulation: int, world: int, epoch: int = 0, shuffle: bool = True) -> list[set[int]]:
+def steps(
+    num_groups: int, micro: int, accumulation: int, world: int, epoch: int = 0, shuffle: bool = True
+) -> list[set[int]]:
     """The sets of counted groups of each optimizer step."""
     ranks = []
     for rank in range(world):
@@ -20,7 +22,7 @@ def steps(num_groups: int, micro: int, accumulation: int, world: int, epoch: int
     result = []
     for start in range(0, len(ranks[0]), accumulation):
         refs = [ref for batches in ranks for batch in batches[start : start + accumulation] for ref in batch]
-        counted = [ref.index for ref in refs if ref.counted]
+        counted = [ref.row for ref in refs if ref.counted]
         assert len(counted) == len(set(counted)), "no group counts twice"
         result.append(set(counted))
     return result
@@ -51,4 +53,4 @@ def test_micro_batches_are_always_full() -> None:
     sampler = StepBatchSampler(5, 2, 1, rank=1, world_size=2, shuffle=False, seed=0)
     last = list(sampler)[-1]
     assert [ref.counted for ref in last] == [False, False]
-    assert [ref.index for ref in last] == [4, 4]
+    assert [ref.row for ref in last] == [4, 4]

@@ -119,7 +119,7 @@ def test_problems_of_files_and_settings_come_together(tmp_path: Path, model: Pat
 
 
 def test_output_that_cannot_be_written(model: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match="can't be written"):
+    with pytest.raises(ConfigError, match=r"can't be written"):
         plan(model, data, output_dir=str(data / "out"))
 
 
@@ -132,13 +132,15 @@ def test_existing_run_is_not_overwritten_unasked(model: Path, data: Path, tmp_pa
     output = tmp_path / "full"
     output.mkdir()
     (output / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="already holds files.*--force overwrite"):
+    with pytest.raises(ConfigError, match=r"already holds files.*--force overwrite"):
         plan(model, data, output_dir=str(output))
     plan(model, data, output_dir=str(output), force=["overwrite"])
 
 
 def test_missing_checkpoint_and_template(model: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)chat_template_path=t.jinja.*resume_from_checkpoint=nowhere: no such folder"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)chat_template_path=t.jinja.*resume_from_checkpoint=nowhere: no such folder"
+    ):
         plan(model, data, chat_template_path="t.jinja", resume_from_checkpoint="nowhere")
 
 
@@ -168,16 +170,16 @@ def test_deepspeed_file_is_checked(model: Path, data: Path, change: dict[str, An
 
 def test_deepspeed_file_that_is_no_json(model: Path) -> None:
     (model / "ds.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"is not valid JSON"):
         read_deepspeed_config(str(model / "ds.json"))
     (model / "ds.json").write_text("[]")
-    with pytest.raises(ConfigError, match="must hold one JSON object"):
+    with pytest.raises(ConfigError, match=r"must hold one JSON object"):
         read_deepspeed_config(str(model / "ds.json"))
 
 
 def test_shipped_deepspeed_files_are_found_by_name() -> None:
     assert find_deepspeed_config("zero3").name == "zero3.json"
-    with pytest.raises(ConfigError, match="shipped names: .*zero2"):
+    with pytest.raises(ConfigError, match=r"shipped names: .*zero2"):
         find_deepspeed_config("zero7")
 
 
@@ -188,21 +190,21 @@ def test_quantised_checkpoints_are_refused(model: Path, data: Path) -> None:
 
 
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config.json"):
         read_model_config(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds a LoRA adapter, not a model"):
+    with pytest.raises(ModelError, match=r"holds a LoRA adapter, not a model"):
         read_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="can't be read"):
+    with pytest.raises(ModelError, match=r"can't be read"):
         read_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="is not a JSON object"):
+    with pytest.raises(ModelError, match=r"is not a JSON object"):
         read_model_config(str(tmp_path))
-    with pytest.raises(ModelError, match="has none of hidden_size"):
+    with pytest.raises(ModelError, match=r"has none of hidden_size"):
         shape_from_config({"model_type": "strange"})
 
 
 def test_unknown_hub_name_says_what_to_do() -> None:
-    with pytest.raises(ModelError, match="the hub gave no config.json .*without network give a local folder"):
+    with pytest.raises(ModelError, match=r"the hub gave no config.json .*without network give a local folder"):
         read_model_config("nobody/no-such-model")

@@ -34,7 +34,9 @@ def test_equal_rewards_cost_log_2() -> None:
 def test_margin_asks_for_a_larger_difference() -> None:
     batch = labels({"ranks": [0, 1], "margin": 2.0})
     rewards = torch.tensor([3.0, 0.0])
-    assert preference_loss(rewards, batch, LossSettings()).item() == pytest.approx(-logsigmoid(torch.tensor(1.0)).item())
+    assert preference_loss(rewards, batch, LossSettings()).item() == pytest.approx(
+        -logsigmoid(torch.tensor(1.0)).item()
+    )
 
 
 def test_soft_label_is_a_cross_entropy() -> None:
@@ -65,9 +67,7 @@ def test_group_of_four_gives_all_six_comparisons() -> None:
     batch = labels({"ranks": [2, 0, 3, 1]})
     rewards = torch.tensor([0.2, 1.0, -0.7, 0.4])
     order = [1, 3, 0, 2]
-    expected = sum(
-        -logsigmoid(rewards[order[a]] - rewards[order[b]]).item() for a in range(4) for b in range(a + 1, 4)
-    )
+    expected = sum(-logsigmoid(rewards[order[a]] - rewards[order[b]]).item() for a in range(4) for b in range(a + 1, 4))
     assert num_loss_terms(batch, LossSettings()) == 6
     assert preference_loss(rewards, batch, LossSettings()).item() == pytest.approx(expected)
 

@@ -1,0 +1,146 @@
+"""The same file under every launcher, dry runs, and a resumed run that is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import (
+    TRAIN,
+    deepspeed_command,
+    environment,
+    free_port,
+    losses,
+    read_json,
+    run,
+    run_cases,
+    scores,
+)
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model: Path, pairs_file: Path) -> list[str]:
+    words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file), "--eval_split_size", "11"]
+    words += ["--max_steps", "2", "--bf16", "false", "--learning_rate", "1e-3", "--logging_steps", "1"]
+    return [*words, "--per_device_train_batch_size", "2", "--disable_tqdm", "--sample_scores", "2"]
+
+
+def test_deepspeed_torchrun_and_srun_do_the_same(flags: list[str], tmp_path: Path) -> None:
+    """Two ranks under ZeRO-2 each time; srun is played by two processes with Slurm's variables."""
+    common = [*flags, "--deepspeed", "zero2"]
+    done = run(deepspeed_command(TRAIN, *common, "--output_dir", str(tmp_path / "deepspeed")))
+    assert done.code == 0, done.output[-4000:]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    done = run([*torchrun, str(TRAIN), *common, "--output_dir", str(tmp_path / "torchrun")])
+    assert done.code == 0, done.output[-4000:]
+    outputs = _run_as_slurm_step([*common, "--output_dir", str(tmp_path / "srun")])
+    assert all(code == 0 for code, _ in outputs), outputs
+    expected = losses(tmp_path / "deepspeed")
+    assert len(expected) == 2
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "srun") == expected
+    assert scores(tmp_path / "torchrun") == scores(tmp_path / "srun") == scores(tmp_path / "deepspeed")
+
+
+def _run_as_slurm_step(words: list[str]) -> list[tuple[int, str]]:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TRAIN), *words],
+            env=environment(**step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs: list[tuple[int, str]] = [(-1, "")] * 2
+
+    def wait(rank: int) -> None:
+        text, _ = processes[rank].communicate(timeout=300)
+        outputs[rank] = (processes[rank].returncode, text[-3000:])
+
+    threads = [threading.Thread(target=wait, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outputs
+
+
+def test_plain_python_trains_and_scores_samples(flags: list[str], tmp_path: Path) -> None:
+    done = run(
+        [sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--loss_type", "plackett_luce"]
+    )
+    assert done.code == 0, done.output[-4000:]
+    assert "scores of 2 groups by the saved model" in done.output
+    assert read_json(tmp_path / "out" / "run" / "evaluation.json")["num_pairs"] == 11
+
+
+def test_dry_run_prints_settings_and_plan_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:
+    done = run([sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    assert done.code == 0, done.output
+    for part in ('"learning_rate": 0.001', '"global_batch_size": 2', '"method": "full"', '"max_length": 1024'):
+        assert part in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    done = run([sys.executable, "-X", "importtime", str(TRAIN), "--help"])
+    assert done.code == 0 and "--lora_r " in done.output
+    assert "| torch\n" not in done.output.replace("|   ", "| ")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_resumed_run_is_the_uninterrupted_run(method: str, tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """Bit for bit on CPU, across an epoch's end, under ZeRO-3 in bf16 (head master included)."""
+    words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file), "--eval_split_size", "20"]
+    words += [
+        "--per_device_train_batch_size",
+        "10",
+        "--num_train_epochs",
+        "2",
+        "--logging_steps",
+        "1",
+        "--disable_tqdm",
+    ]
+    words += ["--deepspeed", "zero3", "--learning_rate", "2e-3", "--save_strategy", "steps", "--save_steps", "4"]
+    words += ["--sample_scores", "0", *(["--use_peft"] if method == "lora" else [])]
+    first = run_cases(tmp_path / "first", {"whole": words})
+    assert first.code == 0, first.output[-5000:]
+    checkpoint = tmp_path / "first" / "whole" / "checkpoint-4"
+    second = run_cases(tmp_path / "second", {"resumed": [*words, "--resume_from_checkpoint", str(checkpoint)]})
+    assert second.code == 0, second.output[-5000:]
+    assert losses(tmp_path / "second" / "resumed") == losses(tmp_path / "first" / "whole")[4:]
+    assert scores(tmp_path / "second" / "resumed") == scores(tmp_path / "first" / "whole")
+
+
+def test_ranked_lists_ties_and_subsets_train_and_evaluate(tiny_model: Path, tmp_path: Path) -> None:
+    from rm_scale.data.synthetic import generate_rows
+
+    path = tmp_path / "ranked.jsonl"
+    rows = generate_rows(40, 0, "train", None, "ranked")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(path), "--eval_split_size", "8"]
+    words += ["--max_steps", "3", "--output_dir", str(tmp_path / "out"), "--sample_scores", "1", "--disable_tqdm"]
+    done = run([sys.executable, str(TRAIN), *words])
+    assert done.code == 0, done.output[-4000:]
+    evaluation = read_json(tmp_path / "out" / "run" / "evaluation.json")
+    assert evaluation["num_pairs"] == 8 * 5  # six comparisons of four responses, one of them a tie
+    assert sum(part["num_pairs"] for part in evaluation["subsets"].values()) == 8 * 5

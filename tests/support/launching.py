@@ -1,0 +1,96 @@
+"""Start `rm_scale/train.py` as a user does, and read what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRAIN = REPOSITORY / "rm_scale" / "train.py"
+CASE_RUNNER = REPOSITORY / "tests" / "support" / "case_runner.py"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
+
+    code: int
+    output: str
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without the traces of an earlier launcher, on CPU."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"}
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    return {**kept, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def run(
+    command: list[str], timeout: float = 300, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> Finished:
+    """Run a command to its end; output and errors come together."""
+    done = subprocess.run(
+        command,
+        env=env or environment(),
+        cwd=cwd or REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout)
+
+
+def deepspeed_command(script: Path, *arguments: str, ranks: int = 2) -> list[str]:
+    """The words of `deepspeed --num_accelerators N script ...`, started with this Python."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return [*launcher, "--master_port", str(free_port()), str(script), *arguments]
+
+
+def run_cases(folder: Path, cases: dict[str, list[str]], ranks: int = 2, timeout: float = 600) -> Finished:
+    """Train several cases one after the other in the same processes, under the real launcher.
+
+    Each case runs `rm_scale.train.main` with its own flags and writes to `folder / name`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = {name: [*flags, "--output_dir", str(folder / name)] for name, flags in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(todo))
+    finished = run(deepspeed_command(CASE_RUNNER, str(folder / "cases.json"), ranks=ranks), timeout)
+    (folder / "log.txt").write_text(finished.output)
+    return finished
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The content of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run_folder: Path) -> list[float]:
+    """The logged training losses of a run."""
+    return [line["loss"] for line in read_lines(run_folder / "run" / "metrics.jsonl") if "loss" in line]
+
+
+def scores(run_folder: Path) -> list[float]:
+    """All rewards of a run's final evaluation, in the data set's order."""
+    return [reward for line in read_lines(run_folder / "run" / "evaluation_scores.jsonl") for reward in line["rewards"]]
