@@ -120,9 +120,10 @@ def check_golden(expected: list[float], actual: list[float], dtype: str, where: 
     """
     tolerance = SCORE_TOLERANCE[dtype]
     scale = max([1.0, *(abs(score) for score in expected)])
-    worst = max((abs(a - b) for a, b in zip(expected, actual, strict=True)), default=0.0)
-    # `not <=` rather than `>`: a NaN must fail too.
-    if not worst <= tolerance * scale:
+    differences = [abs(a - b) for a, b in zip(expected, actual, strict=True)]
+    # `not <=` rather than `>`, and no max() before it: a NaN must fail too.
+    if not all(difference <= tolerance * scale for difference in differences):
+        worst = max(differences, key=lambda difference: (difference != difference, difference))
         raise CheckpointError(
             f"{where}: the saved model scores differently from the one in training (largest difference {worst:.3g}, "
             f"allowed {tolerance * scale:.3g} in {dtype}). The save is not usable. Fix: keep the previous checkpoint "

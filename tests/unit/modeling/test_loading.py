@@ -1,0 +1,148 @@
+"""Every tested architecture loads, trains a head, saves, and is read back; wrong checkpoints are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from rm_scale.config import config_from_dict
+from rm_scale.errors import ModelError
+from rm_scale.modeling.assets import make_tiny_model
+from rm_scale.modeling.head import ScalarHead, active_head
+from rm_scale.modeling.loading import checkpoint_has_head, load_for_training, load_reward_model
+from rm_scale.modeling.scoring import score_sequences
+from rm_scale.modeling.tokenizers import ADDED_PAD_TOKEN, load_tokenizer, settle_pad_token
+from rm_scale.planning.plan import make_plan
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3"]
+
+
+def load(folder: Path, **settings: object):  # type: ignore[no-untyped-def]
+    values = {"model_name_or_path": str(folder), "dataset_path": str(folder), "bf16": False, **settings}
+    parsed = config_from_dict(values)
+    plan = make_plan(parsed, 1, "cpu", check_output=False)
+    tokenizer = load_tokenizer(str(folder))
+    return load_for_training(parsed.config, plan, tokenizer), tokenizer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architecture_gets_a_head_and_scores_alike_padded_or_not(architecture: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m", architecture, texts=["a few words 12"] * 5, vocab_size=300, hidden_size=32)
+    loaded, tokenizer = load(folder)
+    assert not loaded.head_was_found
+    assert isinstance(active_head(loaded.model), ScalarHead)
+    sequences = [tokenizer("a few words")["input_ids"], tokenizer("a few words 12 and some more")["input_ids"]]
+    alone = score_sequences(loaded.model, sequences, tokenizer.pad_token_id, batch_size=1, device="cpu")
+    together = score_sequences(loaded.model, sequences, tokenizer.pad_token_id, batch_size=2, device="cpu")
+    assert alone == pytest.approx(together, abs=1e-5)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    again = load_reward_model(tmp_path / "saved")
+    assert score_sequences(again, sequences, tokenizer.pad_token_id, 2, "cpu") == pytest.approx(together, abs=1e-6)
+
+
+@pytest.fixture
+def reward_model(tiny_model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "rm"
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    model.save_pretrained(folder)
+    for file in tiny_model.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_existing_head_is_kept(reward_model: Path) -> None:
+    loaded, _ = load(reward_model)
+    saved = load_file(reward_model / "model.safetensors")["score.weight"]
+    assert loaded.head_was_found
+    assert torch.equal(active_head(loaded.model).effective_weight(), saved)
+
+
+def test_reward_model_whose_head_is_missing_is_refused(reward_model: Path) -> None:
+    weights = load_file(reward_model / "model.safetensors")
+    weights["v_head.weight"] = weights.pop("score.weight")
+    save_file(weights, reward_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"the weights hold no head .*it would be random"):
+        checkpoint_has_head(str(reward_model))
+
+
+def test_classifier_with_two_outputs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(ModelError, match="a classifier with 2 outputs"):
+        checkpoint_has_head(str(tmp_path / "two"))
+
+
+def test_checkpoint_with_missing_layers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"its files lack 1 weights, first model\.layers\.1\.mlp\.up_proj"):
+        load(folder)
+
+
+def test_folder_without_a_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json or adapter_config\.json"):
+        load_reward_model(tmp_path)
+
+
+def test_lora_trains_adapters_and_head_only(tiny_model: Path) -> None:
+    loaded, _ = load(tiny_model, use_peft=True, lora_r=4, use_dora=True)
+    trained = {name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
+    assert any("score.modules_to_save" in name for name in trained)
+    assert all("lora_" in name or "score" in name for name in trained)
+    assert not any("score" in name and "lora" in name for name in trained)
+
+
+def test_qlora_quantises_the_backbone_and_not_the_head(tiny_model: Path) -> None:
+    import bitsandbytes as bnb
+
+    loaded, _ = load(tiny_model, use_peft=True, load_in_4bit=True, force=["qlora_fp32"])
+    kinds = {type(module).__name__ for name, module in loaded.model.named_modules() if name.endswith("base_layer")}
+    assert kinds == {"Linear4bit"}
+    assert not isinstance(active_head(loaded.model), bnb.nn.Linear4bit)
+    assert active_head(loaded.model).weight.dtype == torch.float32
+
+
+def test_unknown_target_module_names_the_choices(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"lora_target_modules=\['nothing'\].*Fix: choose among .*q_proj"):
+        load(tiny_model, use_peft=True, lora_target_modules=["nothing"])
+
+
+def test_pad_token_differs_from_eos(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.pad_token = tokenizer.eos_token
+    settle_pad_token(tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    with pytest.raises(ModelError, match="is the EOS token"):
+        settle_pad_token(tokenizer, tokenizer.eos_token)
+    with pytest.raises(ModelError, match="is not in the tokenizer's vocabulary"):
+        settle_pad_token(tokenizer, "<never seen>")
+
+
+def test_pad_token_is_added_when_there_is_none(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rm_scale.modeling.tokenizers.PAD_CANDIDATES", ())
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["pad_token"] = config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded, tokenizer = load(folder)
+    assert tokenizer.pad_token == ADDED_PAD_TOKEN
+    assert loaded.model.config.vocab_size >= len(tokenizer)
+    assert loaded.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_tokenizer_problems_are_named(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="its tokenizer can't be loaded"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ModelError, match=r"eos_token='<zz>': is not in the tokenizer's vocabulary"):
+        load_tokenizer(str(tiny_model), eos_token="<zz>")
