@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rm_scale import __version__
+from rm_scale.distributed import name_accelerator
 from rm_scale.launch.guard import run_guarded
 from rm_scale.logs import setup_logging
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _assets(options: argparse.Namespace, rest: list[str]) -> int:
+    name_accelerator()
     from rm_scale.modeling.assets import fetch_smollm2, make_tiny_model
 
     if options.name == "tiny":
@@ -64,6 +66,7 @@ def _data(options: argparse.Namespace, rest: list[str]) -> int:
 
     parsed = parse_config(rest)
     parsed.raise_problems()
+    name_accelerator()
 
     from rm_scale.data.checks import raise_if_too_many
     from rm_scale.data.preparation import prepare_data

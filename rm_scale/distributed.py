@@ -98,6 +98,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed when there is no GPU; it would guess the same, with a warning on standard output."""
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def prepare_environment(world: World) -> None:
     """Set what the libraries read at import: to be called before DeepSpeed is imported."""
     export_world(world)
@@ -105,8 +111,8 @@ def prepare_environment(world: World) -> None:
     # each other. Read when torch is imported, so it comes first.
     threads = max(1, len(os.sched_getaffinity(0)) // world.ranks_on_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    name_accelerator()
     if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # gloo connects over the interface that the host name resolves to, which on many laptops is none.
         all_here = os.environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"}
         if all_here and os.path.exists("/sys/class/net/lo"):

@@ -12,7 +12,7 @@ import sys
 from rm_scale.config import help_text, parse_config
 from rm_scale.distributed import detect_world, has_gpu, init_process_group, prepare_environment
 from rm_scale.launch.extensions import prepare_extensions
-from rm_scale.launch.guard import run_guarded
+from rm_scale.launch.guard import leave, run_guarded
 from rm_scale.logs import setup_logging
 from rm_scale.planning.plan import make_plan
 
@@ -71,4 +71,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -56,11 +56,11 @@ def make_assets(folder: Path) -> None:
     from rm_scale.modeling.assets import make_tiny_model
 
     write_synthetic(folder, num_train=NUM_TRAIN, num_heldout=NUM_HELDOUT, seed=0)
-    make_tiny_model(folder / "model", hidden_size=64, layers=2)
+    make_tiny_model(folder / "model")
 
 
 NUM_TRAIN = 12_000
-NUM_HELDOUT = 1_000
+NUM_HELDOUT = 1_400
 
 
 def demo_command(output_dir: Path, assets: Path) -> list[str]:

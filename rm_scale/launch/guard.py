@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,19 @@ from collections.abc import Callable
 from rm_scale.errors import UserError
 
 EXIT_USER_ERROR = 2
+
+
+def leave(code: int) -> None:
+    """End the process with this exit code.
+
+    After a failure the other ranks may be waiting in a collective, and a process that takes its group apart while they
+    do can wait for them, or be aborted with another exit code. So a failed process leaves at once.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_guarded(main: Callable[[], int], is_main_rank: bool = True, debug: bool = False) -> int:

@@ -243,6 +243,11 @@ def _check_files(config: RunConfig) -> list[str]:
     if config.chat_template_path is not None and not Path(config.chat_template_path).is_file():
         problems.append(f"chat_template_path={config.chat_template_path}: no such file. Fix: check the path.")
     resume = config.resume_from_checkpoint
+    if resume == "last" and not any(Path(config.output_dir).glob("checkpoint-*")):
+        problems.append(
+            f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. "
+            "Fix: leave the setting out to start."
+        )
     if resume not in {None, "last"} and not Path(str(resume)).is_dir():
         problems.append(f"resume_from_checkpoint={resume}: no such folder. Fix: give a checkpoint-N folder, or last.")
     return problems

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from rm_scale.distributed import detect_world, init_process_group, prepare_environment
@@ -27,6 +28,7 @@ def run_all(path: Path) -> int:
         # The next case is another run: accelerate keeps its state in class attributes.
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+    torch.distributed.destroy_process_group()
     return 0
 
 

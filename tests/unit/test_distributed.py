@@ -1,0 +1,62 @@
+"""Ranks from every launcher's environment, and failures that all ranks agree on."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+
+from rm_scale.distributed import World, detect_world, export_world, gather_from_ranks, raise_together, sum_over_ranks
+from rm_scale.errors import DataError, UserError
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, World()),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"},
+            World(3, 4, 1, "deepspeed", 2),
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"},
+            World(0, 2, 0, "torchrun", 2),
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "6",
+                "SLURM_PROCID": "5",
+                "SLURM_LOCALID": "1",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+            },
+            World(5, 6, 1, "srun", 2),
+        ),
+        # A batch script's own shell is no job step: plain python there is one process.
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, World()),
+    ],
+)
+def test_world_comes_from_the_launcher(environ: dict[str, str], expected: World) -> None:
+    assert detect_world(environ) == expected
+
+
+def test_rank_outside_the_world_is_refused() -> None:
+    with pytest.raises(UserError, match="RANK=2 with WORLD_SIZE=2"):
+        detect_world({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_srun_rendezvous_is_the_same_on_all_nodes() -> None:
+    step = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "node7"}
+    with mock.patch.dict(os.environ, step, clear=True):
+        export_world(World(1, 2, 0, "srun", 1))
+        assert os.environ["MASTER_ADDR"] == "node7"
+        assert os.environ["MASTER_PORT"] == str(20_000 + 123458 % 40_000)
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("1", "2")
+
+
+def test_alone_collectives_are_the_identity() -> None:
+    assert sum_over_ranks([1, 2.5]) == [1.0, 2.5]
+    assert gather_from_ranks("x") == ["x"]
+    raise_together(None)
+    with pytest.raises(DataError, match="broken"):
+        raise_together(DataError("broken"))

@@ -1,0 +1,131 @@
+"""A run that looks wrong says so by name; one that is wrong stops; a save that differs is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rm_scale.errors import CheckpointError, TrainingError
+from rm_scale.launch import steps
+from rm_scale.modeling.contract import ScoringContract
+from rm_scale.modeling.head import active_head
+from rm_scale.training.callbacks import EarlyWarnings, MetricsFile
+from rm_scale.training.checkpoints import verify_saved
+
+ARGS: Any = SimpleNamespace(spec=TrainingArguments)
+
+
+def log(callback: Any, **logs: Any) -> None:
+    state = TrainerState()
+    state.is_world_process_zero = True
+    callback.on_log(ARGS, state, TrainerControl(), logs=logs)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    logging.getLogger("rm_scale").propagate = True
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_equal_rewards_are_named_once(warnings: pytest.LogCaptureFixture) -> None:
+    callback = EarlyWarnings()
+    for _ in range(3):
+        log(callback, loss=0.69, max_reward=0.5, min_reward=0.5)
+    assert warnings.text.count("[rewards_equal] all rewards are 0.5") == 1
+
+
+def test_accuracy_of_chance_is_named(warnings: pytest.LogCaptureFixture) -> None:
+    callback = EarlyWarnings(window=400)
+    for _ in range(4):
+        log(callback, loss=0.69, accuracy=0.51, num_pairs=100)
+    assert "[accuracy_stuck] accuracy over the last 400 training pairs is 0.510" in warnings.text
+
+
+def test_learning_is_not_warned_about(warnings: pytest.LogCaptureFixture) -> None:
+    callback = EarlyWarnings(window=400)
+    for _ in range(8):
+        log(callback, loss=0.6, accuracy=0.7, num_pairs=100, max_reward=1.0, min_reward=0.0)
+    assert "[" not in warnings.text
+
+
+def test_metrics_file_has_one_object_a_line(tmp_path: Path) -> None:
+    callback = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    log(callback, loss=0.5, tensor=torch.tensor(2.0))
+    log(callback, loss=float("nan"))
+    lines = [json.loads(line) for line in callback.path.read_text().splitlines()]
+    assert lines == [{"step": 0, "loss": 0.5, "tensor": 2.0}, {"step": 0, "loss": "nan"}]
+
+
+@pytest.fixture(scope="module")
+def trainer_and_config(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A real trainer on the tiny model, in this process."""
+    from rm_scale.config import config_from_dict
+    from rm_scale.distributed import World
+    from rm_scale.planning.plan import make_plan
+
+    output = tmp_path_factory.mktemp("watching") / "run"
+    values = {"model_name_or_path": str(tiny_model), "dataset_path": str(pairs_file), "output_dir": str(output)}
+    values |= {"max_steps": 3, "bf16": False, "eval_split_size": 10, "disable_tqdm": True, "logging_steps": 1}
+    parsed = config_from_dict(values)
+    config, plan = parsed.config, make_plan(parsed, 1, "cpu")
+    tokenizer, encoder = steps.load_text_encoder(config)
+    data = steps.load_data(config, encoder, World())
+    plan = steps.count_steps(plan, data, config)
+    arguments = steps.build_arguments(config, plan)
+    loaded = steps.load_model(config, plan, tokenizer)
+    steps.open_run_directory(config, plan, data, World())
+    return steps.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data), config
+
+
+def test_a_save_that_differs_is_refused(trainer_and_config: Any, tmp_path: Path) -> None:
+    trainer, _ = trainer_and_config
+    folder = tmp_path / "saved"
+    trainer.save_model(str(folder))
+    contract, head = ScoringContract.load(folder), trainer.head_weight()
+    verify_saved(folder, contract, head)
+    good = load_file(folder / "model.safetensors")
+
+    def damage(**changes: torch.Tensor) -> None:
+        save_file({**good, **changes}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    damage(**{"score.weight": torch.zeros_like(good["score.weight"])})
+    with pytest.raises(CheckpointError, match="the saved reward head is not the one in training"):
+        verify_saved(folder, contract, head)
+    name = "model.layers.0.mlp.up_proj.weight"
+    damage(**{name: good[name] * 20})
+    with pytest.raises(CheckpointError, match="the saved model scores differently"):
+        verify_saved(folder, contract, head)
+    damage(**{name: torch.full_like(good[name], float("nan"))})
+    with pytest.raises(CheckpointError, match="empty or not finite"):
+        verify_saved(folder, contract, head)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights were written"):
+        verify_saved(folder, contract, head)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trainer_and_config: Any) -> None:
+    trainer, _ = trainer_and_config
+    head = active_head(trainer.model)
+    before = head.weight.data.clone()
+    head.weight.data = torch.full_like(before, float("nan"))
+    try:
+        with pytest.raises(TrainingError, match=r"step 1: the loss is not finite on 1 ranks.*Rows of this step"):
+            trainer.train()
+    finally:
+        head.weight.data = before
+
+
+def test_resume_without_a_checkpoint_is_explained(trainer_and_config: Any, tmp_path: Path) -> None:
+    trainer, config = trainer_and_config
+    nowhere = config.model_copy(update={"resume_from_checkpoint": "last", "output_dir": str(tmp_path / "none")})
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        steps.train(trainer, nowhere)
