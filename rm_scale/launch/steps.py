@@ -26,7 +26,7 @@ from rm_scale.modeling.tokenizers import load_tokenizer
 from rm_scale.packing.collator import PaddedCollator
 from rm_scale.planning.plan import Plan
 from rm_scale.reporting.model_card import write_model_card
-from rm_scale.reporting.run_directory import run_folder, write_run_records
+from rm_scale.reporting.run_directory import remove_earlier_run, run_folder, write_run_records
 from rm_scale.training.arguments import training_arguments
 from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
 from rm_scale.training.losses import LossSettings
@@ -86,6 +86,8 @@ def load_model(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase
 def open_run_directory(config: RunConfig, plan: Plan, data: PreparedData, world: World) -> None:
     """Write what was asked, planned and read. The first thing of a run that reaches the disk."""
     if world.is_main:
+        if config.resume_from_checkpoint is None:
+            remove_earlier_run(config)
         folder = write_run_records(config, plan)
         write_data_report(data.report, data.rejected, folder)
     barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,10 @@ import yaml
 
 import rm_scale
 from rm_scale.config import LAUNCH_FIELDS, RunConfig
+from rm_scale.logs import get_logger
 from rm_scale.planning.plan import Plan
+
+logger = get_logger(__name__)
 
 _PACKAGES = (
     "torch",
@@ -34,6 +38,17 @@ _PACKAGES = (
 def run_folder(config: RunConfig) -> Path:
     """Where a run's records lie."""
     return Path(config.output_dir) / "run"
+
+
+def remove_earlier_run(config: RunConfig) -> None:
+    """Take away the records and checkpoints of a run that `--force overwrite` replaces.
+
+    Otherwise its metrics would stand before the new ones, and its checkpoints could be resumed from by mistake.
+    """
+    for path in [run_folder(config), *sorted(Path(config.output_dir).glob("checkpoint-*"))]:
+        if path.is_dir():
+            logger.warning(f"removing {path} of the run that is overwritten")
+            shutil.rmtree(path)
 
 
 def write_run_records(config: RunConfig, plan: Plan) -> Path:

@@ -93,6 +93,16 @@ def test_plain_python_trains_and_scores_samples(flags: list[str], tmp_path: Path
     assert read_json(tmp_path / "out" / "run" / "evaluation.json")["num_pairs"] == 11
 
 
+def test_overwriting_leaves_nothing_of_the_earlier_run(flags: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--sample_scores", "0"]
+    assert run([*words, "--save_strategy", "steps", "--save_steps", "1"]).code == 0
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    again = run([*words, "--force", "overwrite"])
+    assert again.code == 0, again.output[-3000:]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert len(losses(tmp_path / "out")) == 2
+
+
 def test_dry_run_prints_settings_and_plan_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:
     done = run([sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--dry_run"])
     assert done.code == 0, done.output
