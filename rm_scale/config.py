@@ -40,7 +40,8 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless asked.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="Weight type. auto: bfloat16, or float32 for full fine-tuning without ZeRO and with bf16 off.",
+        description="Weight type. auto: the compute type; float32 for full fine-tuning without DeepSpeed, which keeps "
+        "no fp32 master copy.",
     )
     attn_implementation: str | None = Field(None, description="transformers' attention kernel; default its own choice.")
     chat_template_path: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
@@ -221,6 +222,8 @@ def parse_config(argv: Sequence[str]) -> ParsedConfig:
     flags, problems = _read_flags(argv)
     source = flags.pop("config", None)
     values: dict[str, Any] = {}
+    if source is not None and not isinstance(source, str):
+        problems.append(f"config={source}: must be one YAML file. Fix: --config FILE.yaml.")
     if isinstance(source, str):
         values, file_problems = _read_yaml(Path(source))
         problems += file_problems
@@ -263,6 +266,8 @@ def _read_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             current = name.replace("-", "_")
+            if current in flags and current != "local_rank":
+                problems.append(f"--{name}: given twice. Fix: keep one of them.")
             flags[current] = [value] if equals else []
         elif current is None:
             problems.append(f"{word}: expected a --flag before it. Fix: write settings as --name value.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,7 +37,7 @@ class World:
         return self.rank == 0
 
 
-def detect_world(environ: dict[str, str] | None = None) -> World:
+def detect_world(environ: Mapping[str, str] | None = None) -> World:
     """Read the launcher's environment variables; under srun translate Slurm's into torch's.
 
     Raises:
@@ -45,7 +45,7 @@ def detect_world(environ: dict[str, str] | None = None) -> World:
     """
     env = os.environ if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         if not 0 <= rank < size:
             raise UserError(f"RANK={rank} with WORLD_SIZE={size}: a rank lies in [0, size). Fix: check the launcher.")
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
@@ -59,6 +59,15 @@ def detect_world(environ: dict[str, str] | None = None) -> World:
         per_node = max(int(part.split("(")[0]) for part in env.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split(","))
         return World(rank, size, int(env.get("SLURM_LOCALID", "0")), "srun", per_node)
     return World()
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(
+            f"{name}={env[name]!r}: must be a whole number. Fix: unset it, or check the launcher."
+        ) from None
 
 
 def export_world(world: World) -> None:

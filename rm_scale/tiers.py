@@ -27,7 +27,7 @@ class SizeTier:
     num_train_epochs: float
 
 
-# A 7B model by name has 6.5-7.7e9 parameters and belongs to the middle tier's end; 8B and up to the last.
+# Models called 7B have up to 7.1e9 backbone parameters and belong to the middle tier; those called 8B to the last.
 SIZE_TIERS = (
     SizeTier("below 1B", 1e9, 2e-5, 8, 1.0),
     SizeTier("1-7B", 7.2e9, 1e-5, 4, 1.0),

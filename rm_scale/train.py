@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
-    world = detect_world()
     parsed = parse_config(argv)
     config = parsed.config
-    setup_logging(world.rank, config.debug)
 
     def run() -> int:
+        world = detect_world()
+        setup_logging(world.rank, config.debug)
         # What will run; everything wrong with the settings is said here, before anything is loaded or written.
         prepare_environment(world)
         prepare_extensions(world.local_rank)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.end()  # finishes the loggers and leaves the process group
         return 0
 
-    return run_guarded(run, world.is_main, config.debug)
+    return run_guarded(run, config.debug)
 
 
 if __name__ == "__main__":

@@ -168,10 +168,7 @@ def too_many_text(sources: Iterable[SourceReport], read: int, lost: int, max_sha
                 f"  {source.name}: {reason} {entry.count:,} (rows {rows}; from 0): {REJECTION_REASONS[reason]}"
             )
     needed = min(1.0, float(np.ceil(share * 1000) / 1000))
-    lines.append(
-        "Fix: correct these rows (run/rejected_rows.jsonl says what was seen in each), "
-        f"or accept the loss with --max_rejected_share {needed:g}."
-    )
+    lines.append(f"Fix: correct these rows, or accept the loss with --max_rejected_share {needed:g}.")
     return "\n".join(lines)
 
 

@@ -147,6 +147,28 @@ class TextEncoder:
             raise result
         return result
 
+    def encode_one(self, prompt: Text, response: Text, tools: list[Any] | None = None) -> list[int]:
+        """One text as it is scored: `encode`, and past `max_length` the policy that held in training.
+
+        A text alone is cut by what it is too long itself; in training all responses of a group lost the same tokens.
+
+        Raises:
+            DataError: too long, and the policy is not to cut, or the prompt is too short for that.
+        """
+        ids = self.encode(prompt, response, tools)
+        if len(ids) <= self.rules.max_length:
+            return ids
+        group = PreferenceGroup(prompt, (response,), (0,), tools=tools, source="the text", id="0")
+        try:
+            cut = self._prompt_cut(group, [ids], len(ids) - 1, len(ids))
+        except RejectedRow as rejected:
+            raise DataError(
+                f"a text is too long to be scored: {rejected.detail}. Fix: shorten the prompt, or train with a longer "
+                "max_length or overlong_policy: truncate_prompt_left."
+            ) from None
+        keep = self._num_leading_bos(ids)
+        return ids[:keep] + ids[keep + cut :]
+
     def encode_groups(self, groups: Sequence[PreferenceGroup]) -> list[EncodedGroup | RejectedRow]:
         """Like `encode_group`, with one call of the tokenizer for all; a refused group comes back as the reason."""
         results: list[EncodedGroup | RejectedRow | None] = [None] * len(groups)

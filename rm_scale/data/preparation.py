@@ -234,8 +234,6 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
     verdict = choose_format(config.dataset_format, raw.columns(sample), sample, source.name, config.subset_column)
-    ignored = f"; columns not read: {', '.join(verdict.ignored_columns)}" if verdict.ignored_columns else ""
-    logger.info(f"{source.name}: read as {verdict.name}, since {verdict.why}{ignored}")
     reader = RowReader(verdict.name, config.subset_column, source.name)
     _warn_about_template(sample, reader, encoder)
     mapped = _map(raw, reader, encoder, config, work)
@@ -307,6 +305,8 @@ def _load(folder: Path, name: str, split: str) -> _Encoded:
     else:
         features = datasets.Features({k: v for k, v in _features().items() if k not in ("reason", "detail")})
         used = datasets.Dataset.from_dict({column: [] for column in features}, features=features)
+    ignored = f"; columns not read: {', '.join(meta['ignored_columns'])}" if meta["ignored_columns"] else ""
+    logger.info(f"{name}: read as {meta['format']}, since {meta['format_reason']}{ignored}")
     rejected = {reason: RejectionCount(count, tuple(rows)) for reason, (count, rows) in meta["rejected"].items()}
     report = SourceReport(
         name=name,

@@ -18,7 +18,7 @@ from rm_scale.modeling.scoring import score_sequences
 logger = get_logger(__name__)
 
 
-def merge_adapter(folder: str | Path, target: str | Path) -> Path:
+def merge_adapter(folder: str | Path, target: str | Path, trust_remote_code: bool = False) -> Path:
     """Write the merged model, its tokenizer and its contract to `target`, and check its scores.
 
     The sum is formed in fp32 and stored in the type the backbone was trained in. A QLoRA adapter is merged into the
@@ -28,6 +28,7 @@ def merge_adapter(folder: str | Path, target: str | Path) -> Path:
     Args:
         folder: a run's output directory with an adapter.
         target: where the merged model goes.
+        trust_remote_code: run Python code that comes with the base model.
 
     Raises:
         ModelError: there is no adapter.
@@ -37,7 +38,7 @@ def merge_adapter(folder: str | Path, target: str | Path) -> Path:
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: holds no adapter to merge. Fix: give the output directory of a LoRA or QLoRA run.")
     contract = ScoringContract.load(folder)
-    adapted = load_reward_model(folder, dtype=torch.float32, quantized=False)
+    adapted = load_reward_model(folder, dtype=torch.float32, quantized=False, trust_remote_code=trust_remote_code)
     head = active_head(adapted).effective_weight().detach().clone()
     merged = adapted.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(folder))

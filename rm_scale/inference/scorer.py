@@ -42,7 +42,11 @@ class RewardScorer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
     ) -> RewardScorer:
         """Load a run's output directory.
 
@@ -50,14 +54,16 @@ class RewardScorer:
             folder: holds the model or adapter, the tokenizer and `scoring_contract.json`.
             device: default the GPU when there is one.
             dtype: type of the backbone; default what it was saved in.
+            trust_remote_code: run Python code that comes with the model.
 
         Raises:
             ModelError: the folder does not hold a reward model with its contract.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         contract = ScoringContract.load(folder)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        return cls(load_reward_model(folder, dtype, device), tokenizer, contract, device)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        model = load_reward_model(folder, dtype, device, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, contract, device)
 
     def score(
         self,
@@ -83,7 +89,7 @@ class RewardScorer:
             )
         tools = tools if tools is not None else [None] * len(prompts)
         sequences = [
-            self._encode(prompt, completion, tool)
+            self.encoder.encode_one(prompt, completion, tool)
             for prompt, completion, tool in zip(prompts, completions, tools, strict=True)
         ]
         return self.score_tokens(sequences, batch_size)
@@ -99,12 +105,3 @@ class RewardScorer:
         for index, reward in zip(order, rewards, strict=True):
             scores[index] = reward
         return scores
-
-    def _encode(self, prompt: Text, completion: Text, tools: list[Any] | None) -> list[int]:
-        ids = self.encoder.encode(prompt, completion, tools)
-        if len(ids) > self.encoder.rules.max_length:
-            raise DataError(
-                f"a text has {len(ids)} tokens, the scoring contract allows {self.encoder.rules.max_length}. "
-                "Fix: shorten the prompt."
-            )
-        return ids

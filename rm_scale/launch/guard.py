@@ -25,12 +25,11 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def run_guarded(main: Callable[[], int], is_main_rank: bool = True, debug: bool = False) -> int:
-    """Run `main` and turn a `UserError` into a message and exit code 2.
+def run_guarded(main: Callable[[], int], debug: bool = False) -> int:
+    """Run `main` and turn a `UserError` into a message and exit code 2. Of several ranks only the first prints it.
 
     Args:
         main: the program.
-        is_main_rank: only this rank prints the message.
         debug: print the traceback too, on every rank.
     """
     try:
@@ -38,7 +37,7 @@ def run_guarded(main: Callable[[], int], is_main_rank: bool = True, debug: bool 
     except UserError as error:
         if debug:
             traceback.print_exc()
-        elif is_main_rank:
+        elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"rm_scale: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

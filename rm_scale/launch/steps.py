@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import trl
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from rm_scale.config import RunConfig
@@ -15,7 +16,7 @@ from rm_scale.data.checks import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
 from rm_scale.distributed import World, barrier, main_rank_first, raise_together
-from rm_scale.errors import CheckpointError, UserError
+from rm_scale.errors import CheckpointError, ConfigError, UserError
 from rm_scale.evaluation.record import evaluation_table, write_evaluation
 from rm_scale.inference.merging import merge_adapter
 from rm_scale.inference.scorer import RewardScorer
@@ -29,6 +30,7 @@ from rm_scale.reporting.model_card import write_model_card
 from rm_scale.reporting.run_directory import remove_earlier_run, run_folder, write_run_records
 from rm_scale.training.arguments import training_arguments
 from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
+from rm_scale.training.checkpoints import refuse_unsafe_pickles
 from rm_scale.training.losses import LossSettings
 from rm_scale.training.metrics import EvaluationResult
 from rm_scale.training.trainer import RewardTrainer
@@ -72,8 +74,21 @@ def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
 
 
 def build_arguments(config: RunConfig, plan: Plan) -> trl.RewardConfig:
-    """TRL's arguments; the seed is set here, since a new head is random."""
-    arguments = training_arguments(config, plan)
+    """TRL's arguments; the seed is set here, since a new head is random.
+
+    Raises:
+        ConfigError: a value that only transformers can judge (schedule, optimizer, logger, DeepSpeed file) is wrong.
+    """
+    try:
+        arguments = training_arguments(config, plan)
+        # Made once to see whether each logger is known and installed; the trainer makes its own.
+        for logger_class in get_reporting_integration_callbacks(config.report_to):
+            logger_class()
+    except (ValueError, ImportError, RuntimeError) as error:
+        asked = ", ".join(f"{name}={getattr(config, name)}" for name in ("lr_scheduler_type", "optim", "report_to"))
+        raise ConfigError(
+            [f"{asked}: {' '.join(str(error).split())} Fix: choose a value that is named there."]
+        ) from error
     set_seed(config.seed)
     return arguments
 
@@ -144,7 +159,10 @@ def _contract(
 
 def train(trainer: RewardTrainer, config: RunConfig) -> None:
     """Train, from the start or from a checkpoint."""
-    trainer.train(resume_from_checkpoint=_resume_folder(config))
+    folder = _resume_folder(config)
+    if folder is not None:
+        refuse_unsafe_pickles(Path(folder))
+    trainer.train(resume_from_checkpoint=folder)
 
 
 def _resume_folder(config: RunConfig) -> str | None:
@@ -195,7 +213,7 @@ def _leave_behind(config: RunConfig, plan: Plan, result: EvaluationResult | None
         write_evaluation(result, run_folder(config))
     write_model_card(folder, config, plan, result)
     if config.merge_adapter:
-        merge_adapter(folder, folder / "merged")
+        merge_adapter(folder, folder / "merged", config.trust_remote_code)
     logger.info(f"model: {folder}")
     logger.info(f"how it scores: {folder / 'scoring_contract.json'}; model card: {folder / 'README.md'}")
     logger.info(f"records: {run_folder(config)} (metrics.jsonl, evaluation.json, data_report.json, plan.json, ...)")
@@ -207,7 +225,7 @@ def _show_samples(trainer: RewardTrainer, config: RunConfig) -> None:
     count = min(config.sample_scores, len(groups))
     if count == 0:
         return
-    scorer = RewardScorer.from_pretrained(config.output_dir, device="cpu")
+    scorer = RewardScorer.from_pretrained(config.output_dir, device="cpu", trust_remote_code=config.trust_remote_code)
     rows = groups.select(torch.linspace(0, len(groups) - 1, count).long().tolist())
     logger.info(f"scores of {count} groups by the saved model:")
     for row in rows:

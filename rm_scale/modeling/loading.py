@@ -51,7 +51,12 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
         ModelError: the weights can't be loaded, lack layers, or hold a head that is not scalar.
     """
     dtype: torch.dtype = getattr(torch, plan.dtype)
-    head_was_found = checkpoint_has_head(config.model_name_or_path, config.model_revision)
+    if config.trust_remote_code:
+        logger.warning(
+            f"trust_remote_code is on: Python code that comes with {config.model_name_or_path} "
+            f"(revision {config.model_revision}) may run here"
+        )
+    head_was_found = checkpoint_has_head(config.model_name_or_path, config.model_revision, config.trust_remote_code)
     extra: dict[str, Any] = {}
     if config.load_in_4bit:
         if plan.device == "cpu":
@@ -83,6 +88,7 @@ def load_reward_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantized: bool = True,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load what a run saved (a model, or an adapter with its base) for scoring, head in fp32.
 
@@ -91,18 +97,19 @@ def load_reward_model(
         dtype: type of the backbone; default what it was saved in.
         device: where to put it.
         quantized: load the backbone of a QLoRA adapter in 4 bits, as it was trained.
+        trust_remote_code: run Python code that comes with the model. What the folder itself says is not enough.
 
     Raises:
-        ModelError: the folder does not hold a reward model.
+        ModelError: the folder does not hold a reward model, or needs code that was not trusted.
     """
     folder = Path(folder)
     with without_zero_init():
         if (folder / "adapter_config.json").is_file():
-            model = _load_adapter(folder, dtype, device, quantized)
+            model = _load_adapter(folder, dtype, device, quantized, trust_remote_code)
         elif (folder / "config.json").is_file():
             model = _load_sequence_classifier(str(folder), dtype=dtype or "auto", head_expected=True)
             install_scalar_head(model)
-            _restore_head(model, folder / "model.safetensors")
+            _restore_head(model, _file_with_head(folder))
         else:
             raise ModelError(
                 f"{folder}: holds no config.json or adapter_config.json. Fix: give a run's output directory."
@@ -112,11 +119,18 @@ def load_reward_model(
     return model.eval()
 
 
-def _load_adapter(folder: Path, dtype: torch.dtype | None, device: str | torch.device, quantized: bool) -> PeftModel:
+def _load_adapter(
+    folder: Path, dtype: torch.dtype | None, device: str | torch.device, quantized: bool, trust_remote_code: bool
+) -> PeftModel:
     from transformers import BitsAndBytesConfig
 
     contract = json.loads((folder / "scoring_contract.json").read_text(encoding="utf-8"))
     base = contract["base_model"]
+    if base["trust_remote_code"] and not trust_remote_code:
+        raise ModelError(
+            f"{folder}: its base model {base['name']!r} needs Python code of its own, which is not run unasked. "
+            "Fix: pass trust_remote_code=True if you trust it."
+        )
     extra: dict[str, Any] = {}
     if quantized and base.get("quantization"):
         if torch.device(device).type == "cpu":
@@ -126,7 +140,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype | None, device: str | torch.d
     model = _load_sequence_classifier(
         base["name"],
         revision=base["revision"],
-        trust_remote_code=base["trust_remote_code"],
+        trust_remote_code=trust_remote_code,
         dtype=dtype or getattr(torch, contract["dtype"]),
         head_expected=False,
         **extra,
@@ -173,13 +187,19 @@ def _short(error: BaseException) -> str:
     return text[:240] + ("..." if len(text) > 240 else "")
 
 
-def checkpoint_has_head(name: str, revision: str = "main") -> bool:
+def checkpoint_has_head(name: str, revision: str = "main", trust_remote_code: bool = False) -> bool:
     """Does the checkpoint hold a scalar head?
 
     Raises:
         ModelError: its config says it is a sequence classifier, but it has not exactly one output or lacks the head.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model_name_or_path={name!r}: its config can't be used ({_short(error)}). Fix: use a model that this "
+            "transformers knows; for a model with its own code, --trust_remote_code if you trust it."
+        ) from error
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
         return False
@@ -242,10 +262,17 @@ def _hold_trainable_in_fp32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def _file_with_head(folder: Path) -> Path:
+    """The safetensors file of a model folder, sharded or not, that holds the head."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return folder / "model.safetensors"
+    shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return folder / next(file for name, file in shards.items() if name.split(".")[0] in HEAD_NAMES)
+
+
 def _restore_head(model: torch.nn.Module, weights: Path) -> None:
     """Give the head back the fp32 value in the file, which loading may have rounded to the backbone's type."""
-    if not weights.is_file():
-        return
     head = active_head(model)
     with safe_open(str(weights), framework="pt") as tensors:
         names = [key for key in list(tensors.keys()) if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]

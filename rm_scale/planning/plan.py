@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -163,6 +164,8 @@ def _resolve(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None
         notes.append(f"{name} not given: {tier_value:g}, the default for models of {tier.name}")
         return tier_value
 
+    if config.use_peft and config.learning_rate is None:
+        notes.append("adapters usually want a learning rate about ten times higher; the ready LoRA runs use 1e-4")
     micro = int(default("per_device_train_batch_size", tier.per_device_train_batch_size))
     accumulation = config.gradient_accumulation_steps or 1
     if config.global_batch_size is not None:
@@ -223,6 +226,11 @@ def _check_batch(config: RunConfig, world_size: int) -> list[str]:
 
 def _check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None) -> list[str]:
     problems = []
+    if shape.max_positions is not None and config.max_length > shape.max_positions:
+        problems.append(
+            f"max_length={config.max_length}: the model has only {shape.max_positions} positions. "
+            f"Fix: --max_length {shape.max_positions} or less."
+        )
     if shape.quantization is not None:
         problems.append(
             f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised "
@@ -238,7 +246,7 @@ def _check_files(config: RunConfig) -> list[str]:
     problems = []
     for name in ("dataset_path", "eval_dataset_path"):
         for path in getattr(config, name) or []:
-            if not Path(path).exists():
+            if not Path(path).exists() and not glob.glob(path, recursive=True):
                 problems.append(f"{name}={path}: no such file. Fix: check the path{_nearest_file(Path(path))}.")
     if config.chat_template_path is not None and not Path(config.chat_template_path).is_file():
         problems.append(f"chat_template_path={config.chat_template_path}: no such file. Fix: check the path.")
@@ -271,6 +279,12 @@ def _check_output_dir(config: RunConfig) -> list[str]:
         return [
             f"output_dir={config.output_dir}: already holds files. Fix: choose another folder, continue with "
             "--resume_from_checkpoint last, or add --force overwrite."
+        ]
+    inside = Path(config.model_name_or_path).resolve()
+    if inside == path.resolve() or (inside.parent == path.resolve() and inside.name.startswith("checkpoint-")):
+        return [
+            f"output_dir={config.output_dir}: holds the model that is to be trained from and would overwrite it. "
+            "Fix: choose another output_dir."
         ]
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

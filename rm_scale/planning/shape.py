@@ -24,6 +24,7 @@ class ModelShape:
         intermediate_size: width of the MLP.
         gated_mlp: three MLP matrices (gate, up, down) rather than two.
         vocab_size: rows of the embedding.
+        max_positions: longest sequence the positions allow, `None` when there is no limit.
         quantization: method name when the checkpoint itself is quantised, else `None`.
     """
 
@@ -36,6 +37,7 @@ class ModelShape:
     intermediate_size: int
     gated_mlp: bool
     vocab_size: int
+    max_positions: int | None = None
     quantization: str | None = None
 
     @property
@@ -82,6 +84,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
         intermediate_size=int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden),
         gated_mlp=config.get("model_type") not in _PLAIN_MLP_TYPES,
         vocab_size=need("vocab_size"),
+        max_positions=text.get("max_position_embeddings") or text.get("n_positions"),
         quantization=quantization.get("quant_method"),
     )
 

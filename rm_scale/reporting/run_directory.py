@@ -40,15 +40,31 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / "run"
 
 
-def remove_earlier_run(config: RunConfig) -> None:
-    """Take away the records and checkpoints of a run that `--force overwrite` replaces.
+# What a run writes into its output directory; anything else there is not ours to remove.
+_WRITTEN_BY_A_RUN = (
+    "run",
+    "checkpoint-*",
+    "merged",
+    "config.json",
+    "model*.safetensors*",
+    "adapter_*",
+    "scoring_contract.json",
+)
 
-    Otherwise its metrics would stand before the new ones, and its checkpoints could be resumed from by mistake.
+
+def remove_earlier_run(config: RunConfig) -> None:
+    """Take away what a run that `--force overwrite` replaces has written.
+
+    Otherwise its metrics would stand before the new ones, its checkpoints could be resumed from by mistake, and a
+    model's files beside an adapter's would be loaded together.
     """
-    for path in [run_folder(config), *sorted(Path(config.output_dir).glob("checkpoint-*"))]:
+    folder = Path(config.output_dir)
+    for path in sorted({path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern)}):
+        logger.warning(f"removing {path} of the run that is overwritten")
         if path.is_dir():
-            logger.warning(f"removing {path} of the run that is overwritten")
             shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_run_records(config: RunConfig, plan: Plan) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Ten
     """
     started = time.perf_counter()
     _check_tensors(folder)
-    model = load_reward_model(folder)
+    model = load_reward_model(folder, trust_remote_code=contract.base_model.trust_remote_code)
     saved_head = active_head(model).effective_weight().detach().cpu()
     if saved_head.shape != head_weight.shape or not torch.equal(saved_head, head_weight.cpu()):
         raise CheckpointError(
@@ -46,6 +47,27 @@ def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Ten
         f"saved and verified {folder}: {len(golden)} texts score the same after a reload "
         f"({time.perf_counter() - started:.1f} s)"
     )
+
+
+def refuse_unsafe_pickles(folder: Path) -> None:
+    """Look through a checkpoint's DeepSpeed files before a resume; DeepSpeed itself would run whatever is in them.
+
+    Raises:
+        CheckpointError: a file holds anything but tensors, plain values and DeepSpeed's own two classes.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for file in sorted(folder.glob("global_step*/*.pt")):
+        try:
+            with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
+                torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: can't be read as plain tensors ({' '.join(str(error).split())[:160]}). It is "
+                "damaged, or would "
+                "run code when it is loaded. Fix: resume from another checkpoint."
+            ) from error
 
 
 def _check_tensors(folder: Path) -> None:

@@ -21,7 +21,7 @@ class LossSettings:
     Attributes:
         kind: Bradley-Terry on pairs, or Plackett-Luce on whole rankings.
         label_smoothing: assumed share of flipped labels, 0 <= e < 0.5 (Bradley-Terry only).
-        center_coefficient: weight of the mean of (r_better + r_worse)^2 (arXiv 2312.09244, eq. 2).
+        center_coefficient: weight of `centering`'s mean over pairs.
     """
 
     kind: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"
@@ -37,7 +37,7 @@ def num_loss_terms(batch: Mapping[str, torch.Tensor], settings: LossSettings) ->
 
 
 def preference_loss(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], settings: LossSettings) -> torch.Tensor:
-    """Sum of the loss terms of a micro-batch.
+    """Sum of the preference terms of a micro-batch; `centering` comes on top, with its own number of terms.
 
     Args:
         rewards: `(N,)`, one per response.
@@ -52,8 +52,6 @@ def preference_loss(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], se
         total = bradley_terry(rewards, batch, settings.label_smoothing)
     else:
         total = plackett_luce(rewards, batch["row_group"], batch["row_rank"])
-    if settings.center_coefficient:
-        total = total + settings.center_coefficient * centering(rewards, batch, settings)
     # A batch of fillers has no terms, but ZeRO-3 still needs every parameter to take part in the backward pass.
     return total + 0.0 * rewards.sum()
 
@@ -97,8 +95,6 @@ def _stages(row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:
     return below.any(dim=1) & (row_group >= 0)
 
 
-def centering(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], settings: LossSettings) -> torch.Tensor:
-    """Sum of (r_better + r_worse)^2 over pairs; for rankings rescaled so that its mean is still over pairs."""
-    squares = (rewards[batch["pair_better"]] + rewards[batch["pair_worse"]]).square()
-    num_pairs = max(1, squares.numel())
-    return squares.sum() * (num_loss_terms(batch, settings) / num_pairs)
+def centering(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum over pairs of (r_better + r_worse)^2, fp32: what keeps rewards around 0 (arXiv 2312.09244, eq. 2)."""
+    return (rewards[batch["pair_better"]] + rewards[batch["pair_worse"]]).float().square().sum()

@@ -12,7 +12,6 @@ import torch
 from rm_scale.distributed import gather_from_ranks
 
 _SUMS = (
-    "groups",
     "pairs",
     "correct",
     "ties",
@@ -78,7 +77,6 @@ class StepMeter:
             low, high = counted.aminmax()
             extremes = torch.stack([-low, high])
             self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
-        self.counts["groups"] += float(batch["row_group"].max().item() + 1) if real.any() else 0.0
         self.counts["responses"] += float(counted.numel())
         self.counts["processed_tokens"] += float(batch["input_ids"].numel())
 
@@ -110,6 +108,7 @@ def _as_metrics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     if total["pairs"]:
         metrics["accuracy"] = total["correct"] / total["pairs"]
         metrics["margin"] = total["margin_sum"] / total["pairs"]
+        metrics["num_pairs"] = int(total["pairs"])
         metrics["num_ties"] = int(total["ties"])
     if total["responses"]:
         metrics["mean_reward"] = total["reward_sum"] / total["responses"]

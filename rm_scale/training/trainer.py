@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from rm_scale.distributed import gather_from_ranks, raise_together, sum_over_ranks
-from rm_scale.errors import ModelError, UserError
+from rm_scale.errors import ModelError, TrainingError, UserError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.contract import ScoringContract
 from rm_scale.modeling.head import active_head, check_head_trainable
@@ -23,7 +23,7 @@ from rm_scale.packing.batching import EpochDataLoader, GroupDataset, GroupRef, S
 from rm_scale.packing.collator import PaddedCollator
 from rm_scale.training.callbacks import not_finite_error
 from rm_scale.training.checkpoints import verify_saved
-from rm_scale.training.losses import LossSettings, num_loss_terms, preference_loss
+from rm_scale.training.losses import LossSettings, centering, num_loss_terms, preference_loss
 from rm_scale.training.meters import StepMeter
 from rm_scale.training.metrics import EvaluationResult, ScoredGroup, evaluate_groups
 
@@ -71,6 +71,7 @@ class RewardTrainer(trl.RewardTrainer):
         self.meter = StepMeter()
         self.control: TrainerControl = TrainerControl()
         self._step_terms = 1.0
+        self._step_pairs = 1.0
         self._step_rows: list[int] = []
         trainable = _trainable_values(model) if getattr(model, "is_loaded_in_4bit", False) else {}
         super().__init__(
@@ -121,8 +122,9 @@ class RewardTrainer(trl.RewardTrainer):
         """A step's micro-batches, and the number of loss terms they hold over all ranks."""
         self.meter.resume()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mine = sum(num_loss_terms(batch, self.loss_settings) for batch in batches)
-        self._step_terms = max(1.0, sum_over_ranks([mine], device)[0])
+        terms = sum(num_loss_terms(batch, self.loss_settings) for batch in batches)
+        pairs = sum(batch["pair_better"].numel() for batch in batches)
+        self._step_terms, self._step_pairs = (max(1.0, total) for total in sum_over_ranks([terms, pairs], device))
         self._step_rows = [int(row) for batch in batches for row in batch["group_index"]]
         return batches, torch.tensor(self._step_terms, device=device)
 
@@ -142,8 +144,10 @@ class RewardTrainer(trl.RewardTrainer):
         """
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         rewards = outputs.logits[:, 0].float()
-        total = preference_loss(rewards, inputs, self.loss_settings)
-        loss = total * (self.args.world_size / self._step_terms)
+        loss = preference_loss(rewards, inputs, self.loss_settings) / self._step_terms
+        if self.loss_settings.center_coefficient:
+            loss = loss + self.loss_settings.center_coefficient * centering(rewards, inputs) / self._step_pairs
+        loss = loss * self.args.world_size
         self.meter.add(rewards, inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -305,8 +309,17 @@ class _SyncHead(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *unused: Any, **also_unused: Any) -> None:
-        """A resumed run has a master from the checkpoint."""
+        """A resumed run has a master from the checkpoint. The head must be sound before the first step.
+
+        Raises:
+            TrainingError: on every rank, when it is not.
+        """
         self.trainer.sync_head()
+        if not self.trainer.head_weight().isfinite().all():
+            raise TrainingError(
+                "the reward head holds NaN or infinite weights before the first step. "
+                "Fix: check the model's files; for a new head try another --seed."
+            )
 
     def on_step_end(self, *unused: Any, **also_unused: Any) -> None:
         """The master has moved."""

@@ -106,6 +106,8 @@ def test_bad_rows_within_the_share_are_counted_and_written(train: Command, tmp_p
         ({"lora_rankk": 64, "learning_rat": 1}, ["2 problems", "lora_rankk", "did you mean learning_rate"]),
         ({"deepspeed": "zero33"}, ["deepspeed='zero33': no such file", "zero3_offload"]),
         ({"dataset_format": "ranked"}, ["ranked"]),
+        ({"lr_scheduler_type": "wavy"}, ["lr_scheduler_type=wavy", "linear"]),
+        ({"report_to": "nobody"}, ["report_to=['nobody']", "tensorboard"]),
         ({"pad_token": "</s>"}, ["pad_token"]),
         ({"lora_target_modules": "nothing", "use_peft": "true"}, ["lora_target_modules=['nothing']", "q_proj"]),
         ({"resume_from_checkpoint": "last"}, ["holds no checkpoint"]),

@@ -79,6 +79,14 @@ def test_impossible_combinations_are_refused(flags: list[str], expected: str) ->
     assert "Fix:" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--lora_r", "3", "--lora_r", "4"], "given twice"), (["--config", "a", "b"], "must be one YAML file")],
+)
+def test_flags_that_would_be_ignored_are_refused(flags: list[str], expected: str) -> None:
+    assert expected in problem(*flags)
+
+
 def test_word_before_any_flag_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.yaml: expected a --flag before it"):
         parse_config(["train.yaml", *OK]).raise_problems()

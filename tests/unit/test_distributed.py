@@ -43,6 +43,8 @@ def test_world_comes_from_the_launcher(environ: dict[str, str], expected: World)
 def test_rank_outside_the_world_is_refused() -> None:
     with pytest.raises(UserError, match="RANK=2 with WORLD_SIZE=2"):
         detect_world({"RANK": "2", "WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match="RANK='x': must be a whole number"):
+        detect_world({"RANK": "x", "WORLD_SIZE": "2"})
 
 
 def test_srun_rendezvous_is_the_same_on_all_nodes() -> None:

@@ -70,7 +70,7 @@ def test_too_many_rejected() -> None:
     text = str(caught.value)
     assert "10 of 100 rows can't be used (10.0%); at most 5.0% may be lost" in text
     assert "file.jsonl: empty 10 (rows 0, 1, 2, 3, 4, ...; from 0): a prompt that must not be empty" in text
-    assert "Fix: correct these rows (run/rejected_rows.jsonl" in text and "--max_rejected_share 0.1." in text
+    assert "Fix: correct these rows, or accept" in text and "--max_rejected_share 0.1." in text
 
 
 def test_the_suggested_share_is_enough() -> None:

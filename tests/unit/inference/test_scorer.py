@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,9 +62,16 @@ def test_wrong_requests_are_explained(lora_run: Path, tiny_model: Path, tmp_path
     scorer = RewardScorer.from_pretrained(lora_run, device="cpu")
     with pytest.raises(DataError, match="2 prompts and 1 completions"):
         scorer.score(["a", "b"], ["c"])
-    with pytest.raises(DataError, match="the scoring contract allows 1024"):
+    with pytest.raises(DataError, match=r"too long to be scored: .* max_length is 1024"):
         scorer.score(["a" * 4], [" 7" * 1100])
     with pytest.raises(ModelError, match="the scoring contract can't be read"):
         RewardScorer.from_pretrained(tiny_model)
+    untrusted = tmp_path / "untrusted"
+    shutil.copytree(lora_run, untrusted)
+    contract = read_json(untrusted / "scoring_contract.json")
+    contract["base_model"]["trust_remote_code"] = True
+    (untrusted / "scoring_contract.json").write_text(json.dumps(contract))
+    with pytest.raises(ModelError, match="needs Python code of its own, which is not run unasked"):
+        RewardScorer.from_pretrained(untrusted)
     with pytest.raises(ModelError, match="holds no adapter to merge"):
         merge_adapter(tiny_model, tmp_path / "x")

@@ -189,6 +189,25 @@ def test_quantised_checkpoints_are_refused(model: Path, data: Path) -> None:
         plan(model, data)
 
 
+def test_texts_longer_than_the_models_positions_are_refused(model: Path, data: Path) -> None:
+    (model / "config.json").write_text(json.dumps({**LLAMA_8B, "max_position_embeddings": 512}))
+    with pytest.raises(ConfigError, match=r"max_length=1024: the model has only 512 positions\. Fix: --max_length 512"):
+        plan(model, data)
+
+
+def test_output_must_not_hold_the_model_itself(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="holds the model that is to be trained from"):
+        plan(model, data, output_dir=str(model), force=["overwrite"])
+
+
+def test_patterns_of_files_are_let_through(model: Path, data: Path) -> None:
+    assert plan(model, data, dataset_path=[str(data.parent / "pa*.jsonl")]).method == "full"
+
+
+def test_adapters_get_a_word_on_the_learning_rate(model: Path, data: Path) -> None:
+    assert any("ten times higher" in note for note in plan(model, data, use_peft=True).notes)
+
+
 def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config.json"):
         read_model_config(str(tmp_path))

@@ -18,7 +18,7 @@ from rm_scale.launch import steps
 from rm_scale.modeling.contract import ScoringContract
 from rm_scale.modeling.head import active_head
 from rm_scale.training.callbacks import EarlyWarnings, MetricsFile
-from rm_scale.training.checkpoints import verify_saved
+from rm_scale.training.checkpoints import refuse_unsafe_pickles, verify_saved
 
 ARGS: Any = SimpleNamespace(spec=TrainingArguments)
 
@@ -48,6 +48,14 @@ def test_accuracy_of_chance_is_named(warnings: pytest.LogCaptureFixture) -> None
     for _ in range(4):
         log(callback, loss=0.69, accuracy=0.51, num_pairs=100)
     assert "[accuracy_stuck] accuracy over the last 400 training pairs is 0.510" in warnings.text
+
+
+def test_real_log_lines_feed_the_watch(trainer_and_config: Any) -> None:
+    """The meter's own names, so that the watch can't go blind when they change."""
+    trainer, _ = trainer_and_config
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.meter.add(torch.randn(len(batch["row_group"])), batch)
+    assert {"num_pairs", "accuracy", "max_reward", "min_reward"} <= trainer.meter.read().keys()
 
 
 def test_learning_is_not_warned_about(warnings: pytest.LogCaptureFixture) -> None:
@@ -112,16 +120,44 @@ def test_a_save_that_differs_is_refused(trainer_and_config: Any, tmp_path: Path)
         verify_saved(folder, contract, head)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(trainer_and_config: Any) -> None:
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (marker,))
+
+    (tmp_path / "global_step1").mkdir()
+    torch.save({"module": torch.ones(2)}, tmp_path / "global_step1" / "good.pt")
+    refuse_unsafe_pickles(tmp_path)
+    torch.save({"module": Evil()}, tmp_path / "global_step1" / "zz_evil.pt")
+    with pytest.raises(CheckpointError, match="would run code when it is loaded"):
+        refuse_unsafe_pickles(tmp_path)
+    assert not marker.exists()
+
+
+def test_a_head_that_is_not_finite_never_starts(trainer_and_config: Any) -> None:
     trainer, _ = trainer_and_config
     head = active_head(trainer.model)
     before = head.weight.data.clone()
-    head.weight.data = torch.full_like(before, float("nan"))
+    head.weight.data = torch.full_like(before, float("inf"))
+    try:
+        with pytest.raises(TrainingError, match="NaN or infinite weights before the first step"):
+            trainer.train()
+    finally:
+        head.weight.data = before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trainer_and_config: Any) -> None:
+    trainer, _ = trainer_and_config
+    weight = trainer.model.get_input_embeddings().weight
+    before = weight.data.clone()
+    weight.data = torch.full_like(before, float("nan"))
     try:
         with pytest.raises(TrainingError, match=r"step 1: the loss is not finite on 1 ranks.*Rows of this step"):
             trainer.train()
     finally:
-        head.weight.data = before
+        weight.data = before
 
 
 def test_resume_without_a_checkpoint_is_explained(trainer_and_config: Any, tmp_path: Path) -> None:
