@@ -17,6 +17,7 @@ STAGES = ["none", "zero1", "zero2", "zero3", "zero3_offload"]
 METHODS = {
     "full": ["--gradient_checkpointing", "true"],
     "lora": ["--use_peft", "--use_rslora"],
+    "dora": ["--use_peft", "--use_dora"],
     "qlora": ["--use_peft", "--load_in_4bit", "--use_bnb_nested_quant"],
 }
 NUM_EVAL = 21  # odd, so that neither ranks nor batches divide it
@@ -24,7 +25,7 @@ NUM_EVAL = 21  # odd, so that neither ranks nor batches divide it
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> dict[str, Path]:
-    """One launch per stage, three trainings in each."""
+    """One launch per stage, a training of each method in it."""
     done: dict[str, Path] = {}
 
     def launch(stage: str) -> Path:
@@ -66,7 +67,7 @@ def test_trains_evaluates_saves_and_verifies(stage: str, method: str, runs: dict
     log = (runs[stage] / "log.txt").read_text()
     assert f"saved and verified {folder}" in log
     plan = read_json(folder / "run" / "plan.json")
-    assert (plan["method"], plan["world_size"]) == (method, 2)
+    assert (plan["method"], plan["world_size"]) == ("lora" if method == "dora" else method, 2)
     assert plan["zero_stage"] == (0 if stage == "none" else int(stage[4]))
     evaluation = read_json(folder / "run" / "evaluation.json")
     assert evaluation["num_pairs"] == NUM_EVAL
@@ -90,11 +91,13 @@ def test_head_is_saved_in_fp32_and_was_trained(stage: str, method: str, runs: di
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_are_not_empty(stage: str, runs: dict[str, Path]) -> None:
-    for method in ("lora", "qlora"):
+    for method in ("lora", "dora", "qlora"):
         saved = tensors(runs[stage] / method / "adapter_model.safetensors")
-        lora = {name: tensor for name, tensor in saved.items() if "lora_" in name}
+        lora = {name: tensor for name, tensor in saved.items() if "lora_A" in name or "lora_B" in name}
         assert len(lora) == 2 * 2 * 7  # A and B, two layers, seven linear modules
         assert all(tensor.ndim == 2 and tensor.any() for tensor in lora.values())
+        magnitudes = [tensor for name, tensor in saved.items() if "lora_magnitude_vector" in name]
+        assert len(magnitudes) == (2 * 7 if method == "dora" else 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

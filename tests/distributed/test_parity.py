@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import losses, read_json, run, run_cases, scores
+from tests.support.launching import REPOSITORY, losses, read_json, read_lines, run, run_cases, scores
 
 pytestmark = pytest.mark.distributed
 
@@ -25,6 +26,9 @@ def common(tiny_model: Path, pairs_file: Path) -> list[str]:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     split = ["--per_device_train_batch_size", "4", "--deepspeed", "zero3"]
+    hpz = json.loads((REPOSITORY / "ds_configs" / "zero3_hpz.json").read_text())
+    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (folder / "hpz.json").write_text(json.dumps(hpz))
     cases = {
         "full": [*common, *split],
         "lora": [*common, *split, "--use_peft", "--merge_adapter"],
@@ -38,6 +42,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Pa
             "--gradient_accumulation_steps",
             "4",
         ],
+        "hpz": [*common, "--per_device_train_batch_size", "4", "--deepspeed", str(folder / "hpz.json")],
         "ddp": [*common, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"],
         # Two epochs of 101 groups in steps of 24: the last step of each epoch is smaller and needs fillers.
         "ragged": [
@@ -98,8 +103,6 @@ print("SCORES " + json.dumps([scorer(text)[0]["score"] for text in texts]))
 
 def pipeline_scores(folder: Path, kind: str, texts: list[str], scratch: Path) -> list[float]:
     """Scores by transformers' own pipeline in a process that knows nothing of rm_scale."""
-    import json
-
     (scratch / "texts.json").write_text(json.dumps(texts))
     (scratch / "score.py").write_text(PIPELINE)
     finished = run(
@@ -113,10 +116,7 @@ def pipeline_scores(folder: Path, kind: str, texts: list[str], scratch: Path) ->
 @pytest.fixture(scope="module")
 def texts(two_ranks: Path, pairs_file: Path) -> list[str]:
     """The evaluation texts as the scoring contract renders them, in the order of `scores`."""
-    import json
-
     from rm_scale.inference.scorer import RewardScorer
-    from tests.support.launching import read_lines
 
     scorer = RewardScorer.from_pretrained(two_ranks / "full", device="cpu")
     rows = {row["id"]: row for row in map(json.loads, pairs_file.read_text().splitlines())}
@@ -150,7 +150,7 @@ def test_one_rank_equals_two(one_rank: Path, two_ranks: Path) -> None:
     assert (one["accuracy"], one["num_pairs"]) == (two["accuracy"], two["num_pairs"])
 
 
-@pytest.mark.parametrize("case", ["accumulated", "ddp"])
+@pytest.mark.parametrize("case", ["accumulated", "ddp", "hpz"])
 def test_splits_of_the_batch_agree(one_rank: Path, two_ranks: Path, case: str) -> None:
     assert losses(two_ranks / case) == pytest.approx(losses(one_rank / "full"), rel=1e-5)
     assert scores(two_ranks / case) == pytest.approx(scores(one_rank / "full"), abs=1e-4)
