@@ -258,7 +258,10 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _read_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Turn `--a 1 --b=2 --c x y --flag` into a dictionary of strings and lists of strings."""
+    """Turn `--a 1 --b=2 --c x y --flag` into a dictionary of strings and lists of strings.
+
+    Of a flag given twice the last counts, as everywhere: launch scripts append the user's words to their own.
+    """
     flags: dict[str, Any] = {}
     problems: list[str] = []
     current: str | None = None
@@ -266,8 +269,6 @@ def _read_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             current = name.replace("-", "_")
-            if current in flags and current != "local_rank":
-                problems.append(f"--{name}: given twice. Fix: keep one of them.")
             flags[current] = [value] if equals else []
         elif current is None:
             problems.append(f"{word}: expected a --flag before it. Fix: write settings as --name value.")

@@ -26,9 +26,6 @@ def common(tiny_model: Path, pairs_file: Path) -> list[str]:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     split = ["--per_device_train_batch_size", "4", "--deepspeed", "zero3"]
-    hpz = json.loads((REPOSITORY / "ds_configs" / "zero3_hpz.json").read_text())
-    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
-    (folder / "hpz.json").write_text(json.dumps(hpz))
     cases = {
         "full": [*common, *split],
         "lora": [*common, *split, "--use_peft", "--merge_adapter"],
@@ -42,7 +39,6 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Pa
             "--gradient_accumulation_steps",
             "4",
         ],
-        "hpz": [*common, "--per_device_train_batch_size", "4", "--deepspeed", str(folder / "hpz.json")],
         "ddp": [*common, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"],
         # Two epochs of 101 groups in steps of 24: the last step of each epoch is smaller and needs fillers.
         "ragged": [
@@ -150,10 +146,21 @@ def test_one_rank_equals_two(one_rank: Path, two_ranks: Path) -> None:
     assert (one["accuracy"], one["num_pairs"]) == (two["accuracy"], two["num_pairs"])
 
 
-@pytest.mark.parametrize("case", ["accumulated", "ddp", "hpz"])
+@pytest.mark.parametrize("case", ["accumulated", "ddp"])
 def test_splits_of_the_batch_agree(one_rank: Path, two_ranks: Path, case: str) -> None:
     assert losses(two_ranks / case) == pytest.approx(losses(one_rank / "full"), rel=1e-5)
     assert scores(two_ranks / case) == pytest.approx(scores(one_rank / "full"), abs=1e-4)
+
+
+def test_hpz_agrees(two_ranks: Path, common: list[str], tmp_path: Path) -> None:
+    """In a launch of its own: DeepSpeed makes hpZ's process groups once per process."""
+    hpz = json.loads((REPOSITORY / "ds_configs" / "zero3_hpz.json").read_text())
+    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(hpz))
+    flags = [*common, "--per_device_train_batch_size", "4", "--deepspeed", str(tmp_path / "hpz.json")]
+    finished = run_cases(tmp_path, {"hpz": flags})
+    assert finished.code == 0, finished.output[-5000:]
+    assert losses(tmp_path / "hpz") == pytest.approx(losses(two_ranks / "full"), rel=1e-5)
 
 
 def test_one_by_eight_equals_eight_by_one(one_rank: Path) -> None:
