@@ -397,12 +397,6 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
         "merge_adapter=True with use_peft=False: there is no adapter to merge. Fix: leave merge_adapter out.",
     )
     rule(
-        "use_dora load_in_4bit deepspeed",
-        c.use_dora and c.load_in_4bit and _names_stage_3(c.deepspeed),
-        "use_dora=True with load_in_4bit=True under ZeRO-3: DoRA must read whole 4-bit weights, which ZeRO-3 has "
-        "sharded. Fix: use deepspeed: zero2, or LoRA without DoRA.",
-    )
-    rule(
         "fp16 force",
         c.fp16 and "fp16" not in c.force,
         "fp16=True: refused, since rewards overflow at 65,504 and loss scaling skips steps. "
@@ -475,18 +469,14 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
         "pairs. Fix: use loss_type: bradley_terry or label_smoothing_factor: 0.",
     )
     rule(
-        "optim deepspeed",
-        "8bit" in c.optim and "offload" in (c.deepspeed or ""),
-        f"optim={c.optim} with deepspeed={c.deepspeed}: DeepSpeed silently swaps an 8-bit optimizer for another when "
-        "it is offloaded. Fix: use optim: adamw_torch.",
+        "max_steps",
+        c.max_steps == 0 or c.max_steps < -1,
+        f"max_steps={c.max_steps}: must be -1 (train for num_train_epochs) or at least 1. Fix: leave it "
+        "out, or e.g. 100.",
     )
     for name in c.force:
         rule("force", name not in FORCEABLE_RULES, unknown_key_problem(name, FORCEABLE_RULES, " (in force)"))
     return found
-
-
-def _names_stage_3(deepspeed: str | None) -> bool:
-    return deepspeed is not None and "zero3" in Path(deepspeed).name
 
 
 def help_text() -> str:

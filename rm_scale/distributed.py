@@ -61,6 +61,12 @@ def detect_world(environ: Mapping[str, str] | None = None) -> World:
     return World()
 
 
+def _num_visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _number(env: Mapping[str, str], name: str) -> int:
     try:
         return int(env[name])
@@ -76,6 +82,8 @@ def export_world(world: World) -> None:
     os.environ["WORLD_SIZE"] = str(world.size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     if world.launcher == "srun":
+        if _num_visible_gpus() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1 shows each task its own GPU alone
         os.environ.setdefault("MASTER_ADDR", _first_slurm_node())
         # The same on every node, and different for jobs that share a node.
         job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
@@ -146,7 +154,7 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
 
     gpu = has_gpu()
     if gpu:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if uses_deepspeed:
@@ -204,27 +212,19 @@ def raise_together(error: UserError | None) -> None:
     """
     for seen in gather_from_ranks(error):
         if seen is not None:
+            seen.met_by = "world"
             raise seen
 
 
 @contextmanager
-def main_rank_first(world: World) -> Iterator[None]:
-    """Run the block on local rank 0 of each node first, so that the others find its files in the cache.
+def agreed_errors() -> Iterator[None]:
+    """Run a block on every rank; a `UserError` on any of them is then raised on all.
 
-    A `UserError` of the first rank is raised on all.
+    The block itself must hold no collective.
     """
     error: UserError | None = None
-    first = world.local_rank == 0
-    if not first:
-        _wait_for_first()
     try:
         yield
     except UserError as caught:
         error = caught
-    if first:
-        _wait_for_first()
     raise_together(error)
-
-
-def _wait_for_first() -> None:
-    barrier()

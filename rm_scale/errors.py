@@ -7,10 +7,18 @@ traceback only with `--debug`). Everything else is a defect of ours and keeps it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 
 class UserError(ValueError):
-    """Something the user can put right. The text says value, rule and fix."""
+    """Something the user can put right. The text says value, rule and fix.
+
+    Attributes:
+        met_by: who raises the same error, so that one of them can speak for all: every rank of the world, every rank
+            of this machine, or this rank alone.
+    """
+
+    met_by: Literal["world", "node", "rank"] = "rank"
 
 
 class ConfigError(UserError):

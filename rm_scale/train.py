@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         # What will run; everything wrong with the settings is said here, before anything is loaded or written.
         prepare_environment(world)
         prepare_extensions(world.local_rank)
-        plan = make_plan(parsed, world.size, "cuda" if has_gpu() else "cpu", check_output=world.is_main)
+        plan = make_plan(parsed, world.size, "cuda" if has_gpu() else "cpu")
         if config.dry_run:
             print(f"{config.model_dump_json(indent=2)}\n{plan.to_json()}" if world.is_main else "", end="\n")
             return 0
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # Data: checked groups of token sequences.
         tokenizer, encoder = steps.load_text_encoder(config)
-        data = steps.load_data(config, encoder, world)
+        data = steps.load_data(config, encoder)
         plan = steps.count_steps(plan, data, config)
 
         # Model: the training arguments come first, so that ZeRO-3 shards the weights while they are read.

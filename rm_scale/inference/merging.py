@@ -32,22 +32,24 @@ def merge_adapter(folder: str | Path, target: str | Path, trust_remote_code: boo
 
     Raises:
         ModelError: there is no adapter.
-        CheckpointError: a LoRA merge does not score the same.
+        CheckpointError: the merged model does not score as backbone and adapter do, both unquantised.
     """
     folder, target = Path(folder), Path(target)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: holds no adapter to merge. Fix: give the output directory of a LoRA or QLoRA run.")
     contract = ScoringContract.load(folder)
     adapted = load_reward_model(folder, dtype=torch.float32, quantized=False, trust_remote_code=trust_remote_code)
+    sequences = [golden.input_ids for golden in contract.golden_scores]
+    exact = score_sequences(adapted, sequences, contract.pad_token_id, batch_size=1, device="cpu")
     head = active_head(adapted).effective_weight().detach().clone()
     merged = adapted.merge_and_unload()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     describe_as_reward_model(merged, tokenizer)
     merged = merged.to(getattr(torch, contract.dtype))
     _set_head(merged, head)
     merged.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
-    _write_contract(contract, target)
+    _write_contract(contract, exact, target, trust_remote_code)
     return target
 
 
@@ -57,15 +59,14 @@ def _set_head(model: torch.nn.Module, weight: torch.Tensor) -> None:
     heads[0].weight.data = weight
 
 
-def _write_contract(contract: ScoringContract, target: Path) -> None:
-    """Score the merged model as it lies on disk and write its contract."""
-    merged = load_reward_model(target)
+def _write_contract(contract: ScoringContract, exact: list[float], target: Path, trust_remote_code: bool) -> None:
+    """Score the merged model as it lies on disk, compare with the unmerged one in fp32, and write its contract."""
+    merged = load_reward_model(target, trust_remote_code=trust_remote_code)
     sequences = [golden.input_ids for golden in contract.golden_scores]
-    expected = [golden.score for golden in contract.golden_scores]
     scores = score_sequences(merged, sequences, contract.pad_token_id, batch_size=1, device="cpu")
-    drift = max((abs(a - b) for a, b in zip(expected, scores, strict=True)), default=0.0)
-    if contract.base_model.quantization is None:
-        check_golden(expected, scores, contract.compute_dtype, str(target))
+    check_golden(exact, scores, contract.dtype, str(target))
+    trained = [golden.score for golden in contract.golden_scores]
+    drift = max((abs(a - b) for a, b in zip(trained, scores, strict=True)), default=0.0)
     base = replace(contract.base_model, quantization=None)
     replace(contract, base_model=base).with_golden(sequences, scores).save(target)
-    logger.info(f"merged model in {target}: largest score difference to the adapter {drift:.3g}")
+    logger.info(f"merged model in {target}: largest score difference to training {drift:.3g}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from rm_scale.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_DEFECT = 1
 
 
 def leave(code: int) -> None:
@@ -26,7 +27,9 @@ def leave(code: int) -> None:
 
 
 def run_guarded(main: Callable[[], int], debug: bool = False) -> int:
-    """Run `main` and turn a `UserError` into a message and exit code 2. Of several ranks only the first prints it.
+    """Run `main` and turn a `UserError` into a message and exit code 2, anything else into a traceback and 1.
+
+    An error that several ranks meet is printed by the first of them; one that a single rank meets, by that rank.
 
     Args:
         main: the program.
@@ -37,8 +40,24 @@ def run_guarded(main: Callable[[], int], debug: bool = False) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"rm_scale: {error}", file=sys.stderr, flush=True)
+        elif _speaks_for(error):
+            rank = "" if _number("RANK", "SLURM_PROCID") == 0 else f" (rank {_number('RANK', 'SLURM_PROCID')})"
+            print(f"rm_scale{rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
+    except Exception:  # a defect of ours, shown whole; the process must still leave its ranks at once
+        traceback.print_exc()
+        return EXIT_DEFECT
+
+
+def _speaks_for(error: UserError) -> bool:
+    """Is it this rank that prints the error?"""
+    if error.met_by == "world":
+        return _number("RANK", "SLURM_PROCID") == 0
+    return error.met_by == "rank" or _number("LOCAL_RANK", "SLURM_LOCALID") == 0
+
+
+def _number(*names: str) -> int:
+    """The first of these environment variables that holds a number, 0 without one."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)

@@ -15,8 +15,8 @@ from rm_scale.config import RunConfig
 from rm_scale.data.checks import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
-from rm_scale.distributed import World, barrier, main_rank_first, raise_together
-from rm_scale.errors import CheckpointError, ConfigError, UserError
+from rm_scale.distributed import World, agreed_errors, barrier
+from rm_scale.errors import CheckpointError, ConfigError, DataError
 from rm_scale.evaluation.record import evaluation_table, write_evaluation
 from rm_scale.inference.merging import merge_adapter
 from rm_scale.inference.scorer import RewardScorer
@@ -27,10 +27,15 @@ from rm_scale.modeling.tokenizers import load_tokenizer
 from rm_scale.packing.collator import PaddedCollator
 from rm_scale.planning.plan import Plan
 from rm_scale.reporting.model_card import write_model_card
-from rm_scale.reporting.run_directory import remove_earlier_run, run_folder, write_run_records
+from rm_scale.reporting.run_directory import (
+    forget_later_metrics,
+    remove_earlier_run,
+    run_folder,
+    write_run_records,
+)
 from rm_scale.training.arguments import training_arguments
 from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
-from rm_scale.training.checkpoints import refuse_unsafe_pickles
+from rm_scale.training.checkpoints import disk_errors_explained, refuse_unsafe_pickles
 from rm_scale.training.losses import LossSettings
 from rm_scale.training.metrics import EvaluationResult
 from rm_scale.training.trainer import RewardTrainer
@@ -40,14 +45,15 @@ logger = get_logger(__name__)
 
 def load_text_encoder(config: RunConfig) -> tuple[PreTrainedTokenizerBase, TextEncoder]:
     """The tokenizer with its padding token, and the rules by which a text becomes tokens."""
-    tokenizer = load_tokenizer(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        eos_token=config.eos_token,
-        pad_token=config.pad_token,
-        chat_template_path=config.chat_template_path,
-    )
+    with agreed_errors():
+        tokenizer = load_tokenizer(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            eos_token=config.eos_token,
+            pad_token=config.pad_token,
+            chat_template_path=config.chat_template_path,
+        )
     rules = EncodingRules(
         append_eos=True,
         max_length=config.max_length,
@@ -57,11 +63,13 @@ def load_text_encoder(config: RunConfig) -> tuple[PreTrainedTokenizerBase, TextE
     return tokenizer, TextEncoder(tokenizer, rules)
 
 
-def load_data(config: RunConfig, encoder: TextEncoder, world: World) -> PreparedData:
-    """Read, check and encode the preference files; the first rank of each node does the work."""
-    with main_rank_first(world):
+def load_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
+    """Read, check and encode the preference files, once per machine."""
+    # All ranks call it at once: the cache's file lock lets one do the work. No collective waits meanwhile, which would
+    # time out on large data.
+    with agreed_errors():
         data = prepare_data(config, encoder)
-    raise_if_too_many(data.report, config.max_rejected_share)
+        raise_if_too_many(data.report, config.max_rejected_share)
     return data
 
 
@@ -101,8 +109,11 @@ def load_model(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase
 def open_run_directory(config: RunConfig, plan: Plan, data: PreparedData, world: World) -> None:
     """Write what was asked, planned and read. The first thing of a run that reaches the disk."""
     if world.is_main:
-        if config.resume_from_checkpoint is None:
+        resumed = _resume_folder(config)
+        if resumed is None:
             remove_earlier_run(config)
+        else:
+            forget_later_metrics(config, int(Path(resumed).name.split("-")[-1]))
         folder = write_run_records(config, plan)
         write_data_report(data.report, data.rejected, folder)
     barrier()
@@ -117,7 +128,17 @@ def build_trainer(
     loaded: LoadedModel,
     data: PreparedData,
 ) -> RewardTrainer:
-    """Put model, data, loss and scoring contract together."""
+    """Put model, data, loss and scoring contract together.
+
+    Raises:
+        DataError: the data holds labels that the loss can't use.
+    """
+    for name in ("soft_label", "margin"):
+        if config.loss_type == "plackett_luce" and data.train.data.column(name).null_count < len(data.train):
+            raise DataError(
+                f"loss_type=plackett_luce: the data has values for {name}, which a ranking loss can't use. "
+                "Fix: use loss_type: bradley_terry, or remove the column."
+            )
     collator = PaddedCollator(tokenizer.pad_token_id, config.pad_to_multiple_of, config.tie_policy == "half")
     settings = LossSettings(config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0)
     return RewardTrainer(
@@ -130,6 +151,7 @@ def build_trainer(
         loss_settings=settings,
         contract=_contract(config, plan, loaded, encoder, tokenizer),
         shuffle=config.shuffle_train,
+        saved_head=loaded.saved_head,
         callbacks=[StepInLogs(), EarlyWarnings(), MetricsFile(run_folder(config) / "metrics.jsonl")],
     )
 
@@ -161,7 +183,9 @@ def train(trainer: RewardTrainer, config: RunConfig) -> None:
     """Train, from the start or from a checkpoint."""
     folder = _resume_folder(config)
     if folder is not None:
-        refuse_unsafe_pickles(Path(folder))
+        with agreed_errors():
+            if trainer.args.should_save:
+                refuse_unsafe_pickles(Path(folder))
     trainer.train(resume_from_checkpoint=folder)
 
 
@@ -181,7 +205,7 @@ def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | N
     """The final, exact evaluation."""
     if data.eval is None:
         return None
-    result = trainer.evaluate_exactly(data.eval)
+    result = trainer.final_evaluation()
     for line in evaluation_table(result).splitlines():
         logger.info(line)
     return result
@@ -197,14 +221,10 @@ def save(trainer: RewardTrainer, config: RunConfig, plan: Plan, result: Evaluati
             num_scored=result.num_scored,
         )
     trainer.save_model(config.output_dir)
-    error: UserError | None = None
-    if world.is_main:
-        try:
+    with agreed_errors(), disk_errors_explained(config.output_dir):
+        if world.is_main:
             _leave_behind(config, plan, result)
             _show_samples(trainer, config)
-        except UserError as caught:
-            error = caught
-    raise_together(error)
 
 
 def _leave_behind(config: RunConfig, plan: Plan, result: EvaluationResult | None) -> None:

@@ -34,11 +34,13 @@ class LoadedModel:
         model: the sequence-classification model, with adapters when asked.
         head_name: attribute name of the scalar head.
         head_was_found: the weights came with a head, which was kept; otherwise a new one was made.
+        saved_head: that head in fp32, `(1, hidden_size)`, since loading rounds it to the backbone's type.
     """
 
     model: PreTrainedModel | PeftModel
     head_name: str
     head_was_found: bool
+    saved_head: torch.Tensor | None = None
 
 
 def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -76,11 +78,14 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
     head_name = install_scalar_head(model)
     if config.use_peft:
         model = add_adapters(model, config, keep_dtype=plan.zero_stage == 3)
+    saved_head = _read_saved_head(config) if head_was_found else None
     if plan.deepspeed_config is None:
         _hold_trainable_in_fp32(model)
+        if saved_head is not None:
+            active_head(model).weight.data = saved_head.clone()
     source = "kept from the checkpoint" if head_was_found else "new, since the checkpoint has none"
     logger.info(f"reward head {head_name}: {source}")
-    return LoadedModel(model, head_name, head_was_found)
+    return LoadedModel(model, head_name, head_was_found, saved_head)
 
 
 def load_reward_model(
@@ -107,7 +112,9 @@ def load_reward_model(
         if (folder / "adapter_config.json").is_file():
             model = _load_adapter(folder, dtype, device, quantized, trust_remote_code)
         elif (folder / "config.json").is_file():
-            model = _load_sequence_classifier(str(folder), dtype=dtype or "auto", head_expected=True)
+            model = _load_sequence_classifier(
+                str(folder), dtype=dtype or "auto", head_expected=True, trust_remote_code=trust_remote_code
+            )
             install_scalar_head(model)
             _restore_head(model, _file_with_head(folder))
         else:
@@ -172,6 +179,14 @@ def _load_sequence_classifier(
             f"model_name_or_path={name!r}: can't be loaded as a reward model ({_short(error)}). "
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
         ) from error
+    other_heads = [key for key in info["unexpected_keys"] if _looks_like_a_head(key)]
+    if other_heads:
+        raise ModelError(
+            f"model_name_or_path={name!r}: holds a head that can't be used here ({sorted(other_heads)[0]}); "
+            "it would be "
+            "replaced by a random one. Fix: convert it to a transformers sequence classifier with one output, or give "
+            "the causal language model it came from."
+        )
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES or head_expected]
     if missing:
         raise ModelError(
@@ -180,6 +195,12 @@ def _load_sequence_classifier(
             "be random. Fix: download the model again, or check that config.json belongs to these weights."
         )
     return model
+
+
+def _looks_like_a_head(key: str) -> bool:
+    """A reward or value head of another library; language-model heads are meant to be dropped."""
+    first = key.split(".")[0]
+    return first != "lm_head" and any(word in first for word in ("head", "score", "classifier", "reward", "summary"))
 
 
 def _short(error: BaseException) -> str:
@@ -260,6 +281,19 @@ def _hold_trainable_in_fp32(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
+
+
+def _read_saved_head(config: RunConfig) -> torch.Tensor:
+    """The head of an existing reward model as its file holds it, in fp32."""
+    name, revision = config.model_name_or_path, config.model_revision
+    file = "model.safetensors"
+    index = cached_file(name, f"{file}.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        shards: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        file = next(shard for key, shard in shards.items() if key.split(".")[0] in HEAD_NAMES)
+    with safe_open(cached_file(name, file, revision=revision), framework="pt") as tensors:
+        key = next(key for key in list(tensors.keys()) if key.split(".")[0] in HEAD_NAMES)
+        return tensors.get_tensor(key).float()
 
 
 def _file_with_head(folder: Path) -> Path:

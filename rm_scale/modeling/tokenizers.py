@@ -93,6 +93,11 @@ def settle_pad_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = No
             )
             tokenizer.pad_token = candidate
             return
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
+        # It never ends a text, and it needs no new row in the embedding, which an adapter would have to carry.
+        logger.info(f"padding token: {tokenizer.bos_token}, the vocabulary has no unused one")
+        tokenizer.pad_token = tokenizer.bos_token
+        return
     tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
     logger.info(f"padding token: added {ADDED_PAD_TOKEN}, since the vocabulary has no unused one")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import math
@@ -125,7 +126,9 @@ def make_plan(parsed: ParsedConfig, world_size: int, device: str, check_output: 
     if config.deepspeed is not None:
         values = _collect(problems, lambda: read_deepspeed_config(config.deepspeed or ""))
         if values is not None:
-            problems += check_deepspeed_config(values, config, world_size)
+            contradictions = check_deepspeed_config(values, config, world_size)
+            problems += contradictions
+            values = None if contradictions else values
     problems += _check_files(config)
     problems += _check_batch(config, world_size)
     if shape is not None:
@@ -133,7 +136,9 @@ def make_plan(parsed: ParsedConfig, world_size: int, device: str, check_output: 
     if check_output and "output_dir" not in parsed.broken:
         problems += _check_output_dir(config)
     if problems:
-        raise ConfigError(problems)
+        error = ConfigError(problems)
+        error.met_by = "node"  # all ranks of a machine look at the same settings and files
+        raise error
     assert shape is not None
     return _resolve(config, shape, values, world_size, device)
 
@@ -271,6 +276,28 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
+def _try_to_write(path: Path) -> None:
+    """Make the folder and a file in it; again if another rank's tidying up came between."""
+    for attempt in range(5):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                return
+        except FileNotFoundError:
+            if attempt == 4:
+                raise
+
+
+def _would_be_replaced(model: Path, output: Path) -> bool:
+    """Is the model one of the things a run writes into its output directory?"""
+    if model == output:
+        return True
+    if output not in model.parents:
+        return False
+    first = model.relative_to(output).parts[0]
+    return first in {"merged", "run"} or first.startswith("checkpoint-")
+
+
 def _check_output_dir(config: RunConfig) -> list[str]:
     """Try to write there, and leave no trace of having tried."""
     path = Path(config.output_dir)
@@ -280,17 +307,14 @@ def _check_output_dir(config: RunConfig) -> list[str]:
             f"output_dir={config.output_dir}: already holds files. Fix: choose another folder, continue with "
             "--resume_from_checkpoint last, or add --force overwrite."
         ]
-    inside = Path(config.model_name_or_path).resolve()
-    if inside == path.resolve() or (inside.parent == path.resolve() and inside.name.startswith("checkpoint-")):
+    if _would_be_replaced(Path(config.model_name_or_path).resolve(), path.resolve()):
         return [
             f"output_dir={config.output_dir}: holds the model that is to be trained from and would overwrite it. "
             "Fix: choose another output_dir."
         ]
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        _try_to_write(path)
     except OSError as error:
         return [
             f"output_dir={config.output_dir}: can't be written ({error.strerror or error}). "
@@ -298,6 +322,7 @@ def _check_output_dir(config: RunConfig) -> list[str]:
         ]
     finally:
         for folder in missing:
-            if folder.is_dir():
+            # Ranks probe at the same time: one may still have its file in there, or have removed the folder already.
+            with contextlib.suppress(OSError):
                 os.rmdir(folder)
     return []

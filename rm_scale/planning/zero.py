@@ -2,12 +2,134 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from rm_scale.config import RunConfig
 from rm_scale.errors import ConfigError
+
+# What DeepSpeed 0.19 reads; a test compares the second list with the installed version's.
+TOP_LEVEL_KEYS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "amp",
+        "autotuning",
+        "bf16",
+        "bfloat16",
+        "checkpoint",
+        "comm_optimizer_groups",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "curriculum_learning",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "deepcompile",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "eigenvalue",
+        "elasticity",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "graph_harvesting",
+        "hybrid_engine",
+        "log_level",
+        "memory_breakdown",
+        "monitor_config",
+        "nebula",
+        "optimizer",
+        "pipeline",
+        "prescale_gradients",
+        "progressive_layer_drop",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
+        "sparse_attention",
+        "sparse_gradients",
+        "steps_per_print",
+        "swap_folder",
+        "tensor_parallel",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallel_",
+        "wandb",
+        "wall_clock_breakdown",
+        "weight_quantization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
+ZERO_KEYS = frozenset(
+    [
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "allgather_sequential",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "cpu_offload",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "elastic_checkpoint",
+        "enable_sanity_checks",
+        "gather_16bit_weights_on_model_save",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "memory_efficient_linear",
+        "model_persistence_threshold",
+        "module_granularity_threshold",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "override_module_apply",
+        "param_persistence_threshold",
+        "parameter_alignment",
+        "pipeline_loading_checkpoint",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory",
+        "stage",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+        "use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce",
+        "zenflow",
+        "zero_hpz_partition_size",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    ]
+)
 
 
 def shipped_file(folder: str, name: str) -> Path | None:
@@ -63,15 +185,28 @@ def zero_stage(values: dict[str, Any]) -> int:
 
 def offload_device(values: dict[str, Any], what: str = "offload_optimizer") -> str:
     """Where optimizer state (or, with `offload_param`, parameters) is kept: none, cpu or nvme."""
-    return str(values.get("zero_optimization", {}).get(what, {}).get("device", "none"))
+    return str(values.get("zero_optimization", {}).get(what, {}).get("device") or "none")
 
 
 def check_deepspeed_config(values: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
     """Everything in the DeepSpeed file that contradicts the run, one sentence each."""
-    problems: list[str] = []
     where = f"deepspeed={config.deepspeed!r}"
+    problems = _check_structure(values, where)
+    if problems:
+        return problems  # nothing below can be read from a file of another shape
     zero = values.get("zero_optimization", {})
     stage = zero_stage(values)
+    if config.use_dora and config.load_in_4bit and stage == 3:
+        problems.append(
+            f"use_dora=True with load_in_4bit=True and {where} (ZeRO-3): DoRA must read whole 4-bit "
+            "weights, which ZeRO-3 "
+            "has sharded. Fix: use deepspeed: zero2, or LoRA without DoRA."
+        )
+    if "8bit" in config.optim and offload_device(values) != "none":
+        problems.append(
+            f"optim={config.optim} with {where}: DeepSpeed silently swaps an 8-bit optimizer for another when it is "
+            "offloaded. Fix: use optim: adamw_torch."
+        )
     if stage not in {0, 1, 2, 3}:
         problems.append(f"{where}: zero_optimization.stage={stage}. The stage is 0, 1, 2 or 3. Fix: correct the file.")
     for block in ("optimizer", "scheduler"):
@@ -101,6 +236,29 @@ def check_deepspeed_config(values: dict[str, Any], config: RunConfig, world_size
         )
     problems += _check_nvme(zero, where)
     return problems
+
+
+def _check_structure(values: dict[str, Any], where: str) -> list[str]:
+    """Unknown keys and values of the wrong kind, which DeepSpeed would ignore or stumble over."""
+    problems = [_unknown_key(key, TOP_LEVEL_KEYS, where) for key in values if key not in TOP_LEVEL_KEYS]
+    zero = values.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [*problems, f"{where}: zero_optimization={zero!r}: must be a block of settings. Fix: correct the file."]
+    problems += [_unknown_key(key, ZERO_KEYS, where) for key in zero if key not in ZERO_KEYS]
+    if not isinstance(zero.get("stage", 0), int):
+        problems.append(
+            f"{where}: zero_optimization.stage={zero['stage']!r}: the stage is 0, 1, 2 or 3. Fix: a number."
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(name) or {}, dict):
+            problems.append(f"{where}: {name}={zero[name]!r}: must be a block of settings. Fix: correct the file.")
+    return problems
+
+
+def _unknown_key(key: str, known: frozenset[str], where: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "remove it, or see DeepSpeed's documentation for its name."
+    return f"{where}: {key}: DeepSpeed has no such key. Fix: {hint}"
 
 
 def _check_batch_values(values: dict[str, Any], config: RunConfig, where: str) -> list[str]:

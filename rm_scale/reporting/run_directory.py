@@ -59,12 +59,23 @@ def remove_earlier_run(config: RunConfig) -> None:
     model's files beside an adapter's would be loaded together.
     """
     folder = Path(config.output_dir)
+    if not (run_folder(config) / "run_config.yaml").is_file():
+        return  # whatever lies there, no run of ours wrote it
     for path in sorted({path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern)}):
         logger.warning(f"removing {path} of the run that is overwritten")
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def forget_later_metrics(config: RunConfig, step: int) -> None:
+    """Cut `metrics.jsonl` back to the checkpoint that a run resumes from; the later steps will be run again."""
+    path = run_folder(config) / "metrics.jsonl"
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
 def write_run_records(config: RunConfig, plan: Plan) -> Path:

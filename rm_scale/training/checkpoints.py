@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rm_scale.errors import CheckpointError
 from rm_scale.logs import get_logger
@@ -49,25 +53,53 @@ def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Ten
     )
 
 
+@contextlib.contextmanager
+def disk_errors_explained(folder: str | Path) -> Iterator[None]:
+    """Turn a full or failing disk into one clear error.
+
+    Raises:
+        CheckpointError: writing below `folder` failed.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: could not be written ({' '.join(str(error).split())[:200]}). What lies there is incomplete. "
+            "Fix: free disk space or choose another output_dir, and resume from the last whole checkpoint."
+        ) from error
+
+
 def refuse_unsafe_pickles(folder: Path) -> None:
     """Look through a checkpoint's DeepSpeed files before a resume; DeepSpeed itself would run whatever is in them.
 
     Raises:
-        CheckpointError: a file holds anything but tensors, plain values and DeepSpeed's own two classes.
+        CheckpointError: `latest` names a strange folder, or a file holds anything but tensors, plain values and
+            DeepSpeed's own few classes.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    for file in sorted(folder.glob("global_step*/*.pt")):
+    latest = folder / "latest"
+    if latest.is_file() and not re.fullmatch(r"global_step\d+", latest.read_text(encoding="utf-8").strip()):
+        raise CheckpointError(
+            f"{latest}: names {latest.read_text(encoding='utf-8').strip()!r}, not a global_stepN folder of this "
+            "checkpoint. Fix: resume from another checkpoint."
+        )
+    for file in sorted(folder.rglob("*.pt")):
         try:
-            with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
+            with torch.serialization.safe_globals(_deepspeed_classes()):
                 torch.load(file, map_location="meta", mmap=True, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(
-                f"{file}: can't be read as plain tensors ({' '.join(str(error).split())[:160]}). It is "
-                "damaged, or would "
-                "run code when it is loaded. Fix: resume from another checkpoint."
+                f"{file}: can't be read as plain tensors ({' '.join(str(error).split())[:160]}). It is damaged, or "
+                "would run code when it is loaded. Fix: resume from another checkpoint."
             ) from error
+
+
+def _deepspeed_classes() -> list[Any]:
+    """The classes that DeepSpeed's own checkpoints hold beside tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 
 
 def _check_tensors(folder: Path) -> None:

@@ -13,8 +13,8 @@ import trl
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
-from rm_scale.distributed import gather_from_ranks, raise_together, sum_over_ranks
-from rm_scale.errors import ModelError, TrainingError, UserError
+from rm_scale.distributed import agreed_errors, gather_from_ranks, sum_over_ranks
+from rm_scale.errors import TrainingError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.contract import ScoringContract
 from rm_scale.modeling.head import active_head, check_head_trainable
@@ -22,7 +22,7 @@ from rm_scale.modeling.scoring import score_sequences
 from rm_scale.packing.batching import EpochDataLoader, GroupDataset, GroupRef, StepBatchSampler
 from rm_scale.packing.collator import PaddedCollator
 from rm_scale.training.callbacks import not_finite_error
-from rm_scale.training.checkpoints import verify_saved
+from rm_scale.training.checkpoints import disk_errors_explained, verify_saved
 from rm_scale.training.losses import LossSettings, centering, num_loss_terms, preference_loss
 from rm_scale.training.meters import StepMeter
 from rm_scale.training.metrics import EvaluationResult, ScoredGroup, evaluate_groups
@@ -46,6 +46,7 @@ class RewardTrainer(trl.RewardTrainer):
         loss_settings: which loss.
         contract: the scoring contract, written at every save.
         shuffle: a new order of the groups in each epoch.
+        saved_head: an existing head in fp32, put back exactly when an engine has rounded it.
         callbacks: further callbacks.
     """
 
@@ -63,16 +64,19 @@ class RewardTrainer(trl.RewardTrainer):
         loss_settings: LossSettings,
         contract: ScoringContract,
         shuffle: bool = True,
+        saved_head: torch.Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.loss_settings = loss_settings
         self.contract = contract
         self.shuffle = shuffle
+        self.saved_head = saved_head
         self.meter = StepMeter()
         self.control: TrainerControl = TrainerControl()
         self._step_terms = 1.0
         self._step_pairs = 1.0
         self._step_rows: list[int] = []
+        self._last_evaluation: tuple[int, EvaluationResult] | None = None
         trainable = _trainable_values(model) if getattr(model, "is_loaded_in_4bit", False) else {}
         super().__init__(
             model=model,
@@ -183,10 +187,18 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> dict[str, float]:
         """Exact evaluation over all groups, overall and per subset, logged under `eval_...`."""
         result = self.evaluate_exactly(eval_dataset)
+        self._last_evaluation = (self.state.global_step, result)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in _flat(result).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def final_evaluation(self) -> EvaluationResult:
+        """The evaluation after the last step, logged; the one just done at that step if there was one."""
+        if self._last_evaluation is None or self._last_evaluation[0] != self.state.global_step:
+            self.evaluate()
+        assert self._last_evaluation is not None
+        return self._last_evaluation[1]
 
     def evaluate_exactly(self, groups: datasets.Dataset | None = None) -> EvaluationResult:
         """Score every response once and count. A collective: every rank must call it and gets the same result."""
@@ -244,6 +256,15 @@ class RewardTrainer(trl.RewardTrainer):
         if master is not None:
             head.set_residual(master.reshape(1, -1))
 
+    def restore_saved_head(self) -> None:
+        """Give DeepSpeed's fp32 master the exact head that the model came with. A collective."""
+        head = active_head(self.model)
+        if self.saved_head is None or not self.is_deepspeed_enabled or head.weight.dtype == torch.float32:
+            return
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(head.weight, self.saved_head.to(self.args.device))
+
     def head_weight(self) -> torch.Tensor:
         """The fp32 head `(1, hidden_size)` that rewards are computed with, gathered if ZeRO-3 has sharded it."""
         head = active_head(self.model)
@@ -268,15 +289,12 @@ class RewardTrainer(trl.RewardTrainer):
         )
         contract = self.contract.with_golden(sequences, scores)
         self._saved_head = self.head_weight()
-        super().save_model(str(folder), _internal_call=_internal_call)
-        error: UserError | None = None
-        if self.args.should_save:
-            contract.save(folder)
-            try:
+        # Errors are agreed on after the collectives in here, or the ranks without one would wait for the others.
+        with agreed_errors(), disk_errors_explained(folder):
+            super().save_model(str(folder), _internal_call=_internal_call)
+            if self.args.should_save:
+                contract.save(folder)
                 verify_saved(folder, contract, self._saved_head)
-            except UserError as caught:
-                error = caught
-        raise_together(error)
 
     def _golden_sequences(self, count: int = 4) -> list[list[int]]:
         """A few short responses of the data: the same on every rank, and cheap to score on a CPU."""
@@ -290,8 +308,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Write the weights, with the head in fp32 and without the pickle that transformers adds."""
         if state_dict:
             heads = [name for name in state_dict if name in _head_parameter_names(self.model)]
-            if not heads:
-                raise ModelError("the weights to be saved hold no reward head. Fix: report this with your settings.")
+            assert heads, "the weights to be saved hold no reward head"
             for name in heads:
                 state_dict[name] = self._saved_head.clone()
         super()._save(output_dir, state_dict=state_dict)
@@ -314,6 +331,8 @@ class _SyncHead(TrainerCallback):
         Raises:
             TrainingError: on every rank, when it is not.
         """
+        if self.trainer.state.global_step == 0:
+            self.trainer.restore_saved_head()
         self.trainer.sync_head()
         if not self.trainer.head_weight().isfinite().all():
             raise TrainingError(

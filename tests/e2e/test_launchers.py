@@ -86,11 +86,24 @@ def _run_as_slurm_step(words: list[str]) -> list[tuple[int, str]]:
 
 def test_plain_python_trains_and_scores_samples(flags: list[str], tmp_path: Path) -> None:
     done = run(
-        [sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--loss_type", "plackett_luce"]
+        [
+            sys.executable,
+            str(TRAIN),
+            *flags,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--report_to",
+            "tensorboard",
+            "--loss_type",
+            "plackett_luce",
+        ]
     )
     assert done.code == 0, done.output[-4000:]
     assert "scores of 2 groups by the saved model" in done.output
     assert read_json(tmp_path / "out" / "run" / "evaluation.json")["num_pairs"] == 11
+    assert list((tmp_path / "out").rglob("events.out.tfevents.*")), "TensorBoard got nothing"
+    last = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert "eval_accuracy" in last, "the final evaluation reaches the loggers"
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(flags: list[str], tmp_path: Path) -> None:
@@ -117,8 +130,20 @@ def test_help_needs_no_torch() -> None:
     assert "| torch\n" not in done.output.replace("|   ", "| ")
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_resumed_run_is_the_uninterrupted_run(method: str, tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        ("full", "zero3"),
+        ("lora", "zero3"),
+        ("qlora", "zero2"),
+        ("full", "zero1"),
+        ("full", "zero3_offload"),
+        ("lora", "none"),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_run(
+    method: str, stage: str, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
     """Bit for bit on CPU, across an epoch's end, under ZeRO-3 in bf16 (head master included)."""
     words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file), "--eval_split_size", "20"]
     words += [
@@ -130,8 +155,9 @@ def test_resumed_run_is_the_uninterrupted_run(method: str, tiny_model: Path, pai
         "1",
         "--disable_tqdm",
     ]
-    words += ["--deepspeed", "zero3", "--learning_rate", "2e-3", "--save_strategy", "steps", "--save_steps", "4"]
-    words += ["--sample_scores", "0", *(["--use_peft"] if method == "lora" else [])]
+    words += ["--learning_rate", "2e-3", "--save_strategy", "steps", "--save_steps", "4"]
+    words += ["--sample_scores", "0", *([] if stage == "none" else ["--deepspeed", stage])]
+    words += [] if method == "full" else ["--use_peft", *(["--load_in_4bit"] if method == "qlora" else [])]
     first = run_cases(tmp_path / "first", {"whole": words})
     assert first.code == 0, first.output[-5000:]
     checkpoint = tmp_path / "first" / "whole" / "checkpoint-4"

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from rm_scale.cli import main as cli
+from rm_scale.distributed import raise_together
 from rm_scale.errors import DataError
 from rm_scale.launch.extensions import clear_stale_locks, prepare_extensions
 from rm_scale.launch.guard import run_guarded
@@ -27,19 +28,41 @@ def test_users_errors_are_one_line_and_code_2(capsys: pytest.CaptureFixture[str]
 
 
 def test_other_ranks_are_silent_and_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail_together() -> int:
+        raise_together(DataError("a shared one"))
+        return 0
+
     with mock.patch.dict(os.environ, {"RANK": "1"}):
-        assert run_guarded(fail) == 2
-    assert capsys.readouterr().err == ""
+        assert run_guarded(fail_together) == 2
+        assert capsys.readouterr().err == ""
+        assert run_guarded(fail) == 2, "what only this rank met, nobody else can tell"
+        assert capsys.readouterr().err.startswith("rm_scale (rank 1): a=1")
+    with mock.patch.dict(os.environ, {"RANK": "9", "LOCAL_RANK": "1"}):
+        assert run_guarded(lambda: _raise(_met_by_node())) == 2
+        assert capsys.readouterr().err == "", "local rank 0 of that machine speaks"
+    with mock.patch.dict(os.environ, {"RANK": "8", "LOCAL_RANK": "0"}):
+        assert run_guarded(lambda: _raise(_met_by_node())) == 2
+        assert "rank 8" in capsys.readouterr().err
     assert run_guarded(fail, debug=True) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_our_own_defects_keep_their_traceback() -> None:
+def _met_by_node() -> DataError:
+    error = DataError("seen on this machine")
+    error.met_by = "node"
+    return error
+
+
+def _raise(error: Exception) -> int:
+    raise error
+
+
+def test_our_own_defects_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> int:
         raise KeyError("x")
 
-    with pytest.raises(KeyError):
-        run_guarded(broken)
+    assert run_guarded(broken) == 1
+    assert "KeyError: 'x'" in capsys.readouterr().err
 
 
 def test_interrupt_has_its_own_code() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rm_scale.config import config_from_dict
 from rm_scale.errors import ModelError
@@ -61,6 +61,24 @@ def test_existing_head_is_kept(reward_model: Path) -> None:
     saved = load_file(reward_model / "model.safetensors")["score.weight"]
     assert loaded.head_was_found
     assert torch.equal(active_head(loaded.model).effective_weight(), saved)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_peft": True}])
+def test_existing_head_keeps_its_fp32_value_in_bf16_training(reward_model: Path, settings: dict[str, object]) -> None:
+    saved = load_file(reward_model / "model.safetensors")["score.weight"]
+    assert not torch.equal(saved, saved.bfloat16().float())
+    loaded, _ = load(reward_model, bf16=True, dtype="bfloat16", **settings)
+    assert torch.equal(active_head(loaded.model).effective_weight(), saved)
+    assert loaded.saved_head is not None and torch.equal(loaded.saved_head, saved)
+
+
+def test_other_libraries_heads_are_not_dropped_silently(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "vhead"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "v_head.summary.weight": torch.ones(1, 32)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds a head that can't be used here \(v_head\.summary\.weight\)"):
+        load(folder)
 
 
 def test_reward_model_whose_head_is_missing_is_refused(reward_model: Path) -> None:
@@ -126,14 +144,22 @@ def test_pad_token_differs_from_eos(tiny_model: Path) -> None:
         settle_pad_token(tokenizer, "<never seen>")
 
 
+def _without_pad(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.pad_token = tokenizer.eos_token
+    settle_pad_token(tokenizer)
+    return tokenizer
+
+
 def test_pad_token_is_added_when_there_is_none(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rm_scale.modeling.tokenizers.PAD_CANDIDATES", ())
+    assert _without_pad(tiny_model).pad_token == "<bos>", "no new row in the embedding when BOS can serve"
     folder = tmp_path / "m"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["pad_token"] = config["eos_token"]
+    config["pad_token"] = config["bos_token"] = config["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     loaded, tokenizer = load(folder)
     assert tokenizer.pad_token == ADDED_PAD_TOKEN

@@ -12,7 +12,7 @@ from rm_scale.config import config_from_dict
 from rm_scale.errors import ConfigError, ModelError
 from rm_scale.planning.plan import Plan, make_plan
 from rm_scale.planning.shape import read_model_config, shape_from_config
-from rm_scale.planning.zero import find_deepspeed_config, read_deepspeed_config
+from rm_scale.planning.zero import ZERO_KEYS, find_deepspeed_config, read_deepspeed_config
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -168,6 +168,45 @@ def test_deepspeed_file_is_checked(model: Path, data: Path, change: dict[str, An
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "zero_optimisation: DeepSpeed has no such key. Fix: did you mean zero_opti",
+        ),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "did you mean overlap_comm?"),
+        ({"zero_optimization": None}, "zero_optimization=None: must be a block"),
+        ({"zero_optimization": {"stage": "two"}}, "stage='two': the stage is 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer='cpu': must be a block"),
+    ],
+)
+def test_deepspeed_file_has_known_keys_and_kinds(
+    model: Path, data: Path, change: dict[str, Any], expected: str
+) -> None:
+    file = model / "mine.json"
+    file.write_text(json.dumps(change))
+    with pytest.raises(ConfigError) as caught:
+        plan(model, data, deepspeed=str(file))
+    assert expected in str(caught.value)
+
+
+def test_rules_look_into_the_file_and_not_at_its_name(model: Path, data: Path) -> None:
+    file = model / "mine.json"
+    file.write_text(find_deepspeed_config("zero3_offload").read_text())
+    with pytest.raises(ConfigError, match="silently swaps an 8-bit optimizer"):
+        plan(model, data, deepspeed=str(file), optim="paged_adamw_8bit")
+    with pytest.raises(ConfigError, match="DoRA must read whole 4-bit weights"):
+        plan(model, data, deepspeed=str(file), use_peft=True, load_in_4bit=True, use_dora=True)
+
+
+def test_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {name for field, info in DeepSpeedZeroConfig.model_fields.items() for name in (field, info.alias) if name}
+    assert names == ZERO_KEYS
+
+
 def test_deepspeed_file_that_is_no_json(model: Path) -> None:
     (model / "ds.json").write_text("{")
     with pytest.raises(ConfigError, match=r"is not valid JSON"):
@@ -196,8 +235,12 @@ def test_texts_longer_than_the_models_positions_are_refused(model: Path, data: P
 
 
 def test_output_must_not_hold_the_model_itself(model: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match="holds the model that is to be trained from"):
-        plan(model, data, output_dir=str(model), force=["overwrite"])
+    for inside in (".", "merged", "checkpoint-4"):
+        base = model / inside
+        base.mkdir(exist_ok=True)
+        (base / "config.json").write_text(json.dumps(LLAMA_8B))
+        with pytest.raises(ConfigError, match="holds the model that is to be trained from"):
+            plan(base, data, output_dir=str(model), force=["overwrite"])
 
 
 def test_patterns_of_files_are_let_through(model: Path, data: Path) -> None:

@@ -18,7 +18,7 @@ from rm_scale.launch import steps
 from rm_scale.modeling.contract import ScoringContract
 from rm_scale.modeling.head import active_head
 from rm_scale.training.callbacks import EarlyWarnings, MetricsFile
-from rm_scale.training.checkpoints import refuse_unsafe_pickles, verify_saved
+from rm_scale.training.checkpoints import disk_errors_explained, refuse_unsafe_pickles, verify_saved
 
 ARGS: Any = SimpleNamespace(spec=TrainingArguments)
 
@@ -86,7 +86,7 @@ def trainer_and_config(tiny_model: Path, pairs_file: Path, tmp_path_factory: pyt
     parsed = config_from_dict(values)
     config, plan = parsed.config, make_plan(parsed, 1, "cpu")
     tokenizer, encoder = steps.load_text_encoder(config)
-    data = steps.load_data(config, encoder, World())
+    data = steps.load_data(config, encoder)
     plan = steps.count_steps(plan, data, config)
     arguments = steps.build_arguments(config, plan)
     loaded = steps.load_model(config, plan, tokenizer)
@@ -133,6 +133,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"module": Evil()}, tmp_path / "global_step1" / "zz_evil.pt")
     with pytest.raises(CheckpointError, match="would run code when it is loaded"):
         refuse_unsafe_pickles(tmp_path)
+    (tmp_path / "global_step1").rename(tmp_path / "other")
+    (tmp_path / "latest").write_text("other")
+    with pytest.raises(CheckpointError, match="names 'other', not a global_stepN folder"):
+        refuse_unsafe_pickles(tmp_path)
     assert not marker.exists()
 
 
@@ -165,3 +169,12 @@ def test_resume_without_a_checkpoint_is_explained(trainer_and_config: Any, tmp_p
     nowhere = config.model_copy(update={"resume_from_checkpoint": "last", "output_dir": str(tmp_path / "none")})
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         steps.train(trainer, nowhere)
+
+
+def test_a_full_disk_is_explained(trainer_and_config: Any) -> None:
+    """/dev/full takes no byte: every write to it fails as on a full disk."""
+    with (
+        pytest.raises(CheckpointError, match=r"could not be written .*Fix: free disk space"),
+        disk_errors_explained("out"),
+    ):
+        Path("/dev/full").write_text("x" * 100_000)
