@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import RewardConfig
 
 from rm_scale.config import RunConfig
@@ -50,6 +51,9 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         config: what was asked.
         plan: what will run; fills every value that has a default by tier.
     """
+    if plan.deepspeed_config is None:
+        # An earlier run in this process may have left ZeRO-3 on, and weights would be sharded without an engine.
+        unset_hf_deepspeed_config()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_NAME}
     warmup = config.warmup_steps if config.warmup_steps is not None else _warmup_steps(config, plan)
     return RewardConfig(
