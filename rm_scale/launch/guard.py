@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from rm_scale.errors import UserError
 
@@ -13,17 +15,18 @@ EXIT_USER_ERROR = 2
 EXIT_DEFECT = 1
 
 
-def leave(code: int) -> None:
-    """End the process with this exit code.
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, without taking the interpreter apart.
 
-    After a failure the other ranks may be waiting in a collective, and a process that takes its group apart while they
-    do can wait for them, or be aborted with another exit code. So a failed process leaves at once.
+    After a success, threads of the communication libraries that still run then can abort the process ("terminate
+    called without an active exception"), so that a good run ends with a bad code. After a failure the other ranks may
+    be waiting in a collective, and a process that takes its group apart can wait for them.
     """
+    if code == 0:
+        atexit._run_exitfuncs()  # experiment loggers finish here
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def run_guarded(main: Callable[[], int], debug: bool = False) -> int:

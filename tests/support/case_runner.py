@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from rm_scale.distributed import detect_world, init_process_group, prepare_environment
 from rm_scale.launch.extensions import prepare_extensions
+from rm_scale.launch.guard import leave
 from rm_scale.train import main
 
 
@@ -33,4 +34,4 @@ def run_all(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(Path(sys.argv[-1])))
+    leave(run_all(Path(sys.argv[-1])))

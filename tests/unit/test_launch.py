@@ -65,6 +65,16 @@ def test_our_own_defects_keep_their_traceback(capsys: pytest.CaptureFixture[str]
     assert "KeyError: 'x'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("code", "expected"), [(0, "finished\n"), (3, "")])
+def test_leaving_finishes_loggers_after_a_success_only(code: int, expected: str) -> None:
+    """`print` is registered as a logger would register its last upload."""
+    program = "import atexit, rm_scale.launch.guard as g; atexit.register(print, 'finished')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}g.leave({code})"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, expected)
+
+
 def test_interrupt_has_its_own_code() -> None:
     def interrupted() -> int:
         raise KeyboardInterrupt
