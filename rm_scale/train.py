@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 
 from rm_scale.config import help_text, parse_config
-from rm_scale.distributed import detect_world, has_gpu, init_process_group, prepare_environment
+from rm_scale.distributed import agreed_errors, detect_world, has_gpu, init_process_group, prepare_environment
 from rm_scale.launch.extensions import prepare_extensions
 from rm_scale.launch.guard import leave, run_guarded
 from rm_scale.logs import setup_logging
-from rm_scale.planning.plan import make_plan
+from rm_scale.planning.plan import make_plan, require_output_dir
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,11 +39,15 @@ def main(argv: list[str] | None = None) -> int:
         # What will run; everything wrong with the settings is said here, before anything is loaded or written.
         prepare_environment(world)
         prepare_extensions(world.local_rank)
-        plan = make_plan(parsed, world.size, "cuda" if has_gpu() else "cpu")
+        device = "cuda" if has_gpu() else "cpu"
+        plan = make_plan(parsed, world.size, device, check_output=world.is_main, defer_output=not config.dry_run)
         if config.dry_run:
             print(f"{config.model_dump_json(indent=2)}\n{plan.to_json()}" if world.is_main else "", end="\n")
             return 0
         owns_group = init_process_group(world, plan.deepspeed_config is not None, config.ddp_timeout)
+        with agreed_errors():
+            if world.is_main:
+                require_output_dir(config)
 
         # The libraries are imported only now: DeepSpeed reads the environment when it is imported.
         from rm_scale.launch import steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,6 +14,7 @@ from rm_scale.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_DEFECT = 1
+HEAD_START_SECONDS = 3.0
 
 
 def leave(code: int) -> NoReturn:
@@ -46,6 +48,9 @@ def run_guarded(main: Callable[[], int], debug: bool = False) -> int:
         elif _speaks_for(error):
             rank = "" if _number("RANK", "SLURM_PROCID") == 0 else f" (rank {_number('RANK', 'SLURM_PROCID')})"
             print(f"rm_scale{rank}: {error}", file=sys.stderr, flush=True)
+        else:
+            # The launcher ends all ranks when one has left: the one that speaks needs the time to do so.
+            time.sleep(HEAD_START_SECONDS)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130

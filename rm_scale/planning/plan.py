@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import math
@@ -107,14 +106,19 @@ class Plan:
         return "\n".join([*lines, *self.notes])
 
 
-def make_plan(parsed: ParsedConfig, world_size: int, device: str, check_output: bool = True) -> Plan:
+def make_plan(
+    parsed: ParsedConfig, world_size: int, device: str, check_output: bool = True, defer_output: bool = False
+) -> Plan:
     """Turn settings into a plan, or say everything that is wrong with them at once.
 
     Args:
         parsed: the settings, with the problems found while reading them.
         world_size: number of ranks.
         device: "cuda" or "cpu".
-        check_output: probe that the output directory can be written (one rank is enough).
+        check_output: probe that the output directory can be written. One rank must do it alone: two would see each
+            other's traces.
+        defer_output: when the output directory is the only problem, leave it to `require_output_dir`, so that the
+            ranks which don't probe hear of it.
 
     Raises:
         ConfigError: all problems of settings, files, model and DeepSpeed configuration together.
@@ -133,7 +137,7 @@ def make_plan(parsed: ParsedConfig, world_size: int, device: str, check_output: 
     problems += _check_batch(config, world_size)
     if shape is not None:
         problems += _check_model(config, shape, values)
-    if check_output and "output_dir" not in parsed.broken:
+    if check_output and "output_dir" not in parsed.broken and not (defer_output and not problems):
         problems += _check_output_dir(config)
     if problems:
         error = ConfigError(problems)
@@ -141,6 +145,17 @@ def make_plan(parsed: ParsedConfig, world_size: int, device: str, check_output: 
         raise error
     assert shape is not None
     return _resolve(config, shape, values, world_size, device)
+
+
+def require_output_dir(config: RunConfig) -> None:
+    """Check that the output directory can be written, on one rank alone.
+
+    Raises:
+        ConfigError: it can't, or holds something that must not be overwritten.
+    """
+    problems = _check_output_dir(config)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _collect(problems: list[str], read: Any) -> Any:
@@ -276,18 +291,6 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _try_to_write(path: Path) -> None:
-    """Make the folder and a file in it; again if another rank's tidying up came between."""
-    for attempt in range(5):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                return
-        except FileNotFoundError:
-            if attempt == 4:
-                raise
-
-
 def _would_be_replaced(model: Path, output: Path) -> bool:
     """Is the model one of the things a run writes into its output directory?"""
     if model == output:
@@ -314,7 +317,9 @@ def _check_output_dir(config: RunConfig) -> list[str]:
         ]
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        _try_to_write(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         return [
             f"output_dir={config.output_dir}: can't be written ({error.strerror or error}). "
@@ -322,7 +327,6 @@ def _check_output_dir(config: RunConfig) -> list[str]:
         ]
     finally:
         for folder in missing:
-            # Ranks probe at the same time: one may still have its file in there, or have removed the folder already.
-            with contextlib.suppress(OSError):
+            if folder.is_dir():
                 os.rmdir(folder)
     return []

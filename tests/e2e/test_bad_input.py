@@ -134,6 +134,20 @@ def test_launcher_passes_the_message_and_the_code_on(tmp_path: Path, tiny_model:
     assert "Traceback" not in finished.output
 
 
+def test_a_full_output_directory_stops_all_ranks(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
+    """Only one rank looks; the other must hear of it rather than wait."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file)]
+    finished = run(
+        deepspeed_command(TRAIN, *words, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"), timeout=120
+    )
+    assert finished.code != 0
+    assert finished.output.count("already holds files") == 1
+    assert "Traceback" not in finished.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
 def test_debug_shows_the_traceback(train: Command) -> None:
     finished = train(dataset_path="gone.jsonl", debug="true")
     assert finished.code == 2

@@ -27,7 +27,11 @@ def test_users_errors_are_one_line_and_code_2(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "rm_scale: a=1: must be 2. Fix: write 2.\n"
 
 
-def test_other_ranks_are_silent_and_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_are_silent_and_debug_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rm_scale.launch.guard.HEAD_START_SECONDS", 0.0)
+
     def fail_together() -> int:
         raise_together(DataError("a shared one"))
         return 0
