@@ -31,10 +31,15 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Iterable[str], heading: str = "the configuration can't be used") -> None:
         self.problems = list(problems)
+        self.heading = heading
         count = len(self.problems)
         lines = [f"{heading} ({count} problem{'s' if count != 1 else ''}):"]
         lines += [f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1)]
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
+        """Errors travel between ranks; the default would make the whole text the list of problems."""
+        return ConfigError, (self.problems, self.heading)
 
 
 class DataError(UserError):
