@@ -70,7 +70,18 @@ def load_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     with agreed_errors():
         data = prepare_data(config, encoder)
         raise_if_too_many(data.report, config.max_rejected_share)
+        _refuse_labels_the_loss_ignores(config, data)
     return data
+
+
+def _refuse_labels_the_loss_ignores(config: RunConfig, data: PreparedData) -> None:
+    """A ranking loss knows ranks only; margins and soft labels would be lost without a word."""
+    for name in ("soft_label", "margin"):
+        if config.loss_type == "plackett_luce" and data.train.data.column(name).null_count < len(data.train):
+            raise DataError(
+                f"loss_type=plackett_luce: the data has values for {name}, which a ranking loss can't use. "
+                "Fix: use loss_type: bradley_terry, or remove the column."
+            )
 
 
 def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
@@ -128,17 +139,7 @@ def build_trainer(
     loaded: LoadedModel,
     data: PreparedData,
 ) -> RewardTrainer:
-    """Put model, data, loss and scoring contract together.
-
-    Raises:
-        DataError: the data holds labels that the loss can't use.
-    """
-    for name in ("soft_label", "margin"):
-        if config.loss_type == "plackett_luce" and data.train.data.column(name).null_count < len(data.train):
-            raise DataError(
-                f"loss_type=plackett_luce: the data has values for {name}, which a ranking loss can't use. "
-                "Fix: use loss_type: bradley_terry, or remove the column."
-            )
+    """Put model, data, loss and scoring contract together."""
     collator = PaddedCollator(tokenizer.pad_token_id, config.pad_to_multiple_of, config.tie_policy == "half")
     settings = LossSettings(config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0)
     return RewardTrainer(

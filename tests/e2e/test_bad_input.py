@@ -118,6 +118,12 @@ def test_mistakes_in_settings(train: Command, tmp_path: Path, settings: dict[str
     refuse(train(**settings), tmp_path, *parts)
 
 
+def test_labels_that_the_loss_would_ignore(train: Command, tmp_path: Path) -> None:
+    path = tmp_path / "margins.jsonl"
+    path.write_text(json.dumps({**PAIR, "margin": 1.5}) + "\n")
+    refuse(train(dataset_path=path, loss_type="plackett_luce"), tmp_path, "values for margin", "bradley_terry")
+
+
 def test_unsafe_weights_are_refused(train: Command, tmp_path: Path, tiny_model: Path) -> None:
     import shutil
 
