@@ -95,7 +95,17 @@ class RunConfig(BaseModel):
     dataset_num_proc: int | None = Field(None, ge=1, description="Processes for reading and tokenising.")
     dataset_cache_dir: str | None = Field(None, description="Where encoded data is cached. Default ~/.cache/rm_scale.")
     pad_to_multiple_of: int = Field(8, ge=1, description="Round padded lengths up, so that kernels meet fewer shapes.")
-    packing: Literal["none"] = Field("none", description="Row layout: none pads each response to the longest.")
+    packing: Literal["auto", "none", "padding_free", "prefix_shared"] = Field(
+        "auto",
+        description="Row layout. none: pad each response to the longest; padding_free: responses one after the other; "
+        "prefix_shared: and each prompt once per group. auto: the fastest that is exact for the model.",
+    )
+    packed_attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = Field(
+        "auto", description="Attention of packed rows. auto: by device and type."
+    )
+    max_tokens_per_device: int | None = Field(
+        None, ge=16, description="Most tokens of a packed row. Default: 2 x per_device_train_batch_size x max_length."
+    )
 
     # --- Loss ----------------------------------------------------------------------------------------------------
     loss_type: Literal["bradley_terry", "plackett_luce"] = Field(

@@ -55,6 +55,21 @@ _FACT_COLUMNS = ("lengths", "prompt_key", "group_key")
 
 
 @dataclass(frozen=True)
+class GroupSizes:
+    """Sizes of all groups of a set, as arrays `(num_groups,)`.
+
+    Attributes:
+        num_tokens: of all K sequences, the prompt counted in each.
+        prompt_length: leading tokens that the K sequences share.
+        num_responses: K.
+    """
+
+    num_tokens: IntArray
+    prompt_length: IntArray
+    num_responses: IntArray
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """Encoded data, the report on it, and the rows that were refused.
 
@@ -64,12 +79,14 @@ class PreparedData:
             Memory-mapped and in the order of the sources. `eval` is `None` when nothing was asked for.
         report: counts and statistics.
         rejected: {"source", "row", "reason", "detail"} per refused row; read from the cache when iterated over.
+        train_sizes: sizes of the training groups, in their order.
     """
 
     train: Dataset
     eval: Dataset | None
     report: DataReport
     rejected: RejectedRows
+    train_sizes: GroupSizes
 
 
 class RejectedRows:
@@ -130,7 +147,8 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     )
     log_summary(report)
     rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
-    return PreparedData(train.dataset, evaluation.dataset if evaluation else None, report, rejected)
+    evaluation_set = evaluation.dataset if evaluation else None
+    return PreparedData(train.dataset, evaluation_set, report, rejected, train.group_sizes())
 
 
 def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
@@ -487,6 +505,11 @@ class _Side:
     def limit(self, count: int | None) -> _Side:
         """The first groups only."""
         return self if count is None or count >= len(self) else self.take(np.arange(count))
+
+    def group_sizes(self) -> GroupSizes:
+        """Sizes of the groups, for packing."""
+        totals = np.add.reduceat(self.lengths, np.cumsum(self.sizes) - self.sizes)
+        return GroupSizes(totals, self.prompt_lengths, self.sizes)
 
     def statistics(self) -> TextStatistics:
         return text_statistics(self.prompt_lengths, self.lengths, self.ranks, self.sizes, self.prompts, self.groups)

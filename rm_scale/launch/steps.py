@@ -24,7 +24,10 @@ from rm_scale.logs import get_logger
 from rm_scale.modeling.contract import BaseModel, ScoringContract
 from rm_scale.modeling.loading import LoadedModel, load_for_training
 from rm_scale.modeling.tokenizers import load_tokenizer
-from rm_scale.packing.collator import PaddedCollator
+from rm_scale.packing.batching import Batching, FixedSplit, IntArray, TokenSplit
+from rm_scale.packing.collator import PackedCollator, PaddedCollator
+from rm_scale.packing.layout import packed_length
+from rm_scale.planning.packing import fit_budget
 from rm_scale.planning.plan import Plan
 from rm_scale.reporting.model_card import write_model_card
 from rm_scale.reporting.run_directory import (
@@ -87,9 +90,30 @@ def _refuse_labels_the_loss_ignores(config: RunConfig, data: PreparedData) -> No
 def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
     """The plan with the number of steps, shown to the user."""
     plan = plan.with_data(len(data.train), len(data.eval) if data.eval is not None else 0, config.max_steps)
+    with agreed_errors():
+        plan = fit_budget(plan, config, int(_group_tokens(plan, data).max()))
     for line in plan.summary().splitlines():
         logger.info(line)
     return plan
+
+
+def _group_tokens(plan: Plan, data: PreparedData) -> IntArray:
+    """Tokens of each training group in a packed row, `(num_groups,)`."""
+    sizes = data.train_sizes
+    if plan.packing != "prefix_shared":
+        return sizes.num_tokens
+    return packed_length(sizes.num_tokens, sizes.prompt_length, sizes.num_responses)
+
+
+def _batching(config: RunConfig, plan: Plan, data: PreparedData, pad_token_id: int) -> Batching:
+    """How this run's groups become micro-batches."""
+    multiple, keep_ties = config.pad_to_multiple_of, config.tie_policy == "half"
+    split: FixedSplit | TokenSplit = FixedSplit(plan.per_device_train_batch_size, plan.world_size)
+    collate: PaddedCollator | PackedCollator = PaddedCollator(pad_token_id, multiple, keep_ties)
+    if plan.max_tokens_per_device is not None:
+        split = TokenSplit(_group_tokens(plan, data), plan.max_tokens_per_device, plan.world_size)
+        collate = PackedCollator(pad_token_id, plan.packing == "prefix_shared", multiple, keep_ties)
+    return Batching(plan.global_batch_size, split, collate, plan.per_device_eval_batch_size)
 
 
 def build_arguments(config: RunConfig, plan: Plan) -> trl.RewardConfig:
@@ -140,7 +164,6 @@ def build_trainer(
     data: PreparedData,
 ) -> RewardTrainer:
     """Put model, data, loss and scoring contract together."""
-    collator = PaddedCollator(tokenizer.pad_token_id, config.pad_to_multiple_of, config.tie_policy == "half")
     settings = LossSettings(config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0)
     return RewardTrainer(
         model=loaded.model,
@@ -148,7 +171,7 @@ def build_trainer(
         tokenizer=tokenizer,
         train_groups=data.train,
         eval_groups=data.eval,
-        collator=collator,
+        batching=_batching(config, plan, data, tokenizer.pad_token_id),
         loss_settings=settings,
         contract=_contract(config, plan, loaded, encoder, tokenizer),
         shuffle=config.shuffle_train,

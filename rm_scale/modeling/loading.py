@@ -21,6 +21,8 @@ from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.adapters import add_adapters, keep_4bit_layout_on_cpu, quantization_config
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
+from rm_scale.modeling.packed import enable_packed_rows
+from rm_scale.packing.attention import choose_backend
 from rm_scale.planning.plan import Plan
 
 logger = get_logger(__name__)
@@ -76,6 +78,8 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
     _match_vocabulary(model, tokenizer)
     describe_as_reward_model(model, tokenizer)
     head_name = install_scalar_head(model)
+    if plan.packing != "none":
+        _enable_packing(model, plan)
     if config.use_peft:
         model = add_adapters(model, config, keep_dtype=plan.zero_stage == 3)
     saved_head = _read_saved_head(config) if head_was_found else None
@@ -86,6 +90,14 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
     source = "kept from the checkpoint" if head_was_found else "new, since the checkpoint has none"
     logger.info(f"reward head {head_name}: {source}")
     return LoadedModel(model, head_name, head_was_found, saved_head)
+
+
+def _enable_packing(model: PreTrainedModel, plan: Plan) -> None:
+    """Let the model take packed rows, with the backend asked for or the one that fits device and type."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    backend = choose_backend(plan.packed_attention, plan.device, plan.compute_dtype, softcap is not None)
+    enable_packed_rows(model, backend)
+    logger.info(f"packed rows: {plan.packing}, attention {backend} ({plan.device}, {plan.compute_dtype})")
 
 
 def load_reward_model(

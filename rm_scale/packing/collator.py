@@ -1,4 +1,4 @@
-"""Groups to tensors in the padded layout: one row per response, padded on the right to the longest."""
+"""Groups to tensors: padded rows, one per response, or one packed row; and the labels, which don't depend on it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,38 @@ from typing import Any
 import torch
 
 from rm_scale.packing.comparisons import group_pairs
+from rm_scale.packing.layout import pack_row
 from rm_scale.packing.padding import pad_right
+
+Batch = dict[str, Any]
+"""A micro-batch: the tensors of one of the collators below, and its `TokenCounts` under "tokens"."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a micro-batch on one rank. Fillers count as processed, and as nothing else.
+
+    Attributes:
+        processed: what the model computes, padding included.
+        real: of these, tokens of counted groups.
+        unshared: the same groups with the prompt counted once per response.
+        squares: sum of the squared lengths of their sequences, for the cost of attention.
+    """
+
+    processed: int
+    real: int
+    unshared: int
+    squares: int
 
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Build the batch of one micro-step.
+    """One row per response, padded on the right to the longest.
 
     The batch holds, for N responses of G groups with P pairs:
-    `input_ids`, `attention_mask` `(N, width)`; `pair_better`, `pair_worse` `(P,)` row numbers; `pair_target`,
+    `input_ids`, `attention_mask` `(N, width)`; `pair_better`, `pair_worse` `(P,)` response numbers; `pair_target`,
     `pair_margin` `(P,)` fp32; `row_group`, `row_rank` `(N,)`; `group_index` `(G,)` rows of the data set. Groups that
-    don't count have rows but no pairs, and `row_group` -1.
+    don't count have responses but no pairs, and `row_group` -1.
 
     Attributes:
         pad_token_id: what to pad with.
@@ -31,12 +52,56 @@ class PaddedCollator:
     pad_to_multiple_of: int = 1
     keep_ties: bool = True
 
-    def __call__(self, groups: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, groups: Sequence[dict[str, Any]]) -> Batch:
         sequences = [ids for group in groups for ids in group["input_ids"]]
+        tensors = pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of)
+        unshared, squares = _lengths(groups)
         return {
-            **pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of),
+            **tensors,
             **comparison_labels(groups, self.keep_ties),
+            "tokens": TokenCounts(tensors["input_ids"].numel(), unshared, unshared, squares),
         }
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """One row for all groups; see `rm_scale.packing.layout`.
+
+    The batch holds `input_ids`, `position_ids` `(1, width)`, `score_index` `(N,)` and `packed_layout`, and the same
+    labels as `PaddedCollator`.
+
+    Attributes:
+        pad_token_id: what fills the row's end.
+        share_prompts: each group's common prefix stands once.
+        pad_to_multiple_of: the width is rounded up to this.
+        keep_ties: make pairs of equal rank too.
+    """
+
+    pad_token_id: int
+    share_prompts: bool
+    pad_to_multiple_of: int = 1
+    keep_ties: bool = True
+
+    def __call__(self, groups: Sequence[dict[str, Any]]) -> Batch:
+        sequences = [group["input_ids"] for group in groups]
+        row = pack_row(sequences, self.share_prompts, self.pad_token_id, self.pad_to_multiple_of)
+        unshared, squares = _lengths(groups)
+        # A rank's fillers come alone, so a row is counted as a whole or not at all.
+        real = row.layout.num_tokens if unshared else 0
+        return {
+            "input_ids": row.input_ids,
+            "position_ids": row.position_ids,
+            "score_index": row.score_index,
+            "packed_layout": row.layout,
+            **comparison_labels(groups, self.keep_ties),
+            "tokens": TokenCounts(row.layout.width, real, unshared, squares),
+        }
+
+
+def _lengths(groups: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Tokens, and sum of squared lengths, of all sequences of the counted groups."""
+    lengths = [len(ids) for group in groups if group.get("counted", True) for ids in group["input_ids"]]
+    return sum(lengths), sum(length * length for length in lengths)
 
 
 def comparison_labels(groups: Sequence[dict[str, Any]], keep_ties: bool) -> dict[str, torch.Tensor]:

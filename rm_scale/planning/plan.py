@@ -13,6 +13,7 @@ from typing import Any
 
 from rm_scale.config import ParsedConfig, RunConfig
 from rm_scale.errors import ConfigError, UserError
+from rm_scale.planning.packing import choose_packing, default_max_tokens, packing_problems
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
 from rm_scale.planning.zero import check_deepspeed_config, offload_device, read_deepspeed_config, zero_stage
 from rm_scale.tiers import size_tier
@@ -38,6 +39,9 @@ class Plan:
         offload: none, cpu or nvme.
         deepspeed_config: the DeepSpeed dictionary, `auto` values unfilled; `None` without DeepSpeed.
         use_reentrant: which kind of gradient checkpointing.
+        packing: row layout: none, padding_free or prefix_shared.
+        packed_attention: backend of packed rows as asked for; auto is decided when the model is loaded.
+        max_tokens_per_device: most tokens of a packed row; `None` without packing.
         num_train_groups, num_eval_groups, steps_per_epoch, total_steps: known once the data has been read.
         notes: what was decided for the user, one sentence each.
     """
@@ -59,6 +63,9 @@ class Plan:
     offload: str
     deepspeed_config: dict[str, Any] | None
     use_reentrant: bool
+    packing: str = "none"
+    packed_attention: str = "auto"
+    max_tokens_per_device: int | None = None
     num_train_groups: int | None = None
     num_eval_groups: int | None = None
     steps_per_epoch: int | None = None
@@ -83,6 +90,17 @@ class Plan:
             total_steps=total,
         )
 
+    def _batch(self) -> str:
+        if self.packing != "none":
+            return (
+                f"{self.global_batch_size} groups per step, {self.packing} rows of up to "
+                f"{self.max_tokens_per_device:,} tokens on each of {self.world_size} ranks"
+            )
+        return (
+            f"{self.per_device_train_batch_size} groups x {self.gradient_accumulation_steps} micro-steps x "
+            f"{self.world_size} ranks = {self.global_batch_size} per step"
+        )
+
     def to_json(self) -> str:
         """The plan as indented JSON."""
         return json.dumps(asdict(self), indent=2)
@@ -95,8 +113,7 @@ class Plan:
             f"{self.device}, "
             f"{zero}{f', offload to {self.offload}' if self.offload != 'none' else ''}, "
             f"weights {self.dtype}, compute {self.compute_dtype}",
-            f"batch: {self.per_device_train_batch_size} groups x {self.gradient_accumulation_steps} micro-steps x "
-            f"{self.world_size} ranks = {self.global_batch_size} per step, learning rate {self.learning_rate:g}",
+            f"batch: {self._batch()}, learning rate {self.learning_rate:g}",
         ]
         if self.total_steps is not None:
             lines.append(
@@ -125,7 +142,8 @@ def make_plan(
     """
     config = parsed.config
     problems = list(parsed.problems)
-    shape = _collect(problems, lambda: _read_shape(config)) if config.model_name_or_path else None
+    model = _collect(problems, lambda: _read_model(config)) if config.model_name_or_path else None
+    shape = _collect(problems, lambda: shape_from_config(model)) if model is not None else None
     values: dict[str, Any] | None = None
     if config.deepspeed is not None:
         values = _collect(problems, lambda: read_deepspeed_config(config.deepspeed or ""))
@@ -134,7 +152,9 @@ def make_plan(
             problems += contradictions
             values = None if contradictions else values
     problems += _check_files(config)
-    problems += _check_batch(config, world_size)
+    if model is not None:
+        problems += packing_problems(config, model)
+        problems += _check_batch(config, world_size, choose_packing(config, model)[0] != "none")
     if shape is not None:
         problems += _check_model(config, shape, values)
     if check_output and "output_dir" not in parsed.broken and not (defer_output and not problems):
@@ -144,7 +164,7 @@ def make_plan(
         error.met_by = "node"  # all ranks of a machine look at the same settings and files
         raise error
     assert shape is not None
-    return _resolve(config, shape, values, world_size, device)
+    return _resolve(config, shape, model, values, world_size, device)
 
 
 def require_output_dir(config: RunConfig) -> None:
@@ -169,11 +189,18 @@ def _collect(problems: list[str], read: Any) -> Any:
     return None
 
 
-def _read_shape(config: RunConfig) -> ModelShape:
-    return shape_from_config(read_model_config(config.model_name_or_path, config.model_revision))
+def _read_model(config: RunConfig) -> dict[str, Any]:
+    return read_model_config(config.model_name_or_path, config.model_revision)
 
 
-def _resolve(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None, world_size: int, device: str) -> Plan:
+def _resolve(
+    config: RunConfig,
+    shape: ModelShape,
+    model: dict[str, Any],
+    values: dict[str, Any] | None,
+    world_size: int,
+    device: str,
+) -> Plan:
     tier = size_tier(shape.num_parameters)
     notes: list[str] = []
 
@@ -186,9 +213,14 @@ def _resolve(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None
 
     if config.use_peft and config.learning_rate is None:
         notes.append("adapters usually want a learning rate about ten times higher; the ready LoRA runs use 1e-4")
+    packing, note = choose_packing(config, model)
+    notes += [note] if note is not None else []
     micro = int(default("per_device_train_batch_size", tier.per_device_train_batch_size))
     accumulation = config.gradient_accumulation_steps or 1
-    if config.global_batch_size is not None:
+    max_tokens = None
+    if packing != "none":
+        max_tokens = config.max_tokens_per_device or default_max_tokens(config, micro)
+    elif config.global_batch_size is not None:
         if config.per_device_train_batch_size is None:
             micro = _largest_divisor(config.global_batch_size // world_size, micro)
         accumulation = config.global_batch_size // (micro * world_size)
@@ -205,7 +237,7 @@ def _resolve(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=config.per_device_eval_batch_size or micro,
         gradient_accumulation_steps=accumulation,
-        global_batch_size=micro * accumulation * world_size,
+        global_batch_size=config.global_batch_size or micro * accumulation * world_size,
         dtype=_weight_dtype(config, compute, values is not None),
         compute_dtype=compute,
         zero_stage=stage,
@@ -213,6 +245,9 @@ def _resolve(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None
         deepspeed_config=values,
         # PEFT under ZeRO-3 recomputes with gathered weights only in the reentrant kind (TRL#2514).
         use_reentrant=config.use_peft and stage == 3,
+        packing=packing,
+        packed_attention=config.packed_attention,
+        max_tokens_per_device=max_tokens,
         notes=tuple(notes),
     )
 
@@ -230,9 +265,9 @@ def _weight_dtype(config: RunConfig, compute: str, uses_deepspeed: bool) -> str:
     return compute
 
 
-def _check_batch(config: RunConfig, world_size: int) -> list[str]:
+def _check_batch(config: RunConfig, world_size: int, packed: bool) -> list[str]:
     total = config.global_batch_size
-    if total is None:
+    if total is None or packed:  # packed rows take any number of groups
         return []
     micro = config.per_device_train_batch_size or 1
     if total % (micro * world_size) == 0:

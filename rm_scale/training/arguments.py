@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,10 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         **values,
         learning_rate=plan.learning_rate,
         num_train_epochs=plan.num_train_epochs,
-        per_device_train_batch_size=plan.per_device_train_batch_size,
+        # To transformers' loop and to DeepSpeed a step is one batch: the trainer runs its micro-batches itself.
+        per_device_train_batch_size=math.ceil(plan.global_batch_size / plan.world_size),
         per_device_eval_batch_size=plan.per_device_eval_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,
         warmup_steps=warmup,
         run_name=config.run_name or Path(config.output_dir).name,
         deepspeed=copy.deepcopy(plan.deepspeed_config),
@@ -73,6 +75,8 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         # A NaN must be seen, not replaced by the average of earlier losses.
         logging_nan_inf_filter=False,
         logging_first_step=True,
+        # Every weight takes part in every step, fillers included, so DDP need not search the graph.
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         push_to_hub=False,
     )

@@ -20,6 +20,7 @@ _SUMS = (
     "responses",
     "real_tokens",
     "processed_tokens",
+    "unshared_tokens",
 )
 
 
@@ -50,7 +51,7 @@ class StepMeter:
             self._running_since = None
 
     @torch.no_grad()
-    def add(self, rewards: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+    def add(self, rewards: torch.Tensor, batch: dict[str, Any]) -> None:
         """Count one micro-batch.
 
         Args:
@@ -68,7 +69,6 @@ class StepMeter:
                 (difference == 0).sum().float(),
                 difference.sum(),
                 counted.sum(),
-                batch["attention_mask"][real].sum().float(),
                 labelled.sum().float(),
             ]
         ).double()
@@ -78,7 +78,10 @@ class StepMeter:
             extremes = torch.stack([-low, high])
             self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
         self.counts["responses"] += float(counted.numel())
-        self.counts["processed_tokens"] += float(batch["input_ids"].numel())
+        tokens = batch["tokens"]
+        self.counts["processed_tokens"] += tokens.processed
+        self.counts["real_tokens"] += tokens.real
+        self.counts["unshared_tokens"] += tokens.unshared
 
     def read(self) -> dict[str, Any]:
         """World totals as logged metrics, and start counting afresh. A collective: every rank must call it."""
@@ -86,7 +89,7 @@ class StepMeter:
         self.pause()
         mine = dict(self.counts)
         if self._device_sums is not None:
-            names = ("correct", "ties", "margin_sum", "reward_sum", "real_tokens", "pairs")
+            names = ("correct", "ties", "margin_sum", "reward_sum", "pairs")
             mine.update(zip(names, self._device_sums.tolist(), strict=True))
         low, high = (
             (-self._extremes[0].item(), self._extremes[1].item()) if self._extremes is not None else (None, None)
@@ -118,7 +121,9 @@ def _as_metrics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         metrics["pairs_per_second"] = total["pairs"] / seconds
         metrics["real_tokens_per_second"] = total["real_tokens"] / seconds
         metrics["processed_tokens_per_second"] = total["processed_tokens"] / seconds
+        metrics["effective_tokens_per_second"] = total["unshared_tokens"] / seconds
         metrics["padding_share"] = 1.0 - total["real_tokens"] / total["processed_tokens"]
+        metrics["shared_share"] = 1.0 - total["real_tokens"] / total["unshared_tokens"]
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,16 @@ from rm_scale.errors import TrainingError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.contract import ScoringContract
 from rm_scale.modeling.head import active_head, check_head_trainable
-from rm_scale.modeling.scoring import score_sequences
-from rm_scale.packing.batching import EpochDataLoader, GroupDataset, GroupRef, StepBatchSampler
-from rm_scale.packing.collator import PaddedCollator
+from rm_scale.modeling.scoring import batch_rewards, score_sequences
+from rm_scale.packing.batching import (
+    Batching,
+    EpochDataLoader,
+    GroupRef,
+    StepCollator,
+    StepDataset,
+    StepSampler,
+    read_groups,
+)
 from rm_scale.training.callbacks import not_finite_error
 from rm_scale.training.checkpoints import disk_errors_explained, verify_saved
 from rm_scale.training.losses import LossSettings, centering, num_loss_terms, preference_loss
@@ -33,16 +41,17 @@ logger = get_logger(__name__)
 class RewardTrainer(trl.RewardTrainer):
     """Train a scalar reward on preference groups.
 
-    It differs from TRL's trainer in four places only: which groups make a micro-batch (`get_train_dataloader`), the
-    loss and its weight (`get_batch_samples`, `compute_loss`), evaluation (`evaluate`), and saving (`_save`,
-    `save_model`). The loop, DeepSpeed, schedules, loggers and checkpoints are transformers'.
+    It differs from TRL's trainer in four places only: which groups make a step and its micro-batches
+    (`get_train_dataloader`, `training_step`), the loss and its weight (`get_batch_samples`, `compute_loss`), evaluation
+    (`evaluate`), and saving (`_save`, `save_model`). The loop, DeepSpeed, schedules, loggers and checkpoints are
+    transformers'. To its loop a whole optimizer step is one batch, since the number of micro-batches may vary.
 
     Args:
         model: sequence-classification model with a `ScalarHead`, adapters included.
         args: from `training_arguments`.
         tokenizer: saved beside the model.
         train_groups, eval_groups: encoded groups (see `rm_scale.data.preparation`).
-        collator: builds micro-batches.
+        batching: how steps are cut into micro-batches and these become tensors.
         loss_settings: which loss.
         contract: the scoring contract, written at every save.
         shuffle: a new order of the groups in each epoch.
@@ -60,13 +69,14 @@ class RewardTrainer(trl.RewardTrainer):
         tokenizer: PreTrainedTokenizerBase,
         train_groups: datasets.Dataset,
         eval_groups: datasets.Dataset | None,
-        collator: PaddedCollator,
+        batching: Batching,
         loss_settings: LossSettings,
         contract: ScoringContract,
         shuffle: bool = True,
         saved_head: torch.Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        self.batching = batching
         self.loss_settings = loss_settings
         self.contract = contract
         self.shuffle = shuffle
@@ -81,7 +91,7 @@ class RewardTrainer(trl.RewardTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=batching.collate,
             train_dataset=train_groups,
             eval_dataset=eval_groups,
             processing_class=tokenizer,
@@ -101,21 +111,18 @@ class RewardTrainer(trl.RewardTrainer):
     # --- Batches -------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochDataLoader:
-        """This rank's micro-batches. They are cut here, so accelerate must not shard them again."""
+        """This rank's share of each step. It is cut here, so accelerate must not shard it again."""
         args = self.args
-        sampler = StepBatchSampler(
+        sampler = StepSampler(
             num_groups=len(self.train_dataset),
-            micro_batch_size=args.per_device_train_batch_size,
-            accumulation_steps=args.gradient_accumulation_steps,
-            rank=args.process_index,
-            world_size=args.world_size,
+            groups_per_step=self.batching.groups_per_step,
             shuffle=self.shuffle,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
         return EpochDataLoader(
-            GroupDataset(self.train_dataset),
+            StepDataset(self.train_dataset, self.batching.split, args.process_index),
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=StepCollator(self.batching.collate),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
         )
@@ -123,16 +130,34 @@ class RewardTrainer(trl.RewardTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """A step's micro-batches, and the number of loss terms they hold over all ranks."""
+        """A step with its micro-batches, and the number of loss terms they hold over all ranks."""
         self.meter.resume()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        steps, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for step in steps for batch in step["micro_batches"]]
         terms = sum(num_loss_terms(batch, self.loss_settings) for batch in batches)
         pairs = sum(batch["pair_better"].numel() for batch in batches)
         self._step_terms, self._step_pairs = (max(1.0, total) for total in sum_over_ranks([terms, pairs], device))
         self._step_rows = [int(row) for batch in batches for row in batch["group_index"]]
-        return batches, torch.tensor(self._step_terms, device=device)
+        return steps, torch.tensor(self._step_terms, device=device)
 
     # --- Loss ----------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward over a step's micro-batches; gradients are reduced, and the engine steps, at the last."""
+        losses = []
+        batches = inputs["micro_batches"]
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            waits = not is_last and not self.is_deepspeed_enabled
+            with self.accelerator.no_sync(model=model) if waits else contextlib.nullcontext():
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -146,14 +171,13 @@ class RewardTrainer(trl.RewardTrainer):
         Engines average gradients over ranks, so the share is scaled by the number of ranks: what comes out is the mean
         over all terms of the step in the whole world, however it was cut up.
         """
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        rewards = outputs.logits[:, 0].float()
+        rewards = batch_rewards(model, inputs)
         loss = preference_loss(rewards, inputs, self.loss_settings) / self._step_terms
         if self.loss_settings.center_coefficient:
             loss = loss + self.loss_settings.center_coefficient * centering(rewards, inputs) / self._step_pairs
         loss = loss * self.args.world_size
         self.meter.add(rewards, inputs)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Look at loss and gradients before anything is logged or saved from this step.
@@ -206,15 +230,12 @@ class RewardTrainer(trl.RewardTrainer):
         assert groups is not None, "nothing to evaluate on"
         self.meter.pause()
         scored = self.score_groups(groups)
-        return evaluate_groups(scored, self.loss_settings, self.data_collator.keep_ties)
+        return evaluate_groups(scored, self.loss_settings, self.batching.collate.keep_ties)
 
     def score_groups(self, groups: datasets.Dataset) -> list[ScoredGroup]:
         """All groups with their rewards, in the data set's order, on every rank."""
         world, rank = self.args.world_size, self.args.process_index
-        size = self.args.per_device_eval_batch_size
-        # Groups of like length share a batch, which saves padding; order does not matter to the counts.
-        by_length = sorted(range(len(groups)), key=groups["num_tokens"].__getitem__, reverse=True)
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        batches = self.batching.scoring_batches(groups)
         model = self.model_wrapped
         model.eval()
         rewards: dict[int, list[float]] = {}
@@ -231,11 +252,10 @@ class RewardTrainer(trl.RewardTrainer):
     def _score_batch(
         self, model: torch.nn.Module, groups: datasets.Dataset, indices: list[int]
     ) -> dict[int, list[float]]:
-        rows = [GroupDataset(groups)[GroupRef(index, True)] for index in indices]
-        batch = self._prepare_inputs(self.data_collator(rows))
+        rows = read_groups(groups, [GroupRef(index, True) for index in indices])
+        batch = self._prepare_inputs(self.batching.collate(rows))
         with torch.no_grad():
-            outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        flat = outputs.logits[:, 0].float().tolist()
+            flat = batch_rewards(model, batch).tolist()
         scores: dict[int, list[float]] = {}
         for index, row in zip(indices, rows, strict=True):
             scores[index], flat = flat[: len(row["ranks"])], flat[len(row["ranks"]) :]

@@ -1,0 +1,146 @@
+"""Which row layout a run gets, decided from settings and the model's config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from rm_scale.config import RunConfig
+from rm_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rm_scale.planning.plan import Plan
+
+Packing = Literal["none", "padding_free", "prefix_shared"]
+
+# Architectures whose packed rows a test compares with padded ones (tests/unit/modeling/test_packed.py).
+TESTED_MODEL_TYPES = frozenset(
+    [
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    ]
+)
+
+# What can't be expressed by "a response sees its prompt and itself", with the reason.
+REFUSED_MODEL_TYPES = {
+    "bloom": "its attention adds a bias by distance in the row (ALiBi)",
+    "mpt": "its attention adds a bias by distance in the row (ALiBi)",
+    "falcon": "its attention does not go through transformers' attention interface",
+    "gpt_oss": "its attention has sinks, which packed rows don't know",
+    "opt": "it computes positions from a rectangular attention mask",
+}
+# A state or a convolution that runs along the row would carry one response into the next.
+_RECURRENT_WORDS = ("mamba", "rwkv", "recurrent", "xlstm", "lfm2", "jamba", "zamba", "falcon_h1", "bamba", "hybrid", "next")
+
+_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def refusal(model: dict[str, Any]) -> str | None:
+    """Why a model can't take packed rows, or `None` when nothing in its config.json says so."""
+    text = model.get("text_config", model)
+    kind = str(text.get("model_type", model.get("model_type")))
+    if kind in REFUSED_MODEL_TYPES:
+        return f"{kind}: {REFUSED_MODEL_TYPES[kind]}"
+    if any(word in kind for word in _RECURRENT_WORDS):
+        return f"{kind}: a state runs along the row and would carry one response into the next"
+    layers = sorted(set(text.get("layer_types") or []) - {"full_attention", "sliding_attention"})
+    if layers:
+        return f"{kind}: layers of kind {', '.join(layers)} can't be cut into responses"
+    if text.get("alibi"):
+        return f"{kind}: its attention adds a bias by distance in the row (ALiBi)"
+    if text.get("use_bidirectional_attention"):
+        return f"{kind}: its attention is not causal"
+    return None
+
+
+def attention_dropout(model: dict[str, Any]) -> float:
+    """Dropout on attention weights that the model's config asks for."""
+    text = model.get("text_config", model)
+    return max((float(text.get(name) or 0.0) for name in _ATTENTION_DROPOUTS), default=0.0)
+
+
+def packing_problems(config: RunConfig, model: dict[str, Any]) -> list[str]:
+    """Why the layout asked for by name can't be had, one sentence each."""
+    if config.packing in {"auto", "none"}:
+        return []
+    problems = []
+    reason = refusal(model)
+    if reason is not None:
+        problems.append(f"packing={config.packing} with {reason}. Fix: set packing: none.")
+    dropout = attention_dropout(model)
+    if dropout and not config.disable_dropout:
+        problems.append(
+            f"packing={config.packing} with attention dropout {dropout:g} (the model's config) and "
+            "disable_dropout=False: packed attention has no dropout. Fix: set disable_dropout: true or packing: none."
+        )
+    return problems
+
+
+def choose_packing(config: RunConfig, model: dict[str, Any]) -> tuple[Packing, str | None]:
+    """The layout that runs, and a note when it was decided for the user.
+
+    `auto` is the fastest layout that is known to be exact for the model: shared prompts, else padded rows.
+    """
+    if config.packing != "auto":
+        return config.packing, None
+    text = model.get("text_config", model)
+    kind = str(text.get("model_type", model.get("model_type")))
+    reason = refusal(model)
+    if reason is not None:
+        return "none", f"packing not given: none, since packed rows can't be used with {reason}"
+    if attention_dropout(model) and not config.disable_dropout:
+        return "none", "packing not given: none, since packed attention has no dropout and disable_dropout is off"
+    if config.attn_implementation is not None:
+        return "none", f"packing not given: none, since attn_implementation={config.attn_implementation} was asked for"
+    if kind not in TESTED_MODEL_TYPES:
+        return "none", (
+            f"packing not given: none, since {kind} models are not tested with packed rows; packing: prefix_shared tries it"
+        )
+    return "prefix_shared", "packing not given: prefix_shared, the fastest layout for this model"
+
+
+def default_max_tokens(config: RunConfig, micro_batch_size: int) -> int:
+    """Token budget of a packed row: what a padded micro-batch of pairs could hold at most."""
+    return 2 * micro_batch_size * config.max_length
+
+
+def fit_budget(plan: Plan, config: RunConfig, longest_group: int) -> Plan:
+    """The plan with a token budget that the longest group fits into, once the data has been read.
+
+    Args:
+        plan: the plan so far.
+        config: what was asked; a budget given there is not changed.
+        longest_group: tokens of the longest training group in a packed row.
+
+    Raises:
+        ConfigError: the budget asked for is too small.
+    """
+    if plan.max_tokens_per_device is None:
+        return plan
+    multiple = config.pad_to_multiple_of
+    budget = plan.max_tokens_per_device // multiple * multiple
+    needed = -(-longest_group // multiple) * multiple
+    if budget >= needed:
+        return replace(plan, max_tokens_per_device=budget)
+    if config.max_tokens_per_device is not None:
+        rounded = f" (rounded up to pad_to_multiple_of={multiple}: {needed:,})" if needed != longest_group else ""
+        raise ConfigError(
+            [
+                f"max_tokens_per_device={config.max_tokens_per_device}: the longest group has {longest_group:,} tokens in a "
+                f"{plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} or more, "
+                "or a smaller --max_length."
+            ]
+        )
+    note = f"max_tokens_per_device not given: {needed:,}, the longest group"
+    return replace(plan, max_tokens_per_device=needed, notes=(*plan.notes, note))
