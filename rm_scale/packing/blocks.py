@@ -190,7 +190,12 @@ class _Blockwise(torch.autograd.Function):
                 grad_scores = grad_scores * slope
             own = torch.bmm(grad_scores, _keys(key, block)).mul_(ctx.scaling)
             _put(grad_query, block.queries, own, key.shape[0])
-            _add(grad_key, block, torch.bmm(grad_scores.transpose(1, 2), _queries(query, block, key.shape[0])), ctx.scaling)
+            _add(
+                grad_key,
+                block,
+                torch.bmm(grad_scores.transpose(1, 2), _queries(query, block, key.shape[0])),
+                ctx.scaling,
+            )
         return grad_query, grad_key, grad_value, None, None, None
 
 

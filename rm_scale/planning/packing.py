@@ -41,7 +41,19 @@ REFUSED_MODEL_TYPES = {
     "opt": "it computes positions from a rectangular attention mask",
 }
 # A state or a convolution that runs along the row would carry one response into the next.
-_RECURRENT_WORDS = ("mamba", "rwkv", "recurrent", "xlstm", "lfm2", "jamba", "zamba", "falcon_h1", "bamba", "hybrid", "next")
+_RECURRENT_WORDS = (
+    "mamba",
+    "rwkv",
+    "recurrent",
+    "xlstm",
+    "lfm2",
+    "jamba",
+    "zamba",
+    "falcon_h1",
+    "bamba",
+    "hybrid",
+    "next",
+)
 
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 

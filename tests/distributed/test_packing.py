@@ -49,7 +49,13 @@ def cases(common: list[str]) -> dict[str, list[str]]:
             made[f"full-{stage}-{layout}"] = flags
             made[f"lora-{stage}-{layout}"] = [*flags, "--use_peft"]
     made["full-zero1-prefix_shared"] = [*common, "--deepspeed", "zero1", "--max_tokens_per_device", "480"]
-    made["full-zero3_offload-prefix_shared"] = [*common, "--deepspeed", "zero3_offload", "--max_tokens_per_device", "480"]
+    made["full-zero3_offload-prefix_shared"] = [
+        *common,
+        "--deepspeed",
+        "zero3_offload",
+        "--max_tokens_per_device",
+        "480",
+    ]
     return made
 
 
@@ -74,7 +80,10 @@ def assert_same(folder: Path, reference: Path) -> None:
     expected = losses(reference)
     assert losses(folder)[0] == pytest.approx(expected[0], rel=1e-6)
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
-    norms = [[line["grad_norm"] for line in read_lines(f / "run" / "metrics.jsonl") if "loss" in line] for f in (folder, reference)]
+    norms = [
+        [line["grad_norm"] for line in read_lines(f / "run" / "metrics.jsonl") if "loss" in line]
+        for f in (folder, reference)
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert scores(folder) == pytest.approx(scores(reference), abs=1e-4)
 
@@ -82,9 +91,7 @@ def assert_same(folder: Path, reference: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_ranks_equal_one_padded_rank(
-    one_rank: Path, two_ranks: Path, method: str, layout: str, stage: str
-) -> None:
+def test_two_ranks_equal_one_padded_rank(one_rank: Path, two_ranks: Path, method: str, layout: str, stage: str) -> None:
     assert_same(two_ranks / f"{method}-{stage}-{layout}", one_rank / f"{method}-none-none")
 
 

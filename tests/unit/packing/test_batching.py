@@ -1,56 +1,40 @@
-"""The global batch is the same however it is cut up."""
+"""A step holds the same groups whatever the number of ranks, and all ranks take as many micro-steps."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from rm_scale.packing.batching import StepBatchSampler
+from rm_scale.packing.balancing import split_balanced
+from rm_scale.packing.batching import FixedSplit, StepSampler, TokenSplit
 
 
-def steps(
-    num_groups: int, micro: int, accumulation: int, world: int, epoch: int = 0, shuffle: bool = True
-) -> list[set[int]]:
-    """The sets of counted groups of each optimizer step."""
-    ranks = []
-    for rank in range(world):
-        sampler = StepBatchSampler(num_groups, micro, accumulation, rank, world, shuffle, seed=7)
+def test_each_epoch_holds_every_group_once_in_its_own_order() -> None:
+    sampler = StepSampler(23, 5, shuffle=True, seed=7)
+    epochs = []
+    for epoch in (0, 1):
         sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert len(batches) == len(sampler)
-        ranks.append(batches)
-    assert len({len(batches) for batches in ranks}) == 1, "every rank takes the same number of micro-steps"
-    result = []
-    for start in range(0, len(ranks[0]), accumulation):
-        refs = [ref for batches in ranks for batch in batches[start : start + accumulation] for ref in batch]
-        counted = [ref.row for ref in refs if ref.counted]
-        assert len(counted) == len(set(counted)), "no group counts twice"
-        result.append(set(counted))
-    return result
-
-
-@pytest.mark.parametrize(("micro", "accumulation", "world"), [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)])
-def test_steps_hold_the_same_groups_for_every_split(micro: int, accumulation: int, world: int) -> None:
-    assert steps(37, micro, accumulation, world) == steps(37, 8, 1, 1)
+        steps = [step[0].tolist() for step in sampler]
+        assert [len(step) for step in steps] == [5, 5, 5, 5, 3]
+        epochs.append([row for step in steps for row in step])
+        assert sorted(epochs[-1]) == list(range(23))
+    assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_group_counts_once_in_an_epoch(world: int) -> None:
-    taken = [index for step in steps(23, 2, 2, world) for index in step]
-    assert sorted(taken) == list(range(23))
+@pytest.mark.parametrize("num_groups", [1, 4, 11, 24])
+def test_ranks_share_out_the_step(world: int, num_groups: int) -> None:
+    rows = np.arange(100, 100 + num_groups)
+    tokens = np.random.default_rng(num_groups).integers(10, 90, 200)
+    for split in (FixedSplit(2, world), TokenSplit(tokens, 128, world)):
+        shares = [split(rows, rank) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        counted = [ref.row for share in shares for micro in share for ref in micro if ref.counted]
+        assert sorted(counted) == rows.tolist()
+        assert all(micro for share in shares for micro in share)
 
 
-def test_epochs_have_different_orders_that_can_be_had_again() -> None:
-    first, second = steps(50, 5, 1, 1, epoch=0), steps(50, 5, 1, 1, epoch=1)
-    assert first != second
-    assert first == steps(50, 5, 1, 1, epoch=0)
-
-
-def test_without_shuffling_the_order_is_the_files() -> None:
-    assert steps(6, 2, 1, 1, shuffle=False) == [{0, 1}, {2, 3}, {4, 5}]
-
-
-def test_micro_batches_are_always_full() -> None:
-    sampler = StepBatchSampler(5, 2, 1, rank=1, world_size=2, shuffle=False, seed=0)
-    last = list(sampler)[-1]
-    assert [ref.counted for ref in last] == [False, False]
-    assert [ref.row for ref in last] == [4, 4]
+def test_parts_keep_the_budget_and_a_full_row_fits() -> None:
+    assert split_balanced([64, 64, 128, 100, 28], 1, 128) == [[[2]], [[0, 1]], [[3, 4]]]
+    with pytest.raises(ValueError, match="a group of 129 tokens does not fit into 128"):
+        split_balanced([129], 2, 128)

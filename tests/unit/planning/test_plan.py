@@ -77,15 +77,15 @@ def test_given_values_are_kept_without_a_note(model: Path, data: Path) -> None:
 
 
 def test_global_batch_sets_accumulation(model: Path, data: Path) -> None:
-    made = plan(model, data, world_size=4, global_batch_size=64, per_device_train_batch_size=2)
+    made = plan(model, data, world_size=4, packing="none", global_batch_size=64, per_device_train_batch_size=2)
     assert (made.gradient_accumulation_steps, made.global_batch_size) == (8, 64)
-    fitted = plan(model, data, world_size=2, global_batch_size=6)
+    fitted = plan(model, data, world_size=2, packing="none", global_batch_size=6)
     assert (fitted.per_device_train_batch_size, fitted.gradient_accumulation_steps) == (1, 3)
 
 
 def test_impossible_global_batch_names_a_possible_one(model: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match=r"multiple of per_device_train_batch_size x ranks = 2 x 4\. Fix: use 8"):
-        plan(model, data, world_size=4, global_batch_size=9, per_device_train_batch_size=2)
+        plan(model, data, world_size=4, packing="none", global_batch_size=9, per_device_train_batch_size=2)
 
 
 def test_steps_come_with_the_data(model: Path, data: Path) -> None:
