@@ -148,7 +148,7 @@ class RewardTrainer(trl.RewardTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward over a step's micro-batches; gradients are reduced, and the engine steps, at the last."""
+        """Forward and backward over a step's micro-batches; the last one reduces gradients and steps the engine."""
         losses = []
         batches = inputs["micro_batches"]
         for number, batch in enumerate(batches):

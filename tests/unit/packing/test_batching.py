@@ -35,6 +35,6 @@ def test_ranks_share_out_the_step(world: int, num_groups: int) -> None:
 
 
 def test_parts_keep_the_budget_and_a_full_row_fits() -> None:
-    assert split_balanced([64, 64, 128, 100, 28], 1, 128) == [[[2]], [[0, 1]], [[3, 4]]]
+    assert split_balanced([64, 64, 128, 100, 28], 1, 128) == [[[0, 1]], [[2]], [[3, 4]]]
     with pytest.raises(ValueError, match="a group of 129 tokens does not fit into 128"):
         split_balanced([129], 2, 128)

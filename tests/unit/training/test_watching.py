@@ -53,7 +53,7 @@ def test_accuracy_of_chance_is_named(warnings: pytest.LogCaptureFixture) -> None
 def test_real_log_lines_feed_the_watch(trainer_and_config: Any) -> None:
     """The meter's own names, so that the watch can't go blind when they change."""
     trainer, _ = trainer_and_config
-    batch = next(iter(trainer.get_train_dataloader()))
+    (batch,) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
     trainer.meter.add(torch.randn(len(batch["row_group"])), batch)
     assert {"num_pairs", "accuracy", "max_reward", "min_reward"} <= trainer.meter.read().keys()
 
