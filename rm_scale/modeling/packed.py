@@ -26,7 +26,7 @@ class TakesPackedRows:
     def forward(self, *args: Any, packed_layout: RowLayout | None = None, **kwargs: Any) -> Any:
         """A padded batch as ever, or with `packed_layout` a packed row.
 
-        A packed row comes as `input_ids`, `position_ids` `(1, width)` and `score_index` `(N,)`; the logits are `(N, 1)`.
+        A packed row is `input_ids`, `position_ids` `(1, width)` and `score_index` `(N,)`; its logits are `(N, 1)`.
         """
         if packed_layout is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -108,7 +108,7 @@ class Batching:
     eval_batch_size: int
 
     def scoring_batches(self, groups: datasets.Dataset) -> list[list[int]]:
-        """All rows of a data set cut into batches, longest groups first: the least padding, and memory shows at once."""
+        """All rows of a data set cut into batches, longest groups first, which pads least."""
         tokens = np.asarray(groups["num_tokens"])
         if isinstance(self.collate, PackedCollator) and self.collate.share_prompts:
             sizes = np.asarray([len(ranks) for ranks in groups["ranks"]])

@@ -1,13 +1,14 @@
 """Blockwise attention by plain matrix products, with its own backward pass.
 
-On CPUs torch's fused attention needs many times what its floating-point operations cost, most of all backwards and with a
-mask. Products of matrices run at full speed there, so a row is cut into blocks of queries; each block is multiplied
-with just the keys it may see. Key and value heads of grouped-query attention are not repeated: the query heads that share
-one are rows of the same matrix.
+On CPUs torch's fused attention needs many times what its floating-point operations cost, most of all backwards and
+with a mask. Products of matrices run at full speed there, so a row is cut into blocks of queries; each block is multiplied
+with just the keys it may see. Key and value heads of grouped-query attention are not repeated: the query heads that
+share one are rows of the same matrix.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def _cut(start: int, end: int) -> list[tuple[int, int]]:
         return []
     count = max(1, round(length / QUERIES_PER_BLOCK))
     bounds = [start + length * number // count for number in range(count + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def _merged(span: GroupSpan) -> list[tuple[int, int]]:
@@ -148,7 +149,7 @@ class _Blockwise(torch.autograd.Function):
     """All blocks of a row in one node of the graph, so that autograd's cost per operation is paid once."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -157,7 +158,7 @@ class _Blockwise(torch.autograd.Function):
         scaling: float,
         softcap: float | None,
     ) -> torch.Tensor:
-        heads, width, head_dim = query.shape
+        heads, width, _ = query.shape
         out = query.new_zeros(width, heads, value.shape[-1]).transpose(0, 1)
         kept: list[torch.Tensor | None] = []
         for block in blocks:
@@ -171,7 +172,7 @@ class _Blockwise(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         saved = iter(kept)
         grad_query = torch.zeros_like(query)

@@ -117,7 +117,8 @@ def choose_packing(config: RunConfig, model: dict[str, Any]) -> tuple[Packing, s
         return "none", f"packing not given: none, since attn_implementation={config.attn_implementation} was asked for"
     if kind not in TESTED_MODEL_TYPES:
         return "none", (
-            f"packing not given: none, since {kind} models are not tested with packed rows; packing: prefix_shared tries it"
+            f"packing not given: none, since {kind} models are not tested with packed rows; "
+            "packing: prefix_shared tries it"
         )
     return "prefix_shared", "packing not given: prefix_shared, the fastest layout for this model"
 
@@ -149,8 +150,8 @@ def fit_budget(plan: Plan, config: RunConfig, longest_group: int) -> Plan:
         rounded = f" (rounded up to pad_to_multiple_of={multiple}: {needed:,})" if needed != longest_group else ""
         raise ConfigError(
             [
-                f"max_tokens_per_device={config.max_tokens_per_device}: the longest group has {longest_group:,} tokens in a "
-                f"{plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} or "
+                f"max_tokens_per_device={config.max_tokens_per_device}: the longest group has {longest_group:,} tokens in "
+                f"a {plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} or "
                 "more, or a smaller --max_length."
             ]
         )

@@ -163,7 +163,7 @@ def make_plan(
         error = ConfigError(problems)
         error.met_by = "node"  # all ranks of a machine look at the same settings and files
         raise error
-    assert shape is not None
+    assert shape is not None and model is not None
     return _resolve(config, shape, model, values, world_size, device)
 
 

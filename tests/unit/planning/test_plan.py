@@ -72,7 +72,7 @@ def test_defaults_by_size_are_applied_and_said(
 
 
 def test_given_values_are_kept_without_a_note(model: Path, data: Path) -> None:
-    made = plan(model, data, learning_rate=3e-4, per_device_train_batch_size=1, num_train_epochs=2)
+    made = plan(model, data, learning_rate=3e-4, per_device_train_batch_size=1, num_train_epochs=2, packing="none")
     assert (made.learning_rate, made.per_device_train_batch_size, made.notes) == (3e-4, 1, ())
 
 
