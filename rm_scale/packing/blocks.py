@@ -1,7 +1,7 @@
 """Blockwise attention by plain matrix products, with its own backward pass.
 
-On CPUs torch's fused attention needs many times what its floating-point operations cost, most of all backwards and
-with a mask. Products of matrices run at full speed there, so a row is cut into blocks of queries; each block is multiplied
+On CPUs torch's fused attention needs many times what its floating-point operations cost, most of all backwards and with
+a mask. Products of matrices run at full speed there, so a row is cut into blocks of queries; each block is multiplied
 with just the keys it may see. Key and value heads of grouped-query attention are not repeated: the query heads that
 share one are rows of the same matrix.
 """

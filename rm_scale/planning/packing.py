@@ -151,8 +151,8 @@ def fit_budget(plan: Plan, config: RunConfig, longest_group: int) -> Plan:
         raise ConfigError(
             [
                 f"max_tokens_per_device={config.max_tokens_per_device}: the longest group has {longest_group:,} tokens in "
-                f"a {plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} or "
-                "more, or a smaller --max_length."
+                f"a {plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} "
+                "or more, or a smaller --max_length."
             ]
         )
     note = f"max_tokens_per_device not given: {needed:,}, the longest group"
