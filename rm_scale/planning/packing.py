@@ -150,8 +150,8 @@ def fit_budget(plan: Plan, config: RunConfig, longest_group: int) -> Plan:
         rounded = f" (rounded up to pad_to_multiple_of={multiple}: {needed:,})" if needed != longest_group else ""
         raise ConfigError(
             [
-                f"max_tokens_per_device={config.max_tokens_per_device}: the longest group has {longest_group:,} tokens in "
-                f"a {plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} "
+                f"max_tokens_per_device={config.max_tokens_per_device}: the longest group has {longest_group:,} tokens "
+                f"in a {plan.packing} row{rounded}, and a group is never cut. Fix: --max_tokens_per_device {needed} "
                 "or more, or a smaller --max_length."
             ]
         )
