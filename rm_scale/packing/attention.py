@@ -375,7 +375,9 @@ def _padded_with_softcap(
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
     seen = causal_mask(query.shape[2], key.shape[2], None, query.device) if mask is None else mask
-    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1, dtype=torch.float32).to(value.dtype)
+    # Not -inf: padding far behind the text sees nothing in a window, and must not become NaN.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 Part = list[int]
 """Positions in the list of counts."""
@@ -47,51 +47,68 @@ def split_balanced(tokens: Sequence[int], world_size: int, max_tokens: int) -> l
 def balanced_parts(tokens: Sequence[int], num_parts: int) -> list[Part]:
     """Spread all positions over `num_parts` parts so that the heaviest weighs little.
 
-    Longest first into the lightest part (Graham 1969, at most 4/3 of the best), then moves and swaps out of the
-    heaviest part for as long as they help.
+    Two ways, the better counts: longest first into the lightest part (Graham 1969, at most 4/3 of the best), and
+    differencing (Karmarkar and Karp 1982). In each, the heaviest part then shares with others for as long as that
+    helps.
     """
+    results = []
+    for parts in (_longest_first(tokens, num_parts), _differencing(tokens, num_parts)):
+        _improve(parts, tokens)
+        results.append([sorted(part) for part in parts])
+    return min(results, key=lambda parts: max(_weight(part, tokens) for part in parts))
+
+
+def _longest_first(tokens: Sequence[int], num_parts: int) -> list[Part]:
     parts: list[Part] = [[] for _ in range(num_parts)]
     lightest = [(0, number) for number in range(num_parts)]
     for position in sorted(range(len(tokens)), key=lambda place: (-tokens[place], place)):
         weight, number = heapq.heappop(lightest)
         parts[number].append(position)
         heapq.heappush(lightest, (weight + tokens[position], number))
-    _improve(parts, tokens)
-    return [sorted(part) for part in parts]
+    return parts
 
 
-def _improve(parts: list[Part], tokens: Sequence[int], most_rounds: int = 200) -> None:
-    weights = [_weight(part, tokens) for part in parts]
-    for _ in range(most_rounds):
+def _differencing(tokens: Sequence[int], num_parts: int) -> list[Part]:
+    """Join the two most uneven partial solutions, heaviest parts with lightest, until one is left."""
+    heap: list[tuple[int, int, list[tuple[int, Part]]]] = []
+    for position, count in enumerate(tokens):
+        heap.append((-count, position, [(0, []) for _ in range(num_parts - 1)] + [(count, [position])]))
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (_, order, first), (_, _, second) = heapq.heappop(heap), heapq.heappop(heap)
+        joined = [(a + b, left + right) for (a, left), (b, right) in zip(first, reversed(second), strict=True)]
+        joined.sort()
+        heapq.heappush(heap, (joined[0][0] - joined[-1][0], order, joined))
+    return [part for _, part in heap[0][2]]
+
+
+def _improve(parts: list[Part], tokens: Sequence[int]) -> None:
+    """Share the heaviest part's groups with another part's anew, as evenly as can be, for as long as that helps."""
+    while True:
+        weights = [_weight(part, tokens) for part in parts]
         heaviest = max(range(len(parts)), key=lambda number: (weights[number], -number))
-        best = min(_exchanges(parts, tokens, weights, heaviest), default=None)
-        if best is None:
-            return
-        _, other, give, take = best
-        for source, target, position in ((heaviest, other, give), (other, heaviest, take)):
-            if position >= 0:
-                parts[source].remove(position)
-                parts[target].append(position)
-                weights[source] -= tokens[position]
-                weights[target] += tokens[position]
+        for other in sorted(range(len(parts)), key=lambda number: (weights[number], number)):
+            if weights[heaviest] - weights[other] < 2:
+                return
+            light, heavy = _halves(parts[heaviest] + parts[other], tokens)
+            if _weight(heavy, tokens) < weights[heaviest]:
+                parts[heaviest], parts[other] = heavy, light
+                break
 
 
-def _exchanges(
-    parts: list[Part], tokens: Sequence[int], weights: list[int], heaviest: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """Each move or swap that leaves both parts lighter than the heaviest is now: (new weight, part, give, take).
-
-    `take` is -1 for a move.
-    """
-    for other in range(len(parts)):
-        gap = weights[heaviest] - weights[other]
-        if other == heaviest or gap < 2:
-            continue
-        for give in parts[heaviest]:
-            for take in (-1, *parts[other]):
-                shift = tokens[give] - (tokens[take] if take >= 0 else 0)
-                if 0 < shift < gap:
-                    yield max(weights[heaviest] - shift, weights[other] + shift), other, give, take
+def _halves(positions: Part, tokens: Sequence[int]) -> tuple[Part, Part]:
+    """Two parts of the positions with the least difference, the lighter first. Exact, by dynamic programming."""
+    reachable = [1]  # bit s of entry n: some of the first n groups weigh s
+    for position in positions:
+        reachable.append(reachable[-1] | reachable[-1] << tokens[position])
+    half = sum(tokens[position] for position in positions) // 2
+    weight = (reachable[-1] & ((1 << (half + 1)) - 1)).bit_length() - 1
+    light: Part = []
+    for number in range(len(positions) - 1, -1, -1):
+        if not reachable[number] >> weight & 1:
+            light.append(positions[number])
+            weight -= tokens[positions[number]]
+    return light, [position for position in positions if position not in set(light)]
 
 
 def _weight(part: Part, tokens: Sequence[int]) -> int:

@@ -19,7 +19,6 @@ TESTED_MODEL_TYPES = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
-        "granite",
         "llama",
         "mistral",
         "olmo2",
