@@ -103,6 +103,12 @@ class RunConfig(BaseModel):
     packed_attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = Field(
         "auto", description="Attention of packed rows. auto: by device and type."
     )
+    use_liger_kernel: bool = Field(
+        False, description="Liger's fused kernels for norms, rotary embeddings and MLPs (GPU)."
+    )
+    torch_compile: bool = Field(
+        False, description="Compile each decoder layer; attention over packed rows stays as it is."
+    )
     max_tokens_per_device: int | None = Field(
         None, ge=16, description="Most tokens of a packed row. Default: 2 x per_device_train_batch_size x max_length."
     )
@@ -197,6 +203,7 @@ REFUSED_FIELDS = {
     "push_to_hub": "nothing is pushed from a training run. Fix: leave it out and upload the finished folder yourself",
     "hub_token": "tokens are read from the environment only. Fix: set HF_TOKEN",
     "auto_find_batch_size": "ZeRO-3 can't change its batch size in a run. Fix: set per_device_train_batch_size",
+    "padding_side": "rows are padded on the right, where the last real token is found by its index. Fix: leave it out",
     "compute_metrics": "evaluation is exact and built in. Fix: leave it out",
 }
 
@@ -471,6 +478,29 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
         c.gradient_accumulation_steps is not None and c.global_batch_size is not None,
         f"gradient_accumulation_steps={c.gradient_accumulation_steps} with global_batch_size={c.global_batch_size}: "
         "the second sets the first. Fix: keep one of them.",
+    )
+    rule(
+        "torch_compile load_in_4bit",
+        c.torch_compile and c.load_in_4bit,
+        "torch_compile=True with load_in_4bit=True: 4-bit layers break the graph at every product. Fix: leave "
+        "torch_compile out.",
+    )
+    rule(
+        "packing max_tokens_per_device",
+        c.packing == "none" and c.max_tokens_per_device is not None,
+        f"max_tokens_per_device={c.max_tokens_per_device} with packing=none: padded rows are sized by "
+        "per_device_train_batch_size. Fix: leave one of them out.",
+    )
+    rule(
+        "packing packed_attention",
+        c.packing == "none" and c.packed_attention != "auto",
+        f"packed_attention={c.packed_attention} with packing=none: it is for packed rows. Fix: leave it out.",
+    )
+    rule(
+        "packing attn_implementation",
+        c.packing in {"padding_free", "prefix_shared"} and c.attn_implementation is not None,
+        f"attn_implementation={c.attn_implementation} with packing={c.packing}: packed rows have attention of their "
+        "own. Fix: use packed_attention, or packing: none.",
     )
     rule(
         "loss_type label_smoothing_factor",

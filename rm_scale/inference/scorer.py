@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rm_scale.data.encoding import TextEncoder
@@ -14,7 +15,10 @@ from rm_scale.data.groups import Text
 from rm_scale.errors import DataError
 from rm_scale.modeling.contract import ScoringContract
 from rm_scale.modeling.loading import load_reward_model
-from rm_scale.modeling.scoring import score_sequences
+from rm_scale.modeling.packed import enable_packed_rows
+from rm_scale.modeling.scoring import score_packed, score_sequences
+from rm_scale.packing.attention import choose_backend
+from rm_scale.planning.packing import is_tested
 
 
 class RewardScorer:
@@ -25,6 +29,8 @@ class RewardScorer:
         tokenizer: its tokenizer.
         contract: how a text becomes a score.
         device: where the model is.
+        packed: the model takes packed rows (`rm_scale.modeling.packed`), so that a prompt is computed once for all
+            its completions.
     """
 
     def __init__(
@@ -33,7 +39,9 @@ class RewardScorer:
         tokenizer: PreTrainedTokenizerBase,
         contract: ScoringContract,
         device: torch.device | str = "cpu",
+        packed: bool = False,
     ) -> None:
+        self.packed = packed
         self.model = model
         self.tokenizer = tokenizer
         self.contract = contract
@@ -47,6 +55,7 @@ class RewardScorer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        packed: bool | None = None,
     ) -> RewardScorer:
         """Load a run's output directory.
 
@@ -55,6 +64,7 @@ class RewardScorer:
             device: default the GPU when there is one.
             dtype: type of the backbone; default what it was saved in.
             trust_remote_code: run Python code that comes with the model.
+            packed: compute shared prompts once; default for architectures that are tested with it.
 
         Raises:
             ModelError: the folder does not hold a reward model with its contract.
@@ -63,7 +73,14 @@ class RewardScorer:
         contract = ScoringContract.load(folder)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         model = load_reward_model(folder, dtype, device, trust_remote_code=trust_remote_code)
-        return cls(model, tokenizer, contract, device)
+        backbone = model.get_base_model() if isinstance(model, PeftModel) else model
+        packed = is_tested(backbone.config.to_dict()) if packed is None else packed
+        if packed:
+            softcap = getattr(backbone.config.get_text_config(), "attn_logit_softcapping", None)
+            dtype_name = str(backbone.dtype).removeprefix("torch.")
+            backend = choose_backend("auto", torch.device(device).type, dtype_name, softcap is not None)
+            enable_packed_rows(backbone, backend)
+        return cls(model, tokenizer, contract, device, packed)
 
     def score(
         self,
@@ -92,10 +109,23 @@ class RewardScorer:
             self.encoder.encode_one(prompt, completion, tool)
             for prompt, completion, tool in zip(prompts, completions, tools, strict=True)
         ]
-        return self.score_tokens(sequences, batch_size)
+        keys = [repr((prompt, tool)) for prompt, tool in zip(prompts, tools, strict=True)]
+        return self.score_tokens(sequences, batch_size, keys)
 
-    def score_tokens(self, sequences: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
-        """Raw rewards of token sequences as `TextEncoder.encode` gives them, in their order."""
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], batch_size: int = 8, prompt_keys: Sequence[str] | None = None
+    ) -> list[float]:
+        """Raw rewards of token sequences as `TextEncoder.encode` gives them, in their order.
+
+        Args:
+            sequences: token ids.
+            batch_size: sequences per forward pass; in packed rows as many tokens as these could have at most.
+            prompt_keys: sequences with the same key share a prompt; default none do.
+        """
+        if not sequences:
+            return []
+        if self.packed:
+            return self._score_packed(sequences, batch_size, prompt_keys)
         # Longest first wastes the least padding, and shows at once whether memory suffices.
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         rewards = score_sequences(
@@ -104,4 +134,21 @@ class RewardScorer:
         scores = [0.0] * len(sequences)
         for index, reward in zip(order, rewards, strict=True):
             scores[index] = reward
+        return scores
+
+    def _score_packed(
+        self, sequences: Sequence[Sequence[int]], batch_size: int, prompt_keys: Sequence[str] | None
+    ) -> list[float]:
+        members: dict[Any, list[int]] = {}
+        for place in range(len(sequences)):
+            members.setdefault(prompt_keys[place] if prompt_keys is not None else place, []).append(place)
+        # A prompt with very many completions is cut, or its row would outgrow every budget.
+        places = [part[i : i + batch_size] for part in members.values() for i in range(0, len(part), batch_size)]
+        groups = [[sequences[place] for place in part] for part in places]
+        max_tokens = batch_size * max(len(sequence) for sequence in sequences)
+        rewards = score_packed(self.model, groups, self.contract.pad_token_id, max_tokens, self.device)
+        scores = [0.0] * len(sequences)
+        for part, values in zip(places, rewards, strict=True):
+            for place, value in zip(part, values, strict=True):
+                scores[place] = value
         return scores

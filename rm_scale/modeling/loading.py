@@ -78,6 +78,8 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
     _match_vocabulary(model, tokenizer)
     describe_as_reward_model(model, tokenizer)
     head_name = install_scalar_head(model)
+    if config.torch_compile:
+        _compile_layers(model)
     if plan.packing != "none":
         _enable_packing(model, plan)
     if config.use_peft:
@@ -90,6 +92,12 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
     source = "kept from the checkpoint" if head_was_found else "new, since the checkpoint has none"
     logger.info(f"reward head {head_name}: {source}")
     return LoadedModel(model, head_name, head_was_found, saved_head)
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer in place; they are alike, so one compilation serves all of them."""
+    for layer in getattr(model, model.base_model_prefix).layers:
+        layer.compile(dynamic=True)
 
 
 def _enable_packing(model: PreTrainedModel, plan: Plan) -> None:

@@ -13,8 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from rm_scale.errors import ModelError
 from rm_scale.packing.attention import PREFIX, register_backends
 from rm_scale.packing.layout import RowLayout
+from rm_scale.planning.packing import refusal
 
 # Any 4-D tensor is taken by transformers as a finished mask; ours is in the layout, and no mask must be built.
 _NO_MASK = (1, 1, 1, 1)
@@ -53,11 +55,29 @@ class TakesPackedRows:
         return SequenceClassifierOutputWithPast(logits=head(hidden[0].index_select(0, score_index)))
 
 
+def packed_rows_problem(model: PreTrainedModel) -> str | None:
+    """Why this model can't take packed rows, or `None`; for architectures that config.json alone does not settle."""
+    reason = refusal(model.config.to_dict())
+    if reason is not None:
+        return reason
+    if not model._can_set_attn_implementation():
+        return f"{type(model).__name__}: its attention does not go through transformers' attention interface"
+    if not isinstance(getattr(model, model.base_model_prefix, None), torch.nn.Module):
+        return f"{type(model).__name__}: its backbone can't be told from its head"
+    return None
+
+
 def enable_packed_rows(model: PreTrainedModel, backend: str) -> None:
     """Let the model take packed rows, with attention by this backend (see `rm_scale.packing.attention`).
 
     Padded batches still work: their attention is transformers' sdpa.
+
+    Raises:
+        ModelError: the model can't take them.
     """
+    problem = packed_rows_problem(model)
+    if problem is not None:
+        raise ModelError(f"packed rows can't be used with {problem}. Fix: set packing: none.")
     register_backends()
     kind = type(model)
     if not issubclass(kind, TakesPackedRows):

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
+from rm_scale.packing.balancing import split_in_order
+from rm_scale.packing.layout import common_prefix_length, pack_row, packed_length
 from rm_scale.packing.padding import pad_right
+
+# Rows are rounded up to a multiple of this, so that kernels meet fewer shapes.
+_ROW_MULTIPLE = 64
 
 
 def batch_rewards(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -16,6 +21,47 @@ def batch_rewards(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Ten
     inputs = {name: batch[name] for name in names if name in batch}
     rewards: torch.Tensor = model(**inputs, use_cache=False).logits[:, 0].float()
     return rewards
+
+
+@torch.no_grad()
+def score_packed(
+    model: torch.nn.Module,
+    groups: Sequence[Sequence[Sequence[int]]],
+    pad_token_id: int,
+    max_tokens: int,
+    device: torch.device | str,
+) -> list[list[float]]:
+    """Rewards of groups of token sequences in packed rows, each group's common prefix computed once.
+
+    Args:
+        model: a model that takes packed rows (`rm_scale.modeling.packed`).
+        groups: token sequences that begin alike; a group may be a single one.
+        pad_token_id: what fills a row's end.
+        max_tokens: most tokens of a row; a longer group gets a row of its own.
+        device: where the model is.
+
+    Returns:
+        A reward per sequence, fp32, in the order of `groups`.
+    """
+    was_training = model.training
+    model.eval()
+    lengths = [packed_length(sum(map(len, group)), common_prefix_length(group), len(group)) for group in groups]
+    order = sorted(range(len(groups)), key=lambda number: -lengths[number])
+    scores: list[list[float]] = [[] for _ in groups]
+    for part in split_in_order([lengths[number] for number in order], max_tokens):
+        members = [order[place] for place in part]
+        row = pack_row([groups[number] for number in members], True, pad_token_id, _ROW_MULTIPLE)
+        batch = {
+            "input_ids": row.input_ids.to(device),
+            "position_ids": row.position_ids.to(device),
+            "score_index": row.score_index.to(device),
+            "packed_layout": row.layout,
+        }
+        flat = batch_rewards(model, batch).tolist()
+        for number in members:
+            scores[number], flat = flat[: len(groups[number])], flat[len(groups[number]) :]
+    model.train(was_training)
+    return scores
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropo
 def refusal(model: dict[str, Any]) -> str | None:
     """Why a model can't take packed rows, or `None` when nothing in its config.json says so."""
     text = model.get("text_config", model)
-    kind = str(text.get("model_type", model.get("model_type")))
+    kind = _model_type(model)
     if kind in REFUSED_MODEL_TYPES:
         return f"{kind}: {REFUSED_MODEL_TYPES[kind]}"
     if any(word in kind for word in _RECURRENT_WORDS):
@@ -73,6 +73,15 @@ def refusal(model: dict[str, Any]) -> str | None:
     if text.get("use_bidirectional_attention"):
         return f"{kind}: its attention is not causal"
     return None
+
+
+def is_tested(model: dict[str, Any]) -> bool:
+    """Is this an architecture whose packed rows are known to be exact?"""
+    return refusal(model) is None and _model_type(model) in TESTED_MODEL_TYPES
+
+
+def _model_type(model: dict[str, Any]) -> str:
+    return str(model.get("text_config", model).get("model_type", model.get("model_type")))
 
 
 def attention_dropout(model: dict[str, Any]) -> float:
@@ -105,8 +114,7 @@ def choose_packing(config: RunConfig, model: dict[str, Any]) -> tuple[Packing, s
     """
     if config.packing != "auto":
         return config.packing, None
-    text = model.get("text_config", model)
-    kind = str(text.get("model_type", model.get("model_type")))
+    kind = _model_type(model)
     reason = refusal(model)
     if reason is not None:
         return "none", f"packing not given: none, since packed rows can't be used with {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -152,6 +153,7 @@ def make_plan(
             problems += contradictions
             values = None if contradictions else values
     problems += _check_files(config)
+    problems += _check_kernels(config, values, device)
     if model is not None:
         problems += packing_problems(config, model)
         problems += _check_batch(config, world_size, choose_packing(config, model)[0] != "none")
@@ -277,6 +279,24 @@ def _check_batch(config: RunConfig, world_size: int, packed: bool) -> list[str]:
         f"{world_size}. "
         f"Fix: use {max(1, round(total / (micro * world_size))) * micro * world_size}."
     ]
+
+
+def _check_kernels(config: RunConfig, values: dict[str, Any] | None, device: str) -> list[str]:
+    problems = []
+    if config.use_liger_kernel and device != "cuda":
+        problems.append(
+            f"use_liger_kernel=True on {device}: Liger's kernels are written for GPUs. Fix: leave use_liger_kernel out."
+        )
+    if config.use_liger_kernel and device == "cuda" and importlib.util.find_spec("liger_kernel") is None:
+        problems.append(
+            "use_liger_kernel=True: the package is missing. Fix: pip install liger-kernel, or leave it out."
+        )
+    if config.torch_compile and values is not None and zero_stage(values) == 3:
+        problems.append(
+            f"torch_compile=True with deepspeed={config.deepspeed!r} (ZeRO-3): weights are gathered by hooks inside "
+            "the layers, which a compiled layer would pass by. Fix: leave torch_compile out, or use zero2."
+        )
+    return problems
 
 
 def _check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None) -> list[str]:

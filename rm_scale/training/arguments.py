@@ -42,6 +42,7 @@ _SAME_NAME = (
     "disable_tqdm",
     "trust_remote_code",
     "max_length",
+    "use_liger_kernel",
 )
 
 

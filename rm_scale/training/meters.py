@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rm_scale.distributed import gather_from_ranks
+from rm_scale.planning.compute import StepFlops
 
 _SUMS = (
     "pairs",
@@ -21,6 +22,7 @@ _SUMS = (
     "real_tokens",
     "processed_tokens",
     "unshared_tokens",
+    "useful_flops",
 )
 
 
@@ -31,8 +33,12 @@ class StepMeter:
     Attributes:
         counts: plain sums by name.
         seconds: time spent training, without evaluation and saving.
+        flops: what the model's steps cost, to count useful operations; `None` leaves them out.
+        peak_flops: the device's peak rate in FLOP/s, if known.
     """
 
+    flops: StepFlops | None = None
+    peak_flops: float | None = None
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
     seconds: float = 0.0
     _device_sums: torch.Tensor | None = None
@@ -82,6 +88,8 @@ class StepMeter:
         self.counts["processed_tokens"] += tokens.processed
         self.counts["real_tokens"] += tokens.real
         self.counts["unshared_tokens"] += tokens.unshared
+        if self.flops is not None:
+            self.counts["useful_flops"] += self.flops.of(tokens.unshared, tokens.squares)
 
     def read(self) -> dict[str, Any]:
         """World totals as logged metrics, and start counting afresh. A collective: every rank must call it."""
@@ -101,10 +109,10 @@ class StepMeter:
         self.seconds, self._device_sums, self._extremes = 0.0, None, None
         if was_running:
             self.resume()
-        return _as_metrics(ranks)
+        return _as_metrics(ranks, self.peak_flops)
 
 
-def _as_metrics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _as_metrics(ranks: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
     total = {name: sum(rank[name] for rank in ranks) for name in _SUMS}
     seconds = max(rank["seconds"] for rank in ranks)
     metrics: dict[str, Any] = {"peak_memory_bytes": max(rank["memory"] for rank in ranks)}
@@ -121,6 +129,10 @@ def _as_metrics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         metrics["pairs_per_second"] = total["pairs"] / seconds
         metrics["real_tokens_per_second"] = total["real_tokens"] / seconds
         metrics["processed_tokens_per_second"] = total["processed_tokens"] / seconds
+        if total["useful_flops"]:
+            metrics["useful_flops_per_second_per_device"] = total["useful_flops"] / seconds / len(ranks)
+            if peak is not None:
+                metrics["mfu"] = metrics["useful_flops_per_second_per_device"] / peak
         metrics["effective_tokens_per_second"] = total["unshared_tokens"] / seconds
         metrics["padding_share"] = 1.0 - total["real_tokens"] / total["processed_tokens"]
         metrics["shared_share"] = 1.0 - total["real_tokens"] / total["unshared_tokens"]

@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from rm_scale.distributed import agreed_errors, gather_from_ranks, sum_over_ranks
-from rm_scale.errors import TrainingError
+from rm_scale.errors import ModelError, TrainingError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.contract import ScoringContract
-from rm_scale.modeling.head import active_head, check_head_trainable
+from rm_scale.modeling.head import HEAD_NAMES, active_head, check_head_trainable
 from rm_scale.modeling.scoring import batch_rewards, score_sequences
 from rm_scale.packing.batching import (
     Batching,
@@ -29,6 +29,8 @@ from rm_scale.packing.batching import (
     StepSampler,
     read_groups,
 )
+from rm_scale.planning.compute import StepFlops, linear_parameters, peak_flops, step_flops
+from rm_scale.planning.shape import shape_from_config
 from rm_scale.training.callbacks import not_finite_error
 from rm_scale.training.checkpoints import disk_errors_explained, verify_saved
 from rm_scale.training.losses import LossSettings, centering, num_loss_terms, preference_loss
@@ -102,6 +104,7 @@ class RewardTrainer(trl.RewardTrainer):
             if name in trainable:
                 parameter.data = trainable[name]
         check_head_trainable(self.model)
+        self.meter.flops, self.meter.peak_flops = _model_flops(self.model), _device_peak()
         self.add_callback(_SyncHead(self))
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *unused: Any, **also_unused: Any) -> datasets.Dataset:
@@ -193,6 +196,12 @@ class RewardTrainer(trl.RewardTrainer):
         if bad_losses or bad_norms:
             raise not_finite_error(int(bad_losses), norm, self.state.global_step + 1, self._step_rows)
         return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Useful operations of a step on this rank (see `rm_scale.planning.compute`); transformers adds them up."""
+        flops = self.meter.flops
+        tokens = [batch["tokens"] for batch in inputs["micro_batches"]]
+        return sum(flops.of(count.unshared, count.squares) for count in tokens) if flops is not None else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the meters to a training log line."""
@@ -363,6 +372,23 @@ class _SyncHead(TrainerCallback):
     def on_step_end(self, *unused: Any, **also_unused: Any) -> None:
         """The master has moved."""
         self.trainer.sync_head()
+
+
+def _model_flops(model: PreTrainedModel | PeftModel) -> StepFlops | None:
+    """What the model's steps cost; `None` for a shape that can't be read."""
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in ("embed", *HEAD_NAMES)):
+            counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    try:
+        shape = shape_from_config(model.config.to_dict())
+    except ModelError:
+        return None
+    return step_flops(shape, counts[True], linear_parameters(shape) if counts[False] else 0)
+
+
+def _device_peak() -> float | None:
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def _trainable_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
