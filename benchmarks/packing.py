@@ -254,6 +254,7 @@ class Bench:
         base |= {"format": "explicit_prompt", "packing": "prefix_shared", "batch": args.global_batch_size}
         base |= {"max_length": args.max_length, "max_tokens": args.max_tokens, "steps": args.steps + args.warmup}
         base |= {"optim": args.optim, "learning_rate": 1e-5, "lora": False, "deepspeed": None}
+        base |= {"torch_compile": args.torch_compile}
         return base | {"dtype": args.trl_dtype, "micro_batch": 1, "product_tokens": 2048} | more
 
 
@@ -416,6 +417,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--trl_micro_batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="TRL's weights")
+    parser.add_argument("--torch_compile", action="store_true", help="compile our decoder layers (not under ZeRO-3)")
     parser.add_argument("--global_batch_size", type=int, default=16)
     parser.add_argument("--max_tokens", type=int, default=2048, help="our tokens per row and device")
     parser.add_argument("--max_length", type=int, default=1024)

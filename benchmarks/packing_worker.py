@@ -54,6 +54,8 @@ def flags(job: Job) -> list[str]:
         values["max_tokens_per_device"] = job["max_tokens"]
     if job["lora"]:
         values |= {"use_peft": "true", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
+    if job["torch_compile"] and not job["deepspeed"]:
+        values["torch_compile"] = "true"
     if job["deepspeed"]:
         values["deepspeed"] = job["deepspeed"]
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]

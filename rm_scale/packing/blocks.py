@@ -16,13 +16,13 @@ import torch
 
 from rm_scale.packing.layout import GroupSpan, RowLayout
 
-QUERIES_PER_BLOCK = 128
+QUERIES_PER_BLOCK = 256
 """Queries of a long prompt are cut into blocks of about this many, each with the keys up to its end only."""
 
 MAX_KEPT_WEIGHTS = 2**22
 """A group keeps its attention weights for the backward pass up to this many per head; above, they are recomputed."""
 
-CALL_COST = 4000
+CALL_COST = 16000
 """What a further block costs, in attention weights per head; measured, see docs/packing.md."""
 
 
