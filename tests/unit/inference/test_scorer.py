@@ -35,9 +35,10 @@ def texts(run_folder: Path, pairs_file: Path) -> tuple[list[str], list[str]]:
     return prompts, [row[side] for row in order for side in ("chosen", "rejected")]
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_scores_are_the_trainers(lora_run: Path, pairs_file: Path, batch_size: int) -> None:
-    scorer = RewardScorer.from_pretrained(lora_run, device="cpu")
+def test_scores_are_the_trainers(lora_run: Path, pairs_file: Path, batch_size: int, packed: bool) -> None:
+    scorer = RewardScorer.from_pretrained(lora_run, device="cpu", packed=packed)
     given = scorer.score(*texts(lora_run, pairs_file), batch_size=batch_size)
     assert given == pytest.approx(scores(lora_run), abs=1e-5)
 
@@ -75,3 +76,19 @@ def test_wrong_requests_are_explained(lora_run: Path, tiny_model: Path, tmp_path
         RewardScorer.from_pretrained(untrusted)
     with pytest.raises(ModelError, match="holds no adapter to merge"):
         merge_adapter(tiny_model, tmp_path / "x")
+
+
+def test_a_prompt_is_computed_once_for_all_its_completions(lora_run: Path) -> None:
+    scorer = RewardScorer.from_pretrained(lora_run, device="cpu")
+    assert scorer.packed
+    prompts = ["What is two and two?"] * 5 + ["Say no."]
+    completions = [" 4", " 5", " four", " It is 4.", " 22", " no"]
+    seen: list[int] = []
+    hook = scorer.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: seen.append(ids[0].numel()))
+    together = scorer.score(prompts, completions, batch_size=8)
+    hook.remove()
+    alone = [scorer.score([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    tokens = sum(len(scorer.encoder.encode_one(p, c)) for p, c in zip(prompts, completions, strict=True))
+    assert sum(seen) == 64 < tokens  # one row, rounded up
+    assert scorer.score([], []) == []
