@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rm_scale.errors import ConfigError
+from rm_scale.errors import ConfigError, ModelError
 from rm_scale.packing.blocks import blockwise_attention
 from rm_scale.packing.layout import RowLayout
 
@@ -344,6 +344,11 @@ def _as_attention_function(backend: Backend) -> Callable[..., tuple[torch.Tensor
         packed_layout: RowLayout | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if packed_layout is None and attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+            raise ModelError(
+                f"{type(module).__name__} was given a packed row without its layout: the model does not hand unknown "
+                "arguments on to its attention. Fix: set packing: none."
+            )
         if packed_layout is None and softcap is not None:
             return _padded_with_softcap(query, key, value, attention_mask, scaling, softcap), None
         if packed_layout is None:

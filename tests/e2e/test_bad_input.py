@@ -158,3 +158,23 @@ def test_debug_shows_the_traceback(train: Command) -> None:
     finished = train(dataset_path="gone.jsonl", debug="true")
     assert finished.code == 2
     assert "Traceback" in finished.output and "gone.jsonl: no such file" in finished.output
+
+
+def test_a_budget_below_the_longest_group_names_one_that_fits(train: Command, tmp_path: Path) -> None:
+    refuse(
+        train(max_tokens_per_device=16),
+        tmp_path,
+        "max_tokens_per_device=16: the longest group has",
+        "a group is never cut",
+    )
+
+
+def test_packing_that_cant_be_had_is_said_before_anything_is_read(train: Command, tmp_path: Path) -> None:
+    finished = train(packing="prefix_shared", attn_implementation="eager", padding_side="left", use_liger_kernel="true")
+    refuse(
+        finished,
+        tmp_path,
+        "packed rows have attention of their own",
+        "rows are padded on the right",
+        "written for GPUs",
+    )

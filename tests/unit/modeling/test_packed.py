@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from rm_scale.errors import ModelError
 from rm_scale.modeling.head import install_scalar_head
 from rm_scale.modeling.packed import TakesPackedRows, enable_packed_rows
 from rm_scale.modeling.scoring import batch_rewards
+from rm_scale.packing.attention import PREFIX, register_backends
 from rm_scale.packing.collator import Batch, PackedCollator, PaddedCollator
 from rm_scale.planning.packing import TESTED_MODEL_TYPES
 
@@ -216,3 +218,21 @@ def test_groups_do_not_depend_on_their_neighbours() -> None:
         together = batch_rewards(model, collate(GROUPS))
         alone = torch.cat([batch_rewards(model, collate([group])) for group in GROUPS])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_attention_outside_transformers_interface_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "gptj", vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, num_labels=1, pad_token_id=0
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(ModelError, match=r"GPTJForSequenceClassification: its attention does not go through .* none"):
+        enable_packed_rows(model, "matmul")
+
+
+def test_a_layout_that_does_not_reach_attention_is_an_error() -> None:
+    """A model that swallows unknown arguments would attend to the whole row, and nobody would know."""
+    register_backends()
+    attention = AttentionInterface()[PREFIX + "matmul"]
+    query = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ModelError, match="Linear was given a packed row without its layout"):
+        attention(torch.nn.Linear(1, 1), query, query, query, torch.ones(1, 1, 1, 1, dtype=torch.bool))

@@ -55,6 +55,13 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let short rows be cut and their responses kept apart, as long rows are."""
+    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 96)
+    monkeypatch.setattr(blocks, "CALL_COST", 500)
+
+
 @pytest.fixture
 def flex_trains_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention refuses a backward pass on a CPU, though its eager path has one."""
