@@ -419,7 +419,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="TRL's weights")
     parser.add_argument("--torch_compile", action="store_true", help="compile our decoder layers (not under ZeRO-3)")
     parser.add_argument("--global_batch_size", type=int, default=16)
-    parser.add_argument("--max_tokens", type=int, default=2048, help="our tokens per row and device")
+    parser.add_argument("--max_tokens", type=int, default=4096, help="our tokens per row and device")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--long_steps", type=int, default=3, help="at most so many timed steps of long_prompt")
