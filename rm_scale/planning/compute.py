@@ -46,7 +46,7 @@ class StepFlops:
 def linear_parameters(shape: ModelShape) -> int:
     """Weights of all linear layers, without embedding and head."""
     attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
-    mlp = (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.intermediate_size
+    mlp = (3 if shape.style.gated_mlp else 2) * shape.hidden_size * shape.intermediate_size
     return shape.num_layers * (attention + mlp)
 
 

@@ -3,11 +3,66 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rm_scale.errors import ModelError
+
+
+@dataclass(frozen=True)
+class LayerStyle:
+    """What a decoder layer is made of, beside its sizes.
+
+    Attributes:
+        gated_mlp: three MLP matrices (gate, up, down) rather than two.
+        qkv_bias: biases on query, key and value projections.
+        output_bias: a bias on attention's output projection.
+        mlp_bias: biases in the MLP.
+        num_norms: norms per layer, those on queries and keys left out.
+        norm_bias: norms have a bias (LayerNorm rather than RMSNorm).
+        qk_norm: norms on queries and keys: over each head, over the whole projection, or none.
+        fused_qkv: queries, keys and values are one matrix.
+        fused_mlp: gate and up are one matrix.
+        learned_positions: positions are an embedding.
+    """
+
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    num_norms: int = 2
+    norm_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    fused_qkv: bool = False
+    fused_mlp: bool = False
+    learned_positions: bool = False
+
+
+_LAYER_NORM_STYLE = LayerStyle(gated_mlp=False, qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True)
+
+# transformers' classes; a test compares the parameters counted here with theirs. Everything else counts as Llama-like.
+LAYER_STYLES = {
+    "llama": LayerStyle(),
+    "mistral": LayerStyle(),
+    "gemma": LayerStyle(),
+    "smollm3": LayerStyle(),
+    "qwen2": LayerStyle(qkv_bias=True),
+    "qwen3": LayerStyle(qk_norm="head"),
+    "gemma2": LayerStyle(num_norms=4),
+    "gemma3_text": LayerStyle(num_norms=4, qk_norm="head"),
+    "olmo2": LayerStyle(qk_norm="full"),
+    "phi3": LayerStyle(fused_qkv=True, fused_mlp=True),
+    "phi": replace(_LAYER_NORM_STYLE, num_norms=1),
+    "starcoder2": _LAYER_NORM_STYLE,
+    "gpt_neox": replace(_LAYER_NORM_STYLE, fused_qkv=True),
+    "gpt2": replace(_LAYER_NORM_STYLE, fused_qkv=True, learned_positions=True),
+    "opt": replace(_LAYER_NORM_STYLE, learned_positions=True),
+    "mpt": LayerStyle(gated_mlp=False, fused_qkv=True, learned_positions=True),
+    "gptj": replace(_LAYER_NORM_STYLE, qkv_bias=False, output_bias=False, num_norms=1),
+    "bloom": replace(_LAYER_NORM_STYLE, fused_qkv=True),
+    "falcon": replace(_LAYER_NORM_STYLE, qkv_bias=False, output_bias=False, mlp_bias=False, fused_qkv=True),
+}
 
 
 @dataclass(frozen=True)
@@ -22,8 +77,8 @@ class ModelShape:
         num_kv_heads: key/value heads (grouped-query attention).
         head_dim: width of one head.
         intermediate_size: width of the MLP.
-        gated_mlp: three MLP matrices (gate, up, down) rather than two.
         vocab_size: rows of the embedding.
+        style: what a layer is made of.
         max_positions: longest sequence the positions allow, `None` when there is no limit.
         quantization: method name when the checkpoint itself is quantised, else `None`.
     """
@@ -35,22 +90,27 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    gated_mlp: bool
     vocab_size: int
+    style: LayerStyle = LayerStyle()
     max_positions: int | None = None
     quantization: str | None = None
 
     @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together, which is also that of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def num_parameters(self) -> int:
         """Backbone parameters (embedding, layers, norms; no language-model head, which a reward model drops)."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
-        norms = 2 * self.hidden_size
-        return self.vocab_size * self.hidden_size + self.num_layers * (attention + mlp + norms) + self.hidden_size
+        from rm_scale.planning.parameters import backbone_tensors
 
-
-# Two-matrix MLPs; everything else transformers ships as a causal LM today is gated.
-_PLAIN_MLP_TYPES = {"gpt2", "gpt_neox", "phi", "opt", "gptj", "bloom", "falcon", "starcoder2", "mpt"}
+        return sum(tensor.count * tensor.numel for tensor in backbone_tensors(self))
 
 
 def shape_from_config(config: dict[str, Any]) -> ModelShape:
@@ -81,12 +141,26 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
         num_heads=heads,
         num_kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
-        intermediate_size=int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden),
-        gated_mlp=config.get("model_type") not in _PLAIN_MLP_TYPES,
+        intermediate_size=int(text.get("intermediate_size") or text.get("n_inner") or text.get("ffn_dim") or 4 * hidden),
         vocab_size=need("vocab_size"),
+        style=_style(text, str(text.get("model_type", config.get("model_type")))),
         max_positions=text.get("max_position_embeddings") or text.get("n_positions"),
         quantization=quantization.get("quant_method"),
     )
+
+
+def _style(text: dict[str, Any], model_type: str) -> LayerStyle:
+    """The architecture's style, with the biases that its config.json turns on or off."""
+    style = LAYER_STYLES.get(model_type, LayerStyle())
+    if "attention_bias" in text and model_type not in {"gpt_neox"}:
+        on = bool(text["attention_bias"])
+        style = replace(style, qkv_bias=on, output_bias=on)
+    if "mlp_bias" in text:
+        style = replace(style, mlp_bias=bool(text["mlp_bias"]))
+    if "use_bias" in text and model_type == "starcoder2":
+        on = bool(text["use_bias"])
+        style = replace(style, qkv_bias=on, output_bias=on, mlp_bias=on)
+    return style
 
 
 def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Accelerators the planner knows: peak and achievable rates, memory, links. A user adds more in YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rm_scale.errors import ConfigError
+
+GIB = 2**30
+GBIT = 1e9 / 8
+"""Bytes per second of one gigabit per second."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of accelerator, in a node as it is usually built.
+
+    Attributes:
+        name: what the command line calls it.
+        title: what it is called in tables.
+        memory_bytes: what a process can allocate at most, context included.
+        peak_flops: dense bfloat16 peak by the maker's data sheet, FLOP/s.
+        matmul_flops: what large bfloat16 matrix products reach, FLOP/s.
+        memory_bandwidth: bytes/s.
+        link_bandwidth: bytes/s out of one device to its neighbours in the node, one direction, by the data sheet.
+        node_bandwidth: bytes/s out of a whole node: the sum of its network cards, one direction.
+        devices_per_node: accelerators in one node.
+        step_efficiency: share of `matmul_flops` that the products of a large training step reach; one figure per kind,
+            see docs/planning.md.
+        context_bytes: memory taken before the first tensor: driver context, kernels, communication buffers.
+        layer_seconds: time of a layer's kernel launches, forward and backward; a step can't be faster.
+        sources: where the figures are from.
+    """
+
+    name: str
+    title: str
+    memory_bytes: float
+    peak_flops: float
+    matmul_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    node_bandwidth: float
+    devices_per_node: int = 8
+    step_efficiency: float = 0.8
+    context_bytes: float = 0.9e9
+    layer_seconds: float = 0.0052
+    sources: str = ""
+
+    @property
+    def is_cpu(self) -> bool:
+        """A processor: no context, no separate host memory."""
+        return self.name == "cpu" or self.name.startswith("cpu-")
+
+
+_MAMF = "achievable: measured large products (ml-engineering, MAMF)"
+_ASSUMED = "achievable: assumed 80 % of the peak, not measured"
+
+# Rates and memory: makers' data sheets (dense, without sparsity). Memory: what the driver shows as total.
+_DEVICES = (
+    Device(
+        "a100-40g", "A100 SXM 40 GB", 39.4 * GIB, 312e12, 271e12, 1.555e12, 300e9, 8 * 200 * GBIT, sources=_MAMF
+    ),
+    Device(
+        "a100-80g", "A100 SXM 80 GB", 79.1 * GIB, 312e12, 271e12, 2.039e12, 300e9, 8 * 200 * GBIT, sources=_MAMF
+    ),
+    Device(
+        "h100-80g", "H100 SXM 80 GB", 79.1 * GIB, 989e12, 794e12, 3.35e12, 450e9, 8 * 400 * GBIT, sources=_MAMF
+    ),
+    Device(
+        "h200", "H200 SXM 141 GB", 139.8 * GIB, 989e12, 794e12, 4.8e12, 450e9, 8 * 400 * GBIT, sources=f"{_MAMF}, H100"
+    ),
+    Device("b200", "B200 180 GB", 178.0 * GIB, 2250e12, 1745e12, 8e12, 900e9, 8 * 400 * GBIT, sources=_MAMF),
+    Device("mi300x", "MI300X 192 GB", 191.0 * GIB, 1307e12, 758e12, 5.3e12, 448e9, 8 * 400 * GBIT, sources=_MAMF),
+    Device("l40s", "L40S 48 GB", 44.4 * GIB, 362e12, 290e12, 0.864e12, 32e9, 100 * GBIT, sources=_ASSUMED),
+    Device("a6000", "RTX A6000 48 GB", 47.5 * GIB, 155e12, 124e12, 0.768e12, 32e9, 100 * GBIT, 4, sources=_ASSUMED),
+    Device("a40", "A40 48 GB", 44.4 * GIB, 150e12, 120e12, 0.696e12, 32e9, 100 * GBIT, 4, sources=_ASSUMED),
+    Device("4090", "RTX 4090 24 GB", 23.6 * GIB, 165e12, 132e12, 1.008e12, 32e9, 25 * GBIT, 2, sources=_ASSUMED),
+    Device("3090", "RTX 3090 24 GB", 23.6 * GIB, 71e12, 57e12, 0.936e12, 32e9, 25 * GBIT, 2, sources=_ASSUMED),
+    Device(
+        "cpu",
+        "a processor",
+        16 * GIB,
+        1.0e12,
+        0.5e12,
+        20e9,
+        2e9,
+        10 * GBIT,
+        devices_per_node=1,
+        context_bytes=0.7e9,
+        layer_seconds=0.0,
+        sources="placeholder: run `rm-scale bench hardware`",
+    ),
+)
+
+_ALIASES = {
+    "a100": "a100-80g",
+    "a100-80gb": "a100-80g",
+    "a100-40gb": "a100-40g",
+    "a800": "a100-80g",
+    "h100": "h100-80g",
+    "h100-80gb": "h100-80g",
+    "h100-sxm": "h100-80g",
+    "rtx4090": "4090",
+    "rtx3090": "3090",
+    "rtxa6000": "a6000",
+    "h200-141g": "h200",
+    "b200-180g": "b200",
+}
+
+
+def known_devices() -> dict[str, Device]:
+    """All built-in devices by name."""
+    return {device.name: device for device in _DEVICES}
+
+
+def find_device(name: str, file: str | None = None) -> Device:
+    """The device of this name, from the user's YAML file or the built-in table.
+
+    Args:
+        name: such as "h100-80g"; upper case, spaces and underscores don't matter.
+        file: YAML file with `devices: {name: {field: value}}`; see `read_devices`.
+
+    Raises:
+        ConfigError: nobody knows it; the nearest names are offered.
+    """
+    devices = {**known_devices(), **(read_devices(file) if file else {})}
+    plain = name.strip().lower().replace("_", "-").replace(" ", "-")
+    found = devices.get(plain) or devices.get(_ALIASES.get(plain, "")) or devices.get(name)
+    if found is not None:
+        return found
+    close = difflib.get_close_matches(plain, [*devices, *_ALIASES], n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else "one of those."
+    raise ConfigError(
+        [
+            f"gpu={name!r}: not a device we know ({', '.join(devices)}). Fix: {hint} For another one give its figures "
+            "in a file: --hardware FILE.yaml (docs/planning.md)."
+        ]
+    )
+
+
+def read_devices(file: str) -> dict[str, Device]:
+    """Devices that a user describes.
+
+    A device is a mapping of `Device` fields. `like: NAME` takes what is missing from another device.
+
+    Raises:
+        ConfigError: the file can't be read, or a device in it is incomplete or has fields nobody knows.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            [f"hardware={file}: can't be read ({' '.join(str(error).split())}). Fix: give a YAML file."]
+        ) from error
+    entries = content.get("devices") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError([f"hardware={file}: has no devices. Fix: write 'devices:' and under it a name with fields."])
+    problems: list[str] = []
+    devices = {str(name).lower(): _device_from(str(name), entry, file, problems) for name, entry in entries.items()}
+    if problems:
+        raise ConfigError(problems)
+    return {name: device for name, device in devices.items() if device is not None}
+
+
+def _device_from(name: str, entry: Any, file: str, problems: list[str]) -> Device | None:
+    where = f"hardware={file}: {name}"
+    if not isinstance(entry, Mapping):
+        problems.append(f"{where}: must be a mapping of figures. Fix: write 'peak_flops: 312e12' lines under it.")
+        return None
+    values = dict(entry)
+    like = values.pop("like", None)
+    allowed = {item.name: item for item in fields(Device) if item.name != "name"}
+    for key in values.keys() - allowed.keys():
+        close = difflib.get_close_matches(key, allowed, n=1)
+        problems.append(f"{where}.{key}: no such figure. Fix: {f'did you mean {close[0]}?' if close else 'remove it.'}")
+    good = {key: value for key, value in values.items() if key in allowed}
+    for key in [key for key in good if key not in {"title", "sources"}]:
+        good[key] = _positive(good[key], f"{where}.{key}", problems)
+    if problems:
+        return None
+    base = known_devices().get(str(like)) if like is not None else None
+    if like is not None and base is None:
+        problems.append(f"{where}.like={like!r}: not a device we know. Fix: one of {', '.join(known_devices())}.")
+        return None
+    if base is not None:
+        return replace(base, **{"title": name, "sources": file, **good, "name": name.lower()})
+    required = [item.name for item in allowed.values() if item.name in _REQUIRED and item.name not in good]
+    if required:
+        problems.append(f"{where}: lacks {', '.join(required)}. Fix: add them, or 'like: NAME' of a similar device.")
+        return None
+    return Device(**{"title": name, "sources": file, **good, "name": name.lower()})
+
+
+_REQUIRED = {
+    "memory_bytes",
+    "peak_flops",
+    "matmul_flops",
+    "memory_bandwidth",
+    "link_bandwidth",
+    "node_bandwidth",
+}
+
+
+def _positive(value: Any, where: str, problems: list[str]) -> Any:
+    """YAML reads 312e12 as text; take it as the number it is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 <= number < 1e20:
+        problems.append(f"{where}={value!r}: must be a number, not negative. Fix: give it in bytes, or per second.")
+    return int(number) if where.endswith("devices_per_node") and number == number else number

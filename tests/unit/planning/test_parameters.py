@@ -1,0 +1,75 @@
+"""Parameters counted from config.json alone are those of transformers' classes, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rm_scale.planning.parameters import adapter_tensors, backbone_tensors, each, head_tensor, total
+from rm_scale.planning.shape import LAYER_STYLES, shape_from_config
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+}
+COMPARED = sorted(LAYER_STYLES.keys() - {"falcon", "bloom", "mpt", "gptj"})
+
+
+def real_model(model_type: str, **changes: object) -> torch.nn.Module:
+    config = AutoConfig.for_model(model_type, num_labels=1, pad_token_id=0)
+    for name, value in {**SIZES, **changes}.items():
+        if hasattr(config, name) or name in changes:
+            setattr(config, name, value)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", COMPARED)
+def test_every_tensor_is_counted(model_type: str) -> None:
+    model = real_model(model_type)
+    shape = shape_from_config(model.config.to_dict())
+    real = Counter(parameter.numel() for parameter in model.parameters())
+    assert Counter(each([*backbone_tensors(shape), head_tensor(shape)])) == real
+    assert shape.num_parameters == sum(size * count for size, count in real.items()) - 64
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("starcoder2", {"use_bias": False})],
+)
+def test_biases_follow_the_config(model_type: str, changes: dict[str, object]) -> None:
+    model = real_model(model_type, **changes)
+    shape = shape_from_config(model.config.to_dict())
+    assert total([*backbone_tensors(shape), head_tensor(shape)]) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "phi"])
+def test_adapters_are_those_that_peft_makes(model_type: str) -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    model = real_model(model_type)
+    shape = shape_from_config(model.config.to_dict())
+    adapted = get_peft_model(
+        model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules="all-linear"), low_cpu_mem_usage=True
+    )
+    real = Counter(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert Counter(each(adapter_tensors(backbone_tensors(shape), 4, None))) == real
+
+
+def test_only_the_targets_are_adapted() -> None:
+    shape = shape_from_config(real_model("llama").config.to_dict())
+    adapters = adapter_tensors(backbone_tensors(shape), 8, ["q_proj", "v_proj"])
+    assert total(adapters) == 3 * 8 * ((64 + 64) + (64 + 32))
