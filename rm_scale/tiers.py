@@ -1,11 +1,15 @@
-"""Hyper-parameters by model size, applied where the user gave none.
+"""Model sizes: the shapes of the tiers 1b to 13b, and the hyper-parameters applied where the user gave none.
 
 The values are the reward-model guide's: below 1B 2e-5 and 4-8 pairs per device, 1-7B 1e-5 and 2-4, 7-13B 5e-6 and 1-2.
 """
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
+from typing import Any
+
+from rm_scale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,59 @@ SIZE_TIERS = (
 def size_tier(num_parameters: int) -> SizeTier:
     """The tier of a model with this many backbone parameters."""
     return next(tier for tier in SIZE_TIERS if num_parameters <= tier.max_parameters)
+
+
+@dataclass(frozen=True)
+class ModelTier:
+    """A size people train, by one well-known model of it.
+
+    Attributes:
+        name: what `--tier` takes.
+        model: the hub name of the model whose shape stands for the tier.
+        config: what of its config.json decides memory and time.
+    """
+
+    name: str
+    model: str
+    config: dict[str, Any]
+
+
+def _llama(
+    hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, positions: int
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+    }
+
+
+MODEL_TIERS = (
+    ModelTier("1b", "meta-llama/Llama-3.2-1B", _llama(2048, 16, 32, 8, 8192, 128256, 131072)),
+    ModelTier("3b", "meta-llama/Llama-3.2-3B", _llama(3072, 28, 24, 8, 8192, 128256, 131072)),
+    ModelTier("7b", "meta-llama/Llama-2-7b-hf", _llama(4096, 32, 32, 32, 11008, 32000, 4096)),
+    ModelTier("13b", "meta-llama/Llama-2-13b-hf", _llama(5120, 40, 40, 40, 13824, 32000, 4096)),
+)
+
+
+def model_tier(name: str) -> ModelTier:
+    """The tier of this name.
+
+    Raises:
+        ConfigError: there is none; the nearest is offered.
+    """
+    plain = name.strip().lower()
+    for tier in MODEL_TIERS:
+        if plain == tier.name:
+            return tier
+    names = [tier.name for tier in MODEL_TIERS]
+    close = difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}."
+    raise ConfigError(
+        [f"tier={name!r}: the tiers are {', '.join(names)}. Fix: {hint} Other sizes: --model CONFIG.json."]
+    )

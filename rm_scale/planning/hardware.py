@@ -61,15 +61,9 @@ _ASSUMED = "achievable: assumed 80 % of the peak, not measured"
 
 # Rates and memory: makers' data sheets (dense, without sparsity). Memory: what the driver shows as total.
 _DEVICES = (
-    Device(
-        "a100-40g", "A100 SXM 40 GB", 39.4 * GIB, 312e12, 271e12, 1.555e12, 300e9, 8 * 200 * GBIT, sources=_MAMF
-    ),
-    Device(
-        "a100-80g", "A100 SXM 80 GB", 79.1 * GIB, 312e12, 271e12, 2.039e12, 300e9, 8 * 200 * GBIT, sources=_MAMF
-    ),
-    Device(
-        "h100-80g", "H100 SXM 80 GB", 79.1 * GIB, 989e12, 794e12, 3.35e12, 450e9, 8 * 400 * GBIT, sources=_MAMF
-    ),
+    Device("a100-40g", "A100 SXM 40 GB", 39.4 * GIB, 312e12, 271e12, 1.555e12, 300e9, 8 * 200 * GBIT, sources=_MAMF),
+    Device("a100-80g", "A100 SXM 80 GB", 79.1 * GIB, 312e12, 271e12, 2.039e12, 300e9, 8 * 200 * GBIT, sources=_MAMF),
+    Device("h100-80g", "H100 SXM 80 GB", 79.1 * GIB, 989e12, 794e12, 3.35e12, 450e9, 8 * 400 * GBIT, sources=_MAMF),
     Device(
         "h200", "H200 SXM 141 GB", 139.8 * GIB, 989e12, 794e12, 4.8e12, 450e9, 8 * 400 * GBIT, sources=f"{_MAMF}, H100"
     ),
@@ -140,6 +134,31 @@ def find_device(name: str, file: str | None = None) -> Device:
             "in a file: --hardware FILE.yaml (docs/planning.md)."
         ]
     )
+
+
+# Parts of the names that drivers give, more specific ones first.
+_DRIVER_NAMES = (
+    ("A100-SXM4-80GB", "a100-80g"),
+    ("A100-SXM-80GB", "a100-80g"),
+    ("A100 80GB", "a100-80g"),
+    ("A800", "a100-80g"),
+    ("A100", "a100-40g"),
+    ("H100", "h100-80g"),
+    ("H200", "h200"),
+    ("B200", "b200"),
+    ("MI300X", "mi300x"),
+    ("L40S", "l40s"),
+    ("A6000", "a6000"),
+    ("A40", "a40"),
+    ("4090", "4090"),
+    ("3090", "3090"),
+)
+
+
+def device_by_driver_name(name: str) -> Device | None:
+    """The device that a driver calls so, such as "NVIDIA H100 80GB HBM3"; `None` for one we don't know."""
+    found = next((device for part, device in _DRIVER_NAMES if part in name), None)
+    return known_devices()[found] if found else None
 
 
 def read_devices(file: str) -> dict[str, Device]:

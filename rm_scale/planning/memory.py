@@ -1,0 +1,185 @@
+"""What a run holds on each device: model states exactly as DeepSpeed lays them out, activations, buffers, the rest.
+
+Sources: ZeRO (arXiv 1910.02054) and DeepSpeed 0.19's own allocation (stage_1_and_2.py, stage3.py), which the tests
+read back from real engines; bitsandbytes' 4-bit layout (64 weights per block with one fp32 constant).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rm_scale.planning.parameters import Tensor, each, total
+from rm_scale.planning.scenario import Scenario
+
+BLOCK_4BIT = 64
+"""Weights that share one constant in bitsandbytes' 4-bit formats."""
+
+NESTED_BLOCK = 256
+"""Constants that share one of their own with double quantisation."""
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """Bytes on one rank, for as long as the run lasts.
+
+    Attributes:
+        weights: the copy that the forward pass reads: whole, or this rank's partition and the small tensors that
+            stay whole.
+        second_weights: hpZ's second partition, shared among the ranks of one node.
+        masters: fp32 copies of trained weights.
+        moments: optimizer state.
+        gradients: what is kept from one micro-step to the next, or until the step.
+        offloaded: bytes of these that are in the node's memory or on its disk rather than on the device.
+    """
+
+    weights: int
+    second_weights: int
+    masters: int
+    moments: int
+    gradients: int
+    offloaded: int
+
+    @property
+    def on_device(self) -> int:
+        """Bytes on the device."""
+        parts = self.weights + self.second_weights + self.masters + self.moments + self.gradients
+        return parts - self.offloaded
+
+
+def model_states(scenario: Scenario) -> ModelStates:
+    """Model states of one rank.
+
+    Every rank holds the same number of bytes, but for the last partition's padding, which is counted.
+    """
+    weights = _weights(scenario)
+    second = _second_weights(scenario)
+    elements = partition_elements(scenario)
+    masters = elements * scenario.master_bytes if scenario.zero_stage else 0
+    moments = int(elements * scenario.optimizer_bytes)
+    gradients = _gradients(scenario, elements)
+    offloaded = masters + moments if scenario.offload_optimizer != "none" else 0
+    if scenario.offload_optimizer != "none" and scenario.zero_stage == 3:
+        offloaded += gradients
+    if scenario.offload_param != "none":
+        offloaded += weights - _whole_small_tensors(scenario)
+    return ModelStates(weights, second, masters, moments, gradients, offloaded)
+
+
+def partition_elements(scenario: Scenario) -> int:
+    """Trained elements whose masters and moments lie on one rank, padding included."""
+    ranks = scenario.num_devices
+    if not scenario.zero_stage:
+        return scenario.num_trained
+    if scenario.zero_stage == 3:
+        return sum(math.ceil(numel / ranks) for numel in each(scenario.trained))
+    return sum(_aligned(group, ranks) // ranks for group in _optimizer_groups(scenario.trained))
+
+
+def _optimizer_groups(tensors: Iterable[Tensor]) -> list[int]:
+    """Elements with weight decay and without (biases and norms): transformers makes two groups."""
+    decayed = [tensor for tensor in tensors if tensor.role != "vector"]
+    others = [tensor for tensor in tensors if tensor.role == "vector"]
+    return [total(group) for group in (decayed, others) if group]
+
+
+def _aligned(elements: int, ranks: int) -> int:
+    """ZeRO-1 and 2 round each flat group up to a multiple of two elements per rank."""
+    return math.ceil(elements / (2 * ranks)) * 2 * ranks
+
+
+def _weights(scenario: Scenario) -> int:
+    trained, frozen = scenario.trained, scenario.frozen
+    trained_bytes = 4 if scenario.zero_stage is None and scenario.precision != "bf16" else scenario.weight_bytes
+    if scenario.zero_stage is None and scenario.master_bytes and scenario.method != "full":
+        trained_bytes = 4  # adapters without an engine are their own master
+    if scenario.zero_stage == 3:
+        whole = _whole_small_tensors(scenario)
+        return whole + _sharded(scenario, trained, trained_bytes) + _frozen_sharded(scenario, frozen)
+    if scenario.zero_stage:
+        groups = _optimizer_groups(trained)
+        return sum(_aligned(group, scenario.num_devices) for group in groups) * trained_bytes + frozen_bytes(scenario)
+    return total(trained) * trained_bytes + frozen_bytes(scenario)
+
+
+def frozen_bytes(scenario: Scenario) -> int:
+    """Frozen weights whole, quantised where they are."""
+    size = 4 if scenario.precision == "fp32" else 2
+    if scenario.method != "qlora":
+        return total(scenario.frozen) * size
+    quantised = [tensor for tensor in scenario.frozen if tensor.role == "linear"]
+    others = [tensor for tensor in scenario.frozen if tensor.role != "linear"]
+    return total(others) * size + sum(t.count * (_packed(t.numel) + constants_bytes(scenario, t)) for t in quantised)
+
+
+def _packed(numel: int) -> int:
+    return math.ceil(numel / 2)
+
+
+def constants_bytes(scenario: Scenario, tensor: Tensor) -> int:
+    """Bytes of a 4-bit tensor's constants; they are never sharded."""
+    blocks = math.ceil(tensor.numel / BLOCK_4BIT)
+    if not scenario.nested_quant:
+        return 4 * blocks
+    return blocks + 4 * math.ceil(blocks / NESTED_BLOCK)
+
+
+def _sharded(scenario: Scenario, tensors: Iterable[Tensor], size: int) -> int:
+    ranks = scenario.num_devices
+    return sum(math.ceil(numel / ranks) * size for numel in each(list(tensors)))
+
+
+def _frozen_sharded(scenario: Scenario, frozen: list[Tensor]) -> int:
+    size = 4 if scenario.precision == "fp32" else 2
+    if scenario.method != "qlora":
+        return _sharded(scenario, frozen, size)
+    whole = 0
+    for tensor in frozen:
+        if tensor.role != "linear":
+            whole += _sharded(scenario, [tensor], size)
+            continue
+        shard = math.ceil(_stored_elements(scenario, tensor) / scenario.num_devices) * size
+        whole += tensor.count * (shard + constants_bytes(scenario, tensor))
+    return whole
+
+
+def _whole_small_tensors(scenario: Scenario) -> int:
+    """ZeRO-3 keeps a whole copy of tensors up to a threshold on every rank, beside its part of them."""
+    if scenario.zero_stage != 3:
+        return 0
+    trained = sum(
+        tensor.count * tensor.numel for tensor in scenario.trained if tensor.numel <= scenario.zero.persistent
+    )
+    frozen = 0
+    for tensor in scenario.frozen:
+        stored = _stored_elements(scenario, tensor)
+        frozen += tensor.count * stored if stored <= scenario.zero.persistent else 0
+    return (trained + frozen) * scenario.weight_bytes
+
+
+def _stored_elements(scenario: Scenario, tensor: Tensor) -> int:
+    """Elements of the compute type that a frozen tensor is stored in, so that ZeRO-3 can shard 4-bit ones."""
+    if scenario.method == "qlora" and tensor.role == "linear":
+        return _packed(tensor.numel) // scenario.weight_bytes
+    return tensor.numel
+
+
+def _second_weights(scenario: Scenario) -> int:
+    if scenario.zero_stage != 3 or scenario.hpz <= 1:
+        return 0
+    tensors = [*scenario.trained, *scenario.frozen]
+    return sum(math.ceil(numel / scenario.hpz) for numel in each(tensors)) * scenario.weight_bytes
+
+
+def _gradients(scenario: Scenario, elements: int) -> int:
+    if not scenario.num_trained:
+        return 0
+    size = scenario.gradient_bytes or (scenario.weight_bytes if scenario.zero_stage is not None else 4)
+    if scenario.zero_stage is None and scenario.precision == "bf16" and not scenario.master_bytes:
+        size = scenario.gradient_bytes or 2
+    if not scenario.zero_stage:
+        return scenario.num_trained * size
+    # ZeRO-1 keeps whole gradients from one micro-step to the next and shards them only for the step.
+    kept = scenario.num_trained if scenario.zero_stage == 1 and scenario.num_micro_steps > 1 else 0
+    return (elements + kept) * size
