@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rm_scale import __version__
 from rm_scale.distributed import name_accelerator
+from rm_scale.launch import launch_command, plan_command
 from rm_scale.launch.guard import run_guarded
 from rm_scale.logs import setup_logging
 
@@ -46,6 +47,25 @@ def _parser() -> argparse.ArgumentParser:
         description="Takes the settings of rm_scale/train.py, such as --dataset_path FILE --model_name_or_path DIR.",
     )
     data.set_defaults(run=_data, takes_settings=True)
+
+    plan = commands.add_parser("plan", help="will it fit, how fast, for how much: before anything is queued")
+    plan_command.add_arguments(plan)
+    plan.set_defaults(run=lambda options, rest: plan_command.run(options))
+
+    tiers = commands.add_parser("tiers", help="the sizes 1b to 13b, and the smallest cluster that trains each")
+    tiers.add_argument("--gpu", default="h100-80g", help="kind of device")
+    tiers.add_argument("--hardware", metavar="FILE.yaml", help="devices of your own")
+    tiers.add_argument("--seq", type=int, default=4096, help="longest sequence")
+    tiers.set_defaults(run=lambda options, rest: plan_command.run_tiers(options))
+
+    launch = commands.add_parser(
+        "launch",
+        help="plan a run, check it, print the exact command, and start it",
+        description="Further words are settings of rm_scale/train.py, such as --config FILE.yaml.",
+        allow_abbrev=False,
+    )
+    launch_command.add_arguments(launch)
+    launch.set_defaults(run=launch_command.run, takes_settings=True)
     return parser
 
 

@@ -1,0 +1,244 @@
+"""A scenario's answer: does it fit, how fast is it, what does it cost. Everything here is a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rm_scale.planning.activations import activations_of
+from rm_scale.planning.memory import frozen_bytes, model_states
+from rm_scale.planning.network import break_even_tokens
+from rm_scale.planning.parameters import total
+from rm_scale.planning.scenario import Scenario
+from rm_scale.planning.timing import StepTime, compute_seconds, executed_flops, step_time, useful_flops
+
+RESERVE = 0.05
+"""Share of a device's memory left free: what the allocator can't hand out because it is in pieces."""
+
+PYTHON_BYTES = 1.2e9
+"""Host memory of a process with torch, transformers and DeepSpeed loaded."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the planner says about a scenario.
+
+    Attributes:
+        scenario: what was estimated.
+        memory: bytes per device by part, at the moment of the peak.
+        peak_memory_bytes: their sum.
+        load_peak_memory_bytes: most bytes on a device while the model is loaded and the engine is made.
+        host_memory_bytes: of one node, all its ranks together.
+        nvme_bytes: of one node.
+        time: of a step.
+    """
+
+    scenario: Scenario
+    memory: dict[str, int]
+    peak_memory_bytes: int
+    load_peak_memory_bytes: int
+    host_memory_bytes: int
+    nvme_bytes: int
+    time: StepTime
+
+    @property
+    def limit_bytes(self) -> float:
+        """What a device offers, less the reserve."""
+        return self.scenario.device.memory_bytes * (1 - RESERVE)
+
+    @property
+    def fits(self) -> bool:
+        """Both peaks are below the limit."""
+        return max(self.peak_memory_bytes, self.load_peak_memory_bytes) <= self.limit_bytes
+
+    @property
+    def groups_per_step(self) -> float:
+        """Groups of one optimizer step, over all devices."""
+        scenario = self.scenario
+        return scenario.load.groups * scenario.num_micro_steps * scenario.num_devices
+
+    @property
+    def pairs_per_second(self) -> tuple[float, float]:
+        """Groups per second over all devices, slow and fast end."""
+        return self.groups_per_step / self.time.high, self.groups_per_step / self.time.low
+
+    @property
+    def tokens_per_second_per_device(self) -> tuple[float, float]:
+        """Processed tokens, slow and fast end."""
+        tokens = self.scenario.load.tokens * self.scenario.num_micro_steps
+        return tokens / self.time.high, tokens / self.time.low
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Useful operations over the device's peak, slow and fast end."""
+        useful = useful_flops(self.scenario) * self.scenario.num_micro_steps / self.scenario.device.peak_flops
+        return useful / self.time.high, useful / self.time.low
+
+    def hours(self, num_pairs: float) -> tuple[float, float]:
+        """Hours for so many groups, fast and slow end."""
+        slow, fast = self.pairs_per_second
+        return num_pairs / fast / 3600, num_pairs / slow / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`; names that scripts rely on, see docs/planning.md."""
+        low, high = self.time.low, self.time.high
+        return {
+            "predicted": True,
+            "fits": self.fits,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "load_peak_memory_bytes": self.load_peak_memory_bytes,
+            "host_memory_bytes_per_node": self.host_memory_bytes,
+            "nvme_bytes_per_node": self.nvme_bytes,
+            "memory_limit_bytes": int(self.limit_bytes),
+            "memory": self.memory,
+            "step_seconds": {"low": low, "high": high},
+            "tokens_per_second_per_device": _band(self.tokens_per_second_per_device),
+            "pairs_per_second": _band(self.pairs_per_second),
+            "mfu": _band(self.mfu),
+            "bound_by": self.time.bound_by,
+        }
+
+
+def _band(values: tuple[float, float]) -> dict[str, float]:
+    return {"low": min(values), "high": max(values)}
+
+
+def estimate(scenario: Scenario) -> Estimate:
+    """Memory and time of a scenario."""
+    memory = peak_memory(scenario)
+    return Estimate(
+        scenario=scenario,
+        memory=memory,
+        peak_memory_bytes=sum(memory.values()),
+        load_peak_memory_bytes=load_peak_bytes(scenario),
+        host_memory_bytes=host_memory_bytes(scenario),
+        nvme_bytes=nvme_bytes(scenario),
+        time=step_time(scenario),
+    )
+
+
+def peak_memory(scenario: Scenario) -> dict[str, int]:
+    """Bytes per device by part when most is held: in the backward pass, or while the optimizer steps."""
+    states = model_states(scenario)
+    on_host = scenario.offload_optimizer != "none"
+    lasting = {
+        "weights": 0 if scenario.offload_param != "none" else states.weights + states.second_weights,
+        "gradients": 0 if on_host and scenario.zero_stage == 3 else states.gradients,
+        "optimizer": 0 if on_host else states.masters + states.moments,
+    }
+    passing = {
+        "gathered_weights": gathered_bytes(scenario),
+        "activations": activations_of(scenario).peak_bytes,
+        "dequantisation": dequantised_bytes(scenario),
+        "communication_buffers": bucket_bytes(scenario),
+    }
+    update = update_bytes(scenario)
+    if update > sum(passing.values()):
+        passing = dict.fromkeys(passing, 0) | {"optimizer_step": update}
+    overhead = {"framework": int(scenario.device.context_bytes) + collective_bytes(scenario)}
+    return {name: int(size) for name, size in {**lasting, **passing, **overhead}.items()}
+
+
+def gathered_bytes(scenario: Scenario) -> int:
+    """Whole weights that ZeRO-3 holds at once: kept until `live` of them are there."""
+    if scenario.zero_stage != 3 or scenario.num_devices == 1:
+        return 0
+    elements = total([*scenario.trained, *scenario.frozen])
+    size: float = scenario.weight_bytes
+    if scenario.method == "qlora":
+        size *= frozen_bytes(scenario) / max(1, total(scenario.frozen) * scenario.weight_bytes)
+    largest = max(tensor.numel for tensor in [*scenario.trained, *scenario.frozen])
+    live = min(elements, max(scenario.zero.live, largest) + scenario.zero.prefetch)
+    return int(live * size)
+
+
+def dequantised_bytes(scenario: Scenario) -> int:
+    """The largest 4-bit matrix in the compute type, once in use and once for the next product."""
+    if scenario.method != "qlora":
+        return 0
+    largest = max(tensor.numel for tensor in scenario.backbone if tensor.role == "linear")
+    return 2 * largest * scenario.weight_bytes
+
+
+def bucket_bytes(scenario: Scenario) -> int:
+    """Gradients on their way: DDP's copy of all of them, or ZeRO's buckets."""
+    if scenario.num_devices == 1 and scenario.zero_stage is None:
+        return 0
+    if scenario.zero_stage is None:
+        return scenario.num_trained * 4
+    buckets = 2 if scenario.zero.overlaps else 1
+    bucket = min(scenario.zero.reduce, scenario.num_trained)
+    largest = max(tensor.numel for tensor in scenario.trained)
+    return int((buckets * bucket + largest) * scenario.weight_bytes)
+
+
+def update_bytes(scenario: Scenario) -> int:
+    """While the optimizer steps: fp32 gradients and a temporary of a sub-group's size."""
+    if not scenario.optimizer_bytes or scenario.offload_optimizer != "none":
+        return 0
+    share = scenario.num_trained / (scenario.num_devices if scenario.zero_stage else 1)
+    at_once = min(share, scenario.zero.sub_group) if scenario.zero_stage == 3 else share
+    gradients = 4 if scenario.zero_stage and scenario.master_bytes else 0
+    return int(at_once * (gradients + 4))
+
+
+def collective_bytes(scenario: Scenario) -> int:
+    """NCCL's own buffers: some per device, more across nodes."""
+    if scenario.num_devices == 1 or scenario.device.is_cpu:
+        return 0
+    return int(0.5e9 if scenario.num_nodes == 1 else 0.9e9)
+
+
+def load_peak_bytes(scenario: Scenario) -> int:
+    """Most that a device holds before the first step.
+
+    A quantised model is loaded whole on each rank before it is sharded; ZeRO-3 shards any other while it is read;
+    ZeRO-1 and 2 copy what is trained into flat buffers.
+    """
+    states = model_states(scenario)
+    size = scenario.weight_bytes
+    whole = total(scenario.trained) * size + frozen_bytes(scenario)
+    largest = max(tensor.numel for tensor in scenario.backbone) * size
+    if scenario.method == "qlora":
+        peak = whole + largest + (states.weights if scenario.zero_stage == 3 else 0)
+    elif scenario.zero_stage == 3:
+        peak = states.weights + 2 * largest
+    elif scenario.zero_stage:
+        peak = whole + total(scenario.trained) * size
+    else:
+        peak = whole
+    ready = states.on_device
+    return int(max(peak, ready) + scenario.device.context_bytes + collective_bytes(scenario))
+
+
+def host_memory_bytes(scenario: Scenario) -> int:
+    """Memory of one node: processes, the weights while they are read, and what is offloaded to it."""
+    ranks = scenario.devices_per_node
+    reading = total(scenario.backbone) * 2
+    states = model_states(scenario)
+    kept = states.offloaded * ranks if "cpu" in {scenario.offload_optimizer, scenario.offload_param} else 0
+    own = estimate_on_host(scenario) * ranks if scenario.device.is_cpu else 0
+    return int(ranks * PYTHON_BYTES + max(reading, kept) + own)
+
+
+def estimate_on_host(scenario: Scenario) -> int:
+    """On a processor the device's memory is the host's."""
+    return sum(peak_memory(scenario).values()) - int(scenario.device.context_bytes)
+
+
+def nvme_bytes(scenario: Scenario) -> int:
+    """What one node keeps on its disk."""
+    if "nvme" not in {scenario.offload_optimizer, scenario.offload_param}:
+        return 0
+    return model_states(scenario).offloaded * scenario.devices_per_node
+
+
+def tokens_to_hide_communication(scenario: Scenario) -> float:
+    """Tokens per device and micro-step from which on a step is bound by computing."""
+    return break_even_tokens(scenario, compute_seconds)
+
+
+def hfu(estimated: Estimate) -> float:
+    """Executed operations over the device's peak, at the fast end."""
+    executed = executed_flops(estimated.scenario).total * estimated.scenario.num_micro_steps
+    return executed / estimated.time.low / estimated.scenario.device.peak_flops

@@ -1,0 +1,138 @@
+"""What ranks send each other in a step, and how long it takes.
+
+Volumes: ZeRO (arXiv 1910.02054) and ZeRO++ (arXiv 2306.10209). A collective over n ranks on k nodes moves (n-1)/n of
+its bytes over each device's link and (k-1)/k over each node's network cards; whichever takes longer counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rm_scale.planning.memory import constants_bytes, frozen_bytes
+from rm_scale.planning.parameters import total
+from rm_scale.planning.scenario import Scenario
+
+LINK_SHARE = 0.8
+"""Of a link's data-sheet rate, what large collectives reach (361 of 450 GB/s on NVLink 4, ml-engineering)."""
+
+NETWORK_SHARE = 0.75
+"""Of a node's network cards, what large collectives reach (73 % at 4 GiB, ml-engineering)."""
+
+NODE_LATENCY_SECONDS = 250e-6
+"""Start of a collective across nodes; with NETWORK_SHARE it gives the measured 44 % at 256 MiB and 13 % at 16 MiB."""
+
+LINK_LATENCY_SECONDS = 20e-6
+"""Start of a collective within a node."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that go through collectives, each counted once as the size of the whole tensor.
+
+    Attributes:
+        gather: all-gathers of weights per micro-step, over all ranks.
+        gather_in_node: all-gathers of weights per micro-step that stay within a node (hpZ's backward pass).
+        reduce: reduce-scatters of gradients per micro-step.
+        step_gather: all-gather of updated weights per optimizer step.
+        step_reduce: reduction of gradients per optimizer step; an all-reduce counts twice.
+        num_calls: collectives per micro-step.
+        num_step_calls: collectives per optimizer step.
+    """
+
+    gather: float
+    gather_in_node: float
+    reduce: float
+    step_gather: float
+    step_reduce: float
+    num_calls: float
+    num_step_calls: float
+
+
+def traffic(scenario: Scenario) -> Traffic:
+    """What one step of this scenario sends."""
+    if scenario.num_devices == 1:
+        return Traffic(0, 0, 0, 0, 0, 0, 0)
+    trained = scenario.num_trained * scenario.weight_bytes
+    zero = scenario.zero
+    if scenario.zero_stage != 3:
+        # ZeRO-2 reduces in every micro-step; ZeRO-1 and DDP in the last one only.
+        buckets = math.ceil(scenario.num_trained / zero.reduce)
+        if scenario.zero_stage == 2:
+            return Traffic(0, 0, trained, trained, 0, buckets, 2)
+        if scenario.zero_stage == 1:
+            return Traffic(0, 0, 0, trained, trained, 0, buckets + 2)
+        gradients = scenario.num_trained * (4 if scenario.method != "full" else scenario.weight_bytes)
+        return Traffic(0, 0, 0, 0, 2 * gradients, 0, math.ceil(gradients / 25e6))
+    gathered = _gathered_bytes(scenario)
+    backward_in_node = scenario.hpz > 1 and scenario.num_nodes > 1
+    # Weights are fetched ahead in buckets; a tensor larger than the bucket is fetched alone.
+    calls = 2 * math.ceil(gathered / scenario.weight_bytes / zero.prefetch) + math.ceil(
+        scenario.num_trained / zero.reduce
+    )
+    return Traffic(
+        gather=gathered if backward_in_node else 2 * gathered,
+        gather_in_node=gathered if backward_in_node else 0,
+        reduce=trained,
+        step_gather=0,
+        step_reduce=0,
+        num_calls=calls,
+        num_step_calls=2,
+    )
+
+
+def _gathered_bytes(scenario: Scenario) -> float:
+    """Bytes of all sharded weights: what one all-gather of the model moves."""
+    trained = total([t for t in scenario.trained if t.numel > scenario.zero.persistent]) * scenario.weight_bytes
+    if scenario.method == "full":
+        return trained
+    constants = 0.0
+    if scenario.method == "qlora":
+        constants = sum(t.count * constants_bytes(scenario, t) for t in scenario.frozen if t.role == "linear")
+    return trained + frozen_bytes(scenario) - constants
+
+
+def seconds_for(scenario: Scenario, num_bytes: float, num_calls: float, within_node: bool = False) -> float:
+    """Time of collectives that move `num_bytes` in `num_calls` calls."""
+    if num_bytes == 0 or scenario.num_devices == 1:
+        return 0.0
+    per_node = scenario.devices_per_node
+    nodes = 1 if within_node else scenario.num_nodes
+    ranks = per_node * nodes
+    link = scenario.device.link_bandwidth * LINK_SHARE
+    on_links = num_bytes * (ranks - 1) / ranks / link if per_node > 1 else 0.0
+    on_network = num_bytes * (nodes - 1) / nodes / (scenario.device.node_bandwidth * NETWORK_SHARE)
+    latency = NODE_LATENCY_SECONDS if nodes > 1 else LINK_LATENCY_SECONDS
+    return max(on_links, on_network) + num_calls * latency
+
+
+def micro_step_seconds(scenario: Scenario) -> float:
+    """Time of a micro-step's collectives, were nothing else going on."""
+    sent = traffic(scenario)
+    whole = seconds_for(scenario, sent.gather + sent.reduce * _reduce_cost(scenario), sent.num_calls)
+    return whole + seconds_for(scenario, sent.gather_in_node, 0, within_node=True)
+
+
+def step_seconds(scenario: Scenario) -> float:
+    """Time of the collectives that happen once per optimizer step."""
+    sent = traffic(scenario)
+    moved = sent.step_gather + sent.step_reduce * _reduce_cost(scenario)
+    return seconds_for(scenario, moved, sent.num_step_calls)
+
+
+def _reduce_cost(scenario: Scenario) -> float:
+    """gloo has no reduce-scatter of its own and does an all-reduce, which moves twice as much."""
+    return 2.0 if scenario.device.is_cpu else 1.0
+
+
+def break_even_tokens(scenario: Scenario, compute_seconds: Callable[[Scenario], float]) -> float:
+    """Tokens per device and micro-step from which on computing takes longer than communicating.
+
+    Args:
+        scenario: the run.
+        compute_seconds: time of a scenario's computation in a micro-step.
+    """
+    communication = micro_step_seconds(scenario)
+    computing = compute_seconds(scenario)
+    return scenario.load.tokens * communication / computing if computing > 0 else math.inf

@@ -1,0 +1,105 @@
+"""The estimate of a run as it was asked for: what `rm-scale launch` checks and training compares itself with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rm_scale.config import RunConfig
+from rm_scale.planning.hardware import Device
+from rm_scale.planning.lengths import LengthMix
+from rm_scale.planning.plan import Plan
+from rm_scale.planning.scenario import Buckets, Scenario, default_buckets
+from rm_scale.planning.shape import ModelShape
+
+
+def scenario_of_run(
+    config: RunConfig, plan: Plan, shape: ModelShape, device: Device, num_nodes: int, lengths: LengthMix
+) -> Scenario:
+    """The scenario that a run is.
+
+    Args:
+        config: what was asked.
+        plan: what will run.
+        shape: the model's.
+        device: what it runs on.
+        num_nodes: nodes.
+        lengths: of the training data.
+    """
+    share = plan.global_batch_size / plan.world_size
+    if plan.max_tokens_per_device is None:
+        micro_batch = plan.per_device_train_batch_size
+        load = lengths.padded_load(micro_batch)
+        largest: float = 2 * micro_batch * min(config.max_length, lengths.longest_sequence)
+    else:
+        tokens = share * lengths.mean_tokens(plan.packing)
+        load = lengths.packed_load(plan.packing, plan.max_tokens_per_device)
+        # Micro-steps are as even as they can be, so a row rarely reaches a budget that a step needn't use.
+        micro_steps = max(1, math.ceil(tokens / plan.max_tokens_per_device - 1e-9))
+        largest = min(plan.max_tokens_per_device, max(tokens / micro_steps, lengths.largest_group(plan.packing)))
+    micro_steps = max(1, math.ceil(share / load.groups - 1e-9))
+    values = plan.deepspeed_config or {}
+    zero = values.get("zero_optimization", {})
+    engine = plan.deepspeed_config is not None
+    return Scenario(
+        shape=shape,
+        device=device,
+        num_devices=plan.world_size,
+        num_nodes=num_nodes,
+        load=load.times(share / micro_steps / load.groups),
+        max_row_tokens=largest,
+        num_micro_steps=micro_steps,
+        method=config.method,
+        lora_rank=config.lora_r,
+        lora_targets=tuple(config.lora_target_modules) if config.lora_target_modules else None,
+        lora_dropout=config.lora_dropout,
+        nested_quant=config.use_bnb_nested_quant,
+        zero_stage=plan.zero_stage if engine else None,
+        offload_optimizer=_device_of(zero, "offload_optimizer"),
+        offload_param=_device_of(zero, "offload_param"),
+        hpz=int(zero.get("zero_hpz_partition_size", 1) or 1),
+        precision="fp32" if plan.compute_dtype == "float32" else "bf16" if engine else "amp",
+        checkpointing=config.gradient_checkpointing,
+        attention=_attention(config, device),
+        optimizer_bytes=optimizer_bytes(config.optim),
+        buckets=buckets(zero, shape.hidden_size),
+    )
+
+
+def _device_of(zero: dict[str, Any], block: str) -> str:
+    return str((zero.get(block) or {}).get("device") or "none")
+
+
+def _attention(config: RunConfig, device: Device) -> str:
+    if config.packed_attention in {"auto", "flex"}:
+        return "matmul" if device.is_cpu else "varlen"
+    return config.packed_attention
+
+
+def optimizer_bytes(name: str) -> float:
+    """Bytes of state per weight of a transformers optimizer name."""
+    if "8bit" in name:
+        return 2.0 if "adam" in name else 1.0
+    if name.startswith("sgd"):
+        return 0.0
+    if "adafactor" in name:
+        return 0.1
+    return 4.0 if "lion" in name or name == "rmsprop" else 8.0
+
+
+def buckets(zero: dict[str, Any], hidden_size: int) -> Buckets:
+    """ZeRO's buffers as a DeepSpeed file sets them; `auto` as transformers fills it."""
+    defaults = default_buckets(hidden_size)
+
+    def number(name: str, default: float) -> float:
+        value = zero.get(name, "auto")
+        return default if value == "auto" else float(value)
+
+    return Buckets(
+        reduce=number("reduce_bucket_size", defaults.reduce),
+        prefetch=number("stage3_prefetch_bucket_size", defaults.prefetch),
+        persistent=number("stage3_param_persistence_threshold", defaults.persistent),
+        live=number("stage3_max_live_parameters", defaults.live),
+        sub_group=number("sub_group_size", defaults.sub_group),
+        overlaps=bool(zero.get("overlap_comm", False)),
+    )
