@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rm_scale import __version__
 from rm_scale.distributed import name_accelerator
-from rm_scale.launch import launch_command, plan_command
+from rm_scale.launch import bench_hardware, doctor, launch_options, plan_command
 from rm_scale.launch.guard import run_guarded
 from rm_scale.logs import setup_logging
 
@@ -64,8 +64,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Further words are settings of rm_scale/train.py, such as --config FILE.yaml.",
         allow_abbrev=False,
     )
-    launch_command.add_arguments(launch)
-    launch.set_defaults(run=launch_command.run, takes_settings=True)
+    launch_options.add_arguments(launch)
+    launch.set_defaults(run=_launch, takes_settings=True)
+
+    checks = commands.add_parser(
+        "doctor", help="find what would break a run here or across an allocation, before it starts"
+    )
+    doctor.add_arguments(checks)
+    checks.set_defaults(run=lambda options, rest: doctor.run(options))
+
+    bench = commands.add_parser("bench", help="measure things").add_subparsers(required=True, metavar="WHAT")
+    hardware = bench.add_parser("hardware", help="rates of the machine at hand, as a file for --hardware")
+    bench_hardware.add_arguments(hardware)
+    hardware.set_defaults(run=lambda options, rest: bench_hardware.run(options))
     return parser
 
 
@@ -79,6 +90,12 @@ def _assets(options: argparse.Namespace, rest: list[str]) -> int:
         folder = fetch_smollm2(options.directory)
     print(folder)
     return 0
+
+
+def _launch(options: argparse.Namespace, rest: list[str]) -> int:
+    from rm_scale.launch import launch_command
+
+    return launch_command.run(options, rest)
 
 
 def _data(options: argparse.Namespace, rest: list[str]) -> int:

@@ -37,19 +37,6 @@ logger = get_logger(__name__)
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `rm-scale launch`."""
-    parser.add_argument("--tier", help="1b, 3b, 7b or 13b: its model, unless model_name_or_path is given")
-    parser.add_argument("--gpus", type=int, help="devices on each node; default: those that are here")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes, of a hostfile or of a Slurm job")
-    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's: lines of 'HOST slots=N'")
-    parser.add_argument("--gpu", help="kind of device; default: what is here")
-    parser.add_argument("--hardware", metavar="FILE.yaml", help="figures of your own devices")
-    parser.add_argument("--dry_run", action="store_true", help="plan, check, print the command, and stop")
-    parser.add_argument("--force", action="append", default=[], help="plan: start although it doesn't fit")
-    parser.add_argument("--auto_batch", action="store_true", help="find the largest row by trying, from the plan's on")
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where a run goes: kind of device, how many on each node, how many nodes, and DeepSpeed's hostfile."""

@@ -1,0 +1,271 @@
+"""What the launcher starts on every rank for `rm-scale bench hardware`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rm_scale.distributed import (
+    World,
+    detect_world,
+    gather_from_ranks,
+    has_gpu,
+    init_process_group,
+    prepare_environment,
+)
+from rm_scale.launch.bench_hardware import MIB, TYPICAL, Measured, Product, Transfer
+from rm_scale.launch.guard import leave
+
+# Width of inputs and outputs; tokens are chosen so that one product takes a fitting time.
+_LAYERS = (
+    ("attention of a 1B", 2048, 2048),
+    ("MLP of a 1B model", 2048, 8192),
+    ("attention of a 7B", 4096, 4096),
+    (TYPICAL, 4096, 11008),
+    ("square", 8192, 8192),
+)
+_MAX_TOKENS = 8192
+_MIN_TOKENS = 256
+_SHARES = {"products": 0.45, "memory": 0.15, "transfers": 0.4}
+"""Of the time."""
+_SIZES = tuple(4**power * MIB for power in range(5))
+"""Bytes: 1, 4, 16, 64, 256 MiB."""
+_MAX_REPEATS = 20
+_TIMEOUT_SECONDS = 300
+
+
+def main() -> int:
+    """Measure; rank 0 writes the answer. The only argument: `{"answer": FILE, "seconds": N}`."""
+    job = json.loads(sys.argv[1])
+    world = detect_world()
+    prepare_environment(world)
+    init_process_group(world, uses_deepspeed=False, timeout_seconds=_TIMEOUT_SECONDS)
+    measured = measure_rank(world, float(job["seconds"]))
+    if world.is_main:
+        Path(job["answer"]).write_text(json.dumps(asdict(measured)), encoding="utf-8")
+    return 0
+
+
+def measure_rank(world: World, seconds: float) -> Measured:
+    """All measurements, made by all ranks at the same time; every rank gets the same answer.
+
+    Args:
+        world: this rank's place.
+        seconds: that they may take together.
+    """
+    import torch
+
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    memory = available_bytes(device, world)
+    dtype = product_dtype(device)
+    products = tuple(time_products(device, dtype, memory, _SHARES["products"] * seconds))
+    bandwidth = time_memory(device, memory, _SHARES["memory"] * seconds)
+    transfers = tuple(time_transfers(world, device, memory, _SHARES["transfers"] * seconds)) if world.size > 1 else ()
+    return Measured(
+        device=device.type,
+        device_name=_name_of(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_ranks=world.size,
+        num_threads=torch.get_num_threads(),
+        memory_bytes=memory,
+        products=products,
+        memory_bandwidth=bandwidth,
+        backend="" if world.size == 1 else "nccl" if device.type == "cuda" else "gloo",
+        transfers=transfers,
+        versions=_versions(device),
+    )
+
+
+def available_bytes(device: Any, world: World) -> float:
+    """What one process can have: a GPU's memory, or a rank's share of what is free on the machine."""
+    import torch
+
+    from rm_scale.launch.doctor.checks_machine import available_memory
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    # The same on all ranks, though each of them looks at another moment.
+    return float(min(gather_from_ranks(available_memory()))) / world.ranks_on_node
+
+
+def product_dtype(device: Any) -> Any:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    import torch
+
+    from rm_scale.launch.doctor.checks_machine import judge_bfloat16, processor_flags
+
+    if device.type == "cuda":
+        good = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        good = judge_bfloat16([], processor_flags()).status == "pass"
+    return torch.bfloat16 if good else torch.float32
+
+
+def _name_of(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions(device: Any) -> dict[str, str]:
+    import torch
+
+    found = {"torch": torch.__version__, "python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    if device.type == "cuda":
+        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+    return found
+
+
+# --- Timing ----------------------------------------------------------------------------------------------------------
+
+
+def median_seconds(work: Callable[[], object], device: Any, budget_seconds: float, at_least: int = 3) -> float:
+    """Median time of a piece of work that all ranks do at once, of the slowest rank; the warm-up is left out.
+
+    Args:
+        work: what to time; called equally often on every rank.
+        device: waited for after each call.
+        budget_seconds: as many repeats as fit, from `at_least` to 20; the same on all ranks.
+        at_least: fewest repeats.
+    """
+    once = _timed(work, device)  # compiles kernels, touches memory
+    once = max(gather_from_ranks(min(once, _timed(work, device))))
+    repeats = min(_MAX_REPEATS, max(at_least, int(budget_seconds / max(once, 1e-9))))
+    return float(max(gather_from_ranks(statistics.median(_timed(work, device) for _ in range(repeats)))))
+
+
+def _timed(work: Callable[[], object], device: Any) -> float:
+    import torch
+
+    from rm_scale.distributed import barrier
+
+    barrier()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def time_products(device: Any, dtype: Any, memory_bytes: float, budget_seconds: float) -> Iterator[Product]:
+    """Matrix products of linear layers.
+
+    Args:
+        device: where.
+        dtype: of both factors.
+        memory_bytes: that this rank may take; shapes are cut to a small part of it.
+        budget_seconds: for all of them.
+    """
+    import torch
+
+    share = budget_seconds / len(_LAYERS)
+    rate = _quick_rate(device, dtype)
+    for what, inputs, outputs in _LAYERS:
+        if inputs * outputs * dtype.itemsize > memory_bytes / 20:
+            continue
+        # Five products must fit: two that warm up, three that count.
+        tokens = fitting_tokens(rate * share / 5, inputs, outputs)
+        left = torch.randn(tokens, inputs, device=device).to(dtype)
+        right = torch.randn(outputs, inputs, device=device).to(dtype)
+        out = torch.empty(tokens, outputs, device=device, dtype=dtype)
+
+        def product(left: Any = left, right: Any = right, out: Any = out) -> None:
+            # As nn.Linear does it: the weight is transposed.
+            torch.mm(left, right.t(), out=out)
+
+        seconds = median_seconds(product, device, 0.6 * share)
+        yield Product(what, tokens, inputs, outputs, 2.0 * tokens * inputs * outputs / seconds)
+
+
+def fitting_tokens(flops: float, inputs: int, outputs: int) -> int:
+    """The power of two of tokens, from 256 to 8192, whose product has at most that many operations."""
+    tokens = flops / (2.0 * inputs * outputs)
+    return int(min(_MAX_TOKENS, max(_MIN_TOKENS, 2 ** math.floor(math.log2(max(1.0, tokens))))))
+
+
+def _quick_rate(device: Any, dtype: Any) -> float:
+    """FLOP/s of a small product, to choose the sizes of the others by; the same on all ranks."""
+    import torch
+
+    size = 1024
+    factor = torch.randn(size, size, device=device).to(dtype)
+    seconds = median_seconds(lambda: torch.mm(factor, factor), device, budget_seconds=0.1)
+    return float(2.0 * size**3 / seconds)
+
+
+def time_memory(device: Any, memory_bytes: float, budget_seconds: float) -> dict[str, float]:
+    """Copy and triad (a = b + s c) of tensors far larger than any cache; bytes/s as STREAM counts them.
+
+    A processor also reads what it is about to overwrite, which is not counted.
+    """
+    import torch
+
+    wanted = (1024 if device.type == "cuda" else 256) * MIB
+    length = int(min(wanted, memory_bytes / 20)) // 4
+    first, second = torch.zeros(length, device=device), torch.ones(length, device=device)
+    out = torch.empty(length, device=device)
+    works: dict[str, tuple[int, Callable[[], object]]] = {
+        "copy": (2, lambda: out.copy_(first)),
+        "triad": (3, lambda: torch.add(first, second, alpha=3.0, out=out)),
+    }
+    return {
+        name: 4.0 * length * num_streams / median_seconds(work, device, budget_seconds / 2)
+        for name, (num_streams, work) in works.items()
+    }
+
+
+def time_transfers(world: World, device: Any, memory_bytes: float, budget_seconds: float) -> Iterator[Transfer]:
+    """The three collectives of training from 1 to 256 MiB; sizes stop growing when time or memory is used up."""
+    share = budget_seconds / 3
+    for collective in ("all_reduce", "all_gather", "reduce_scatter"):
+        # All ranks must stop at the same size and repeat as often, so one of them keeps the time.
+        started = time.perf_counter()
+        last = 0.0
+        for num_bytes in _SIZES:
+            left = gather_from_ranks(share - (time.perf_counter() - started))[0]
+            # The next size takes four times as long, five times over.
+            if num_bytes > _SIZES[1] and (20 * last > left or 4 * num_bytes > memory_bytes / 2):
+                break
+            work = _collective(collective, world, device, num_bytes)
+            last = median_seconds(work, device, left / 3)
+            yield Transfer(collective, num_bytes, link_bytes(collective, num_bytes, world.size), last)
+
+
+def link_bytes(collective: str, num_bytes: int, num_ranks: int) -> float:
+    """What a ring sends over each rank's link (Patarasu and Yuan, 2009)."""
+    return (2 if collective == "all_reduce" else 1) * (num_ranks - 1) / num_ranks * num_bytes
+
+
+def _collective(name: str, world: World, device: Any, num_bytes: int) -> Callable[[], object]:
+    import torch
+    from torch import distributed as dist
+
+    length = num_bytes // 4 // world.size
+    whole, part = torch.zeros(length * world.size, device=device), torch.zeros(length, device=device)
+    works: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_gather": lambda: dist.all_gather_single(whole, part),
+        "reduce_scatter": lambda: dist.reduce_scatter_single(part, whole),
+    }
+    return works[name]
+
+
+if __name__ == "__main__":
+    leave(main())

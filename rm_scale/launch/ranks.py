@@ -1,0 +1,117 @@
+"""Start one of our modules on several ranks through DeepSpeed's launcher, with an end that is sure to come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from rm_scale.distributed import has_gpu
+from rm_scale.errors import UserError
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of the ranks.
+
+    Attributes:
+        code: exit code of the launcher, `None` when it ran out of time and was ended.
+        output: standard output and standard error of all ranks and of the launcher.
+    """
+
+    code: int | None
+    output: str
+
+    def tail(self, num_lines: int = 6) -> str:
+        """The last lines, in one line."""
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        return " | ".join(lines[-num_lines:])
+
+
+def start_ranks(
+    module: str, arguments: Sequence[str], num_ranks: int, timeout_seconds: float, hostfile: str | None = None
+) -> Ended:
+    """Run `python -m module arguments` on every rank and wait for all of them.
+
+    A single rank on this machine needs no launcher and is started without one.
+
+    Args:
+        module: dotted name; its ranks find their place by `rm_scale.distributed.detect_world`.
+        arguments: words after it.
+        num_ranks: ranks on this machine; not looked at with a hostfile.
+        timeout_seconds: after this everything that was started is ended.
+        hostfile: DeepSpeed's list of machines, `NAME slots=N` a line.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    if hostfile is not None or num_ranks > 1:
+        where = ["--hostfile", hostfile] if hostfile is not None else ["--num_accelerators", str(num_ranks)]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(free_port())]
+        command = [*launcher, "--no_local_rank", "--module", module, *arguments]
+    process = subprocess.Popen(
+        command,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_seconds)
+        return Ended(process.returncode, output)
+    except subprocess.TimeoutExpired:
+        _end_tree(process.pid)
+        output, _ = process.communicate()
+        return Ended(None, output)
+    except BaseException:  # Ctrl-C must not leave ranks behind
+        _end_tree(process.pid)
+        raise
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def num_local_ranks(asked: int | None, default_on_cpu: int) -> int:
+    """How many ranks this machine is to run: as asked, else one per GPU, else `default_on_cpu`.
+
+    Raises:
+        UserError: fewer than one, or more than there are GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if has_gpu() else 0
+    if asked is None:
+        return gpus or default_on_cpu
+    if asked < 1:
+        raise UserError(f"nproc={asked}: must be at least 1. Fix: give the number of ranks on this machine.")
+    if gpus and asked > gpus:
+        raise UserError(f"nproc={asked}: this machine shows {gpus} GPUs. Fix: --nproc {gpus} or less.")
+    return asked
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without the traces of an earlier launcher."""
+    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    # DeepSpeed's launcher looks for accelerators itself, so it must be told when there are none.
+    return kept if has_gpu() else {**kept, "DS_ACCELERATOR": "cpu"}
+
+
+def _end_tree(pid: int) -> None:
+    """End a process and all that it started, at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
