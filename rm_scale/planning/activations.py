@@ -1,4 +1,4 @@
-"""Peak activation memory of a micro-step: the forward and backward pass replayed with sizes instead of tensors. No torch.
+"""Peak activation memory of a micro-step: forward and backward pass replayed with sizes instead of tensors. No torch.
 
 `rm_scale.planning.tape` keeps the books that autograd keeps; here are the operations of transformers' decoder layers
 (5.23, `modeling_llama.py` and its kin) and of PEFT's LoRA layers (0.21, `lora/layer.py`) in their order, each with what
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from rm_scale.planning.shape import ModelShape
@@ -153,7 +154,7 @@ class Options:
     use_reentrant: bool = False
     method: Method = "full"
     lora_rank: int = 16
-    lora_targets: Sequence[str] | None = None
+    lora_targets: tuple[str, ...] | None = None
     lora_dropout: float = 0.0
     precision: Precision = "bf16"
     attention: Attention = "varlen"
@@ -161,14 +162,16 @@ class Options:
     as_tracked: bool = False
 
 
+@lru_cache(maxsize=4096)
 def activation_memory(shape: ModelShape, row: Row, options: Options | None = None) -> ActivationMemory:
     """Predict what a micro-step needs at its peak.
 
     Gradients of weights count while autograd hands them over, one matrix at a time, and not afterwards. So do
     dequantised weights (QLoRA) and autocast's copies of weights.
 
-    Formulas name sizes: tokens and key_tokens (see `Row`), hidden (hidden_size), mlp (intermediate_size), heads,
-    queries (heads x head_dim), kv (kv heads x head_dim), vocab, rank; B are bytes per element.
+    Formulas begin with how many there are and name sizes: tokens and key_tokens (see `Row`), hidden (hidden_size), mlp
+    (intermediate_size), heads, queries (heads x head_dim), kv (kv heads x head_dim), vocab, rank; B are bytes per
+    element.
 
     Args:
         shape: the model's sizes.
@@ -221,6 +224,7 @@ class _Model:
         self.product_width = 4 if is_fp32 else 2
         self.weight_copies: list[Value] = []
         self.stops_early = False
+        self.has_masks = False
         tokens = row.tokens
         self.hidden = Size("tokens x hidden", tokens * shape.hidden_size)
         self.mlp = Size("tokens x mlp", tokens * shape.intermediate_size)
@@ -234,16 +238,21 @@ class _Model:
         memory = self.memory
         loss = self._forward()
         stored, forward_peak = memory.live, memory.peak
-        stored_keys = {key for key, num_bytes in memory.counts.items() if num_bytes}
+        stored_keys = {key for key, count in memory.counts.items() if count}
         loss.grad = memory.hold(loss.buffer)
         self.tape.backward()
         turn = "forward" if memory.peak == forward_peak else "backward"
         parts = {
-            f"{name} ({formula})": Part(num_bytes, formula, (name, formula) in stored_keys)
-            for (name, formula), num_bytes in memory.at_peak.items()
-            if num_bytes
+            self._part_name(key): Part(count * memory.sizes[key], f"{count} x {key[1]}", key in stored_keys)
+            for key, count in memory.at_peak.items()
+            if count
         }
         return ActivationMemory(stored, memory.peak, f"{turn}: {memory.moment}", parts)
+
+    def _part_name(self, key: tuple[str, str]) -> str:
+        """The tensor's name, with its formula where tensors of several sizes have it."""
+        alike = [other for other, count in self.memory.at_peak.items() if other[0] == key[0] and count]
+        return key[0] if len(alike) == 1 else f"{key[0]} ({key[1]})"
 
     def _forward(self) -> Value:
         embedded = self._embed()
@@ -298,11 +307,13 @@ class _Model:
         def run(gradient: Buffer) -> Results:
             outer, self.tape.nodes = self.tape.nodes, []
             again = self._view(hidden)
+            early = self._early_gradients()
             # The newer kind stops where nothing more is needed: before the last product and the sum behind it.
             self.stops_early = not reentrant
             result = self._layer(again)
             self.stops_early = False
             self._leave_autocast()
+            self.memory.drop(*early)
             result.grad = self.memory.hold(gradient) if reentrant else gradient
             self.tape.backward()
             self._free(result, again)
@@ -310,6 +321,14 @@ class _Model:
             return [(hidden, again.grad)] if again.grad is not None else []
 
         return self.tape.record(output, [hidden.buffer], run, takes_gradient=not reentrant)
+
+    def _early_gradients(self) -> list[Buffer]:
+        """What is made before anything saved is missed, and so before the layer is recomputed."""
+        last = "down_proj" if self.shape.style.gated_mlp else "fc2"
+        casts = self.base_width > self.product_width
+        if self.options.use_reentrant or self._norms_after or not (self._is_adapted(last) or casts):
+            return []
+        return [self.memory.new("gradient before recomputation", self.hidden, self.product_width)]
 
     # --- A layer
 
@@ -322,8 +341,7 @@ class _Model:
         return output
 
     def _sublayer(self, hidden: Value, name: str) -> Value:
-        before = self.shape.model_type != "olmo2"
-        after = not before or self.shape.style.num_norms == 4
+        before, after = self.shape.model_type != "olmo2", self._norms_after
         inner = self._norm(f"{name} norm", hidden, self.hidden) if before else self._hold(hidden)
         output = self._attention(inner) if name == "attention" else self._mlp(inner, is_last=not after)
         self._free(inner)
@@ -333,6 +351,11 @@ class _Model:
         total = self._add("layer input", hidden, output, self._last(self.hidden, name == "mlp" and not after))
         self._free(output)
         return total
+
+    @property
+    def _norms_after(self) -> bool:
+        """Norms stand behind attention and MLP too, or only there."""
+        return self.shape.model_type == "olmo2" or self.shape.style.num_norms == 4
 
     def _parallel_layer(self, hidden: Value) -> Value:
         """Attention and MLP side by side on one norm's output (phi, gptj)."""
@@ -425,25 +448,28 @@ class _Model:
     # --- Products
 
     def _linear(self, name: str, value: Value, size: Size, is_last: bool = False) -> Value:
+        if self._is_adapted(name):
+            return self._adapted(name, value, size, is_last)
+        return self._product(name, value, size, is_last)
+
+    def _is_adapted(self, name: str) -> bool:
         targets = self.options.lora_targets
-        if self.is_full or (targets is not None and name not in targets):
-            return self._product(name, value, self._last(size, is_last and self.is_full), self._weight(value, size))
-        return self._adapted(name, value, size, is_last)
+        return not self.is_full and (targets is None or name in targets)
 
     def _weight(self, value: Value, size: Size) -> Size:
         """A matrix between two widths."""
-        rows = max(1, self.row.tokens)
-        return Size("weight", value.size.elements // rows * (size.elements // rows))
+        words = (of.words.removeprefix("tokens x ").replace(" x tokens", "") for of in (value.size, size))
+        return Size(" x ".join(words), value.size.elements * size.elements // self.row.tokens**2)
 
-    def _product(self, name: str, value: Value, size: Size, weight: Size, is_quantised: bool | None = None) -> Value:
+    def _product(self, name: str, value: Value, size: Size, is_last: bool = False, is_head: bool = False) -> Value:
         """A product with a weight of the model; under autocast of copies in the lower precision."""
-        width = self.product_width
-        quantised = self.options.method == "qlora" if is_quantised is None else is_quantised
+        width, weight = self.product_width, self._weight(value, size)
+        quantised = self.options.method == "qlora" and not is_head
         inputs = self._to(f"{name} input", value, width)
-        copy = self._weight_copy(weight)
+        copy = self._weight_copy(f"{name} weight", weight, self.base_width, self.is_full)
         if quantised and not self.options.as_tracked:  # inside bitsandbytes' operator gemm_4bit
             self.memory.drop(self.memory.new("dequantised weight", weight, width))
-        output = self._new(name, size, width, inputs.needs_grad or self.is_full)
+        output = self._new(name, self._last(size, is_last), width, inputs.needs_grad or self.is_full)
         saved = [inputs.buffer] if self.is_full else []
         if copy is not None and inputs.needs_grad:
             saved.append(copy.buffer)
@@ -455,21 +481,21 @@ class _Model:
                 results.append((inputs, self.memory.new(f"gradient of {name} input", inputs.size, width)))
                 self.memory.drop(*whole)
             if self.is_full:
-                results.append((copy, self.memory.new("gradient of a weight", weight, width)))
+                results.append((copy, self.memory.new(f"gradient of {name} weight", weight, width)))
             return results
 
         self.tape.record(output, saved, run)
         self._free(inputs)
         return output
 
-    def _weight_copy(self, weight: Size) -> Value | None:
+    def _weight_copy(self, name: str, weight: Size, width: int, is_trained: bool) -> Value | None:
         """Autocast's bfloat16 copy of an fp32 weight, kept by autocast itself until its context ends."""
-        if self.base_width == self.product_width:
+        if width == self.product_width:
             return None
-        copy = self._new("autocast copy of a weight", weight, self.product_width, self.is_full)
+        copy = self._new(f"autocast copy of {name}", weight, self.product_width, is_trained)
 
         def run(gradient: Buffer) -> Results:
-            return [(None, self.memory.new("gradient of a weight", weight, self.base_width))]
+            return [(None, self.memory.new(f"gradient of {name}", weight, width))]
 
         self.weight_copies.append(self.tape.record(copy, [], run))
         return copy
@@ -480,13 +506,14 @@ class _Model:
 
     def _adapted(self, name: str, value: Value, size: Size, is_last: bool) -> Value:
         """A frozen linear layer with LoRA beside it."""
-        base = self._product(name, value, size, self._weight(value, size))
+        base = self._product(name, value, size)
         if self.options.method == "qlora":
             base, plain = self._copy(name, base), base
             self._free(plain)
         inputs = self._adapter_input(name, value)
         dropped = self._dropout(inputs) if self.options.lora_dropout else self._hold(inputs)
-        low = self._adapter_product("adapter, low rank", dropped, Size("tokens x rank", self._rank_elements))
+        rank = Size("tokens x rank", self.row.tokens * self.options.lora_rank)
+        low = self._adapter_product("adapter, low rank", dropped, rank)
         self._free(dropped)
         size = self._last(size, is_last)
         high = self._adapter_product("adapter, high rank", low, size)
@@ -495,10 +522,6 @@ class _Model:
         total = self._add(name, base, scaled, size)
         self._free(base, scaled, inputs)
         return total
-
-    @property
-    def _rank_elements(self) -> int:
-        return self.row.tokens * self.options.lora_rank
 
     def _adapter_input(self, name: str, value: Value) -> Value:
         """PEFT casts to the adapter's type, autocast or not; beside 4-bit weights it leaves the cast to autocast."""
@@ -520,13 +543,15 @@ class _Model:
 
     def _adapter_product(self, name: str, value: Value, size: Size) -> Value:
         width = self.product_width
-        inputs = self._to("adapter input", value, width)
+        inputs, weight = self._to("adapter input", value, width), self._weight(value, size)
+        copy = self._weight_copy("adapter weight", weight, self.adapter_width, is_trained=True)
         output = self._new(name, size, width, True)
 
         def run(gradient: Buffer) -> Results:
-            return [(inputs, self.memory.new("gradient of adapter input", inputs.size, width))]
+            of_input = self.memory.new("gradient of adapter input", inputs.size, width)
+            return [(inputs, of_input), (copy, self.memory.new("gradient of adapter weight", weight, width))]
 
-        self.tape.record(output, [inputs.buffer], run)
+        self.tape.record(output, [inputs.buffer, *([copy.buffer] if copy is not None else [])], run)
         self._free(inputs)
         return output
 
@@ -636,16 +661,16 @@ class _Model:
         return output
 
     def _rms_norm(self, name: str, value: Value) -> Value:
-        """Python's operations, in fp32: `weight * (x * rsqrt(mean(x^2) + eps)).to(dtype)`; Gemma's weighs in fp32."""
-        is_gemma = self.shape.model_type.startswith("gemma")
+        """Python's operations, in fp32: `weight * (x * rsqrt(mean(x^2) + eps)).to(dtype)`; some weigh in fp32 too."""
+        weighs_wide = self.shape.model_type.startswith(("gemma", "olmo2"))
         inputs = self._to(f"{name} fp32 input", value, 4)
         root = self._inverse_root(name, inputs)
         normal = self._by_root(f"{name} fp32 output", inputs, root)
         self._free(inputs, root)
-        narrow = self._hold(normal) if is_gemma else self._to(f"{name} before weight", normal, value.width)
-        output = self._by_weight(name, narrow, 4 if is_gemma else max(narrow.width, self.base_width))
+        narrow = self._hold(normal) if weighs_wide else self._to(f"{name} before weight", normal, value.width)
+        output = self._by_weight(name, narrow, 4 if weighs_wide else max(narrow.width, self.base_width))
         self._free(normal, narrow)
-        if is_gemma:
+        if weighs_wide:
             wide, output = output, self._to(name, output, value.width)
             self._free(wide)
         return output
@@ -787,6 +812,9 @@ class _Model:
         heads, block = self.shape.num_heads, min(self.row.tokens, QUERIES_PER_BLOCK)
         out = self._new("attention output", self.queries, query.width, query.needs_grad)
         weights = self.memory.new("attention weights", Size("pairs x heads", self.row.pairs * heads), query.width)
+        if not self.has_masks:
+            self.memory.new("masks of all blocks", Size("pairs", self.row.pairs), query.width)  # kept with the row
+            self.has_masks = True
         scores = Size("block x longest x heads", block * self.row.longest * heads)
         self.memory.drop(self.memory.new("attention scores", scores, query.width))
 
@@ -843,7 +871,7 @@ class _Model:
     def _language_model(self, final: Value) -> Value:
         """Logits, the same in fp32, their log-softmax, which is kept; the loss that transformers' Llama computes."""
         vocabulary = Size("tokens x vocab", self.row.tokens * self.shape.vocab_size)
-        logits = self._product("logits", final, vocabulary, self._weight(final, vocabulary), is_quantised=False)
+        logits = self._product("logits", final, vocabulary, is_head=True)
         wide = self._to("logits in fp32", logits, 4)
         normal = self._new("log-softmax", vocabulary, 4, True)
 

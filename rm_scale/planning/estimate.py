@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rm_scale.planning.activations import activations_of
+from rm_scale.planning.activations import ActivationMemory, activations_of
 from rm_scale.planning.memory import frozen_bytes, model_states
 from rm_scale.planning.network import break_even_tokens
 from rm_scale.planning.parameters import total
@@ -128,7 +128,7 @@ def peak_memory(scenario: Scenario) -> dict[str, int]:
     }
     passing = {
         "gathered_weights": gathered_bytes(scenario),
-        "activations": activations_of(scenario).peak_bytes,
+        "activations": activations(scenario).peak_bytes,
         "dequantisation": dequantised_bytes(scenario),
         "communication_buffers": bucket_bytes(scenario),
     }
@@ -137,6 +137,20 @@ def peak_memory(scenario: Scenario) -> dict[str, int]:
         passing = dict.fromkeys(passing, 0) | {"optimizer_step": update}
     overhead = {"framework": int(scenario.device.context_bytes) + collective_bytes(scenario)}
     return {name: int(size) for name, size in {**lasting, **passing, **overhead}.items()}
+
+
+_KNOWN: dict[tuple[object, ...], ActivationMemory] = {}
+
+
+def activations(scenario: Scenario) -> ActivationMemory:
+    """Activations of the largest micro-step. They don't depend on how states are sharded, so ways to run share them."""
+    reentrant = scenario.method != "full" and scenario.zero_stage == 3
+    kind = (scenario.method, scenario.lora_rank, scenario.lora_targets, scenario.lora_dropout, scenario.precision)
+    key = (scenario.shape, scenario.load, scenario.largest_tokens, scenario.checkpointing, reentrant, *kind)
+    key = (*key, scenario.attention, scenario.head)
+    if key not in _KNOWN:
+        _KNOWN[key] = activations_of(scenario)
+    return _KNOWN[key]
 
 
 def gathered_bytes(scenario: Scenario) -> int:

@@ -141,7 +141,9 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
         num_heads=heads,
         num_kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
-        intermediate_size=int(text.get("intermediate_size") or text.get("n_inner") or text.get("ffn_dim") or 4 * hidden),
+        intermediate_size=int(
+            text.get("intermediate_size") or text.get("n_inner") or text.get("ffn_dim") or 4 * hidden
+        ),
         vocab_size=need("vocab_size"),
         style=_style(text, str(text.get("model_type", config.get("model_type")))),
         max_positions=text.get("max_position_embeddings") or text.get("n_positions"),

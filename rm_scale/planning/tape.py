@@ -42,8 +42,9 @@ class Memory:
         live: bytes now.
         peak: most bytes so far.
         moment: name of the tensor that brought the peak.
-        counts: bytes alive by name and formula.
+        counts: how many are alive, by name and formula.
         at_peak: the same at the peak.
+        sizes: bytes of one, by name and formula.
     """
 
     def __init__(self) -> None:
@@ -52,12 +53,16 @@ class Memory:
         self.moment = ""
         self.counts: Counter[tuple[str, str]] = Counter()
         self.at_peak: dict[tuple[str, str], int] = {}
+        self.sizes: dict[tuple[str, str], int] = {}
 
     def new(self, name: str, size: Size, width: int) -> Buffer:
         """A tensor of `width` bytes per element, held by the caller."""
         buffer = Buffer((name, f"{size.words} x {width} B"), size.elements * width, width)
+        if not buffer.num_bytes:
+            return buffer
         self.live += buffer.num_bytes
-        self.counts[buffer.key] += buffer.num_bytes
+        self.counts[buffer.key] += 1
+        assert self.sizes.setdefault(buffer.key, buffer.num_bytes) == buffer.num_bytes, buffer.key
         if self.live > self.peak:
             self.peak, self.moment, self.at_peak = self.live, name, dict(self.counts)
         return buffer
@@ -72,9 +77,9 @@ class Memory:
         for buffer in buffers:
             buffer.holders -= 1
             assert buffer.holders >= 0, buffer.key
-            if not buffer.holders:
+            if not buffer.holders and buffer.num_bytes:
                 self.live -= buffer.num_bytes
-                self.counts[buffer.key] -= buffer.num_bytes
+                self.counts[buffer.key] -= 1
 
 
 @dataclass(eq=False)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rm_scale.planning import network
-from rm_scale.planning.activations import activations_of
 from rm_scale.planning.advise import Choice, Request
-from rm_scale.planning.estimate import RESERVE, Estimate, tokens_to_hide_communication
+from rm_scale.planning.estimate import RESERVE, Estimate, activations, tokens_to_hide_communication
 from rm_scale.planning.memory import model_states, partition_elements
 from rm_scale.planning.parameters import total
 from rm_scale.planning.timing import ATTENTION_SHARE, executed_flops, floor_seconds
@@ -202,7 +201,7 @@ def explanation(estimated: Estimate) -> str:
     ]
     lines += [
         f"  activations, {name}: {part.num_bytes:,} B = {part.formula}{'' if part.stored else ' (passing)'}"
-        for name, part in sorted(activations_of(scenario).parts.items(), key=lambda item: -item[1].num_bytes)
+        for name, part in sorted(activations(scenario).parts.items(), key=lambda item: -item[1].num_bytes)
     ]
     lines += [
         f"  linear operations {flops.linear:.4g} = 2 x {scenario.load.tokens:,.0f} tokens x weights x passes",

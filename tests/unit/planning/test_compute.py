@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rm_scale.planning.compute import linear_parameters, peak_flops, step_flops
+from rm_scale.planning.compute import executed_flops, linear_parameters, peak_flops, step_flops
 from rm_scale.planning.shape import shape_from_config
 
 SMOLLM2 = {
@@ -41,3 +41,27 @@ def test_peaks_are_known_or_not_claimed() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("AMD EPYC") is None
+
+
+def test_executed_operations_by_hand() -> None:
+    shape = shape_from_config(SMOLLM2)
+    forward, attention, down = 2 * 30 * 3_538_944, 4 * 30 * 576, 2 * 30 * 576 * 1536
+    # Attention's backward pass is 2.5 times its forward pass.
+    assert executed_flops(shape, 10, 7) == 10 * 3 * forward + 7 * 3.5 * attention
+    # Recomputed are all products but the last of each layer, unless it is done the older way.
+    recomputed = executed_flops(shape, 10, 7, checkpointing=True)
+    assert recomputed == 10 * (4 * forward - down) + 7 * 4.5 * attention
+    again = executed_flops(shape, 10, 7, checkpointing=True, use_reentrant=True)
+    assert again == 10 * 4 * forward + 7 * 4.5 * attention
+
+
+def test_executed_operations_with_adapters_by_hand() -> None:
+    shape = shape_from_config(SMOLLM2)
+    query, value, first = 4 * (576 + 576), 4 * (576 + 192), 576 * (576 + 2 * 192)
+    base, adapters = 2 * 30 * 3_538_944, 2 * 30 * (query + value)
+    found = executed_flops(shape, 10, 0, lora_rank=4, lora_targets=["q_proj", "v_proj"])
+    # Frozen weights have no gradient, and in the first layer neither do the inputs of query, key and value.
+    assert found == 10 * (2 * base + 3 * adapters - 2 * first - 2 * 4 * 2 * 576)
+    full = executed_flops(shape, 10, 0, lora_rank=4, checkpointing=True)
+    every = 2 * 30 * 4 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    assert full == 10 * (3 * base + 4 * every - 2 * 30 * 4 * 576)
