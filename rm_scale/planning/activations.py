@@ -202,7 +202,7 @@ def activations_of(scenario: Scenario) -> ActivationMemory:
         lora_dropout=scenario.lora_dropout,
         precision=scenario.precision,
         attention=scenario.attention,  # type: ignore[arg-type]
-        head=scenario.head,
+        head="score_all" if scenario.head == "score" and not scenario.packed else scenario.head,
     )
     return activation_memory(scenario.shape, row, options)
 

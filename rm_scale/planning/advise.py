@@ -235,5 +235,6 @@ def build_scenario(
         hpz=per_node if request.hpz and stage == 3 else 1,
         precision="bf16" if uses_engine else "amp",
         checkpointing=checkpointing,
+        packed=micro_batch is None,
         attention="matmul" if request.device.is_cpu else "varlen",
     )

@@ -129,7 +129,6 @@ def peak_memory(scenario: Scenario) -> dict[str, int]:
     passing = {
         "gathered_weights": gathered_bytes(scenario),
         "activations": activations(scenario).peak_bytes,
-        "dequantisation": dequantised_bytes(scenario),
         "communication_buffers": bucket_bytes(scenario),
     }
     update = update_bytes(scenario)
@@ -143,11 +142,14 @@ _KNOWN: dict[tuple[object, ...], ActivationMemory] = {}
 
 
 def activations(scenario: Scenario) -> ActivationMemory:
-    """Activations of the largest micro-step. They don't depend on how states are sharded, so ways to run share them."""
+    """Activations of the largest micro-step, the 4-bit weight in use included.
+
+    They don't depend on how states are sharded, so that ways to run share them.
+    """
     reentrant = scenario.method != "full" and scenario.zero_stage == 3
     kind = (scenario.method, scenario.lora_rank, scenario.lora_targets, scenario.lora_dropout, scenario.precision)
-    key = (scenario.shape, scenario.load, scenario.largest_tokens, scenario.checkpointing, reentrant, *kind)
-    key = (*key, scenario.attention, scenario.head)
+    how = (scenario.checkpointing, reentrant, scenario.attention, scenario.head, scenario.packed)
+    key = (scenario.shape, scenario.load, scenario.largest_tokens, *kind, *how)
     if key not in _KNOWN:
         _KNOWN[key] = activations_of(scenario)
     return _KNOWN[key]
@@ -166,14 +168,6 @@ def gathered_bytes(scenario: Scenario) -> int:
     return int(live * size)
 
 
-def dequantised_bytes(scenario: Scenario) -> int:
-    """The largest 4-bit matrix in the compute type, once in use and once for the next product."""
-    if scenario.method != "qlora":
-        return 0
-    largest = max(tensor.numel for tensor in scenario.backbone if tensor.role == "linear")
-    return 2 * largest * scenario.weight_bytes
-
-
 def bucket_bytes(scenario: Scenario) -> int:
     """Gradients on their way: DDP's copy of all of them, or ZeRO's buckets."""
     if scenario.num_devices == 1 and scenario.zero_stage is None:
@@ -182,8 +176,7 @@ def bucket_bytes(scenario: Scenario) -> int:
         return scenario.num_trained * 4
     buckets = 2 if scenario.zero.overlaps else 1
     bucket = min(scenario.zero.reduce, scenario.num_trained)
-    largest = max(tensor.numel for tensor in scenario.trained)
-    return int((buckets * bucket + largest) * scenario.weight_bytes)
+    return int(buckets * bucket * scenario.weight_bytes)
 
 
 def update_bytes(scenario: Scenario) -> int:

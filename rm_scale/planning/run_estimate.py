@@ -60,6 +60,7 @@ def scenario_of_run(
         hpz=int(zero.get("zero_hpz_partition_size", 1) or 1),
         precision="fp32" if plan.compute_dtype == "float32" else "bf16" if engine else "amp",
         checkpointing=config.gradient_checkpointing,
+        packed=plan.max_tokens_per_device is not None,
         attention=_attention(config, device),
         optimizer_bytes=optimizer_bytes(config.optim),
         buckets=buckets(zero, shape.hidden_size),

@@ -110,6 +110,7 @@ class Scenario:
         master_bytes: bytes of the fp32 master per trained weight; 0 where bf16 weights are updated themselves.
         checkpointing: recompute each layer in the backward pass.
         attention: backend of packed attention: varlen, sdpa or matmul.
+        packed: rows are packed; padded ones go through the head with all their tokens.
         head: score; lm and lm_chunked are for published measurements of language models.
         optimizer_bytes: bytes of optimizer state per trained weight (Adam in fp32: 8); 0: no optimizer.
         gradient_bytes: bytes per gradient; `None`: the weights' own.
@@ -136,6 +137,7 @@ class Scenario:
     master_bytes: int = 4
     checkpointing: bool = True
     attention: str = "varlen"
+    packed: bool = True
     head: Head = "score"
     optimizer_bytes: float = 8
     gradient_bytes: int | None = None

@@ -18,7 +18,6 @@ _PARTS = {
     "optimizer": "masters and optimizer",
     "gathered_weights": "gathered weights",
     "activations": "activations",
-    "dequantisation": "4-bit weights undone",
     "communication_buffers": "communication buffers",
     "optimizer_step": "optimizer step",
     "framework": "context and libraries",
