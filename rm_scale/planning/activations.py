@@ -201,7 +201,7 @@ def activations_of(scenario: Scenario) -> ActivationMemory:
         lora_targets=scenario.lora_targets,
         lora_dropout=scenario.lora_dropout,
         precision=scenario.precision,
-        attention=scenario.attention,  # type: ignore[arg-type]
+        attention="varlen" if scenario.attention == "flash1" else scenario.attention,  # type: ignore[arg-type]
         head="score_all" if scenario.head == "score" and not scenario.packed else scenario.head,
     )
     return activation_memory(scenario.shape, row, options)

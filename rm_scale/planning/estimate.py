@@ -185,8 +185,9 @@ def update_bytes(scenario: Scenario) -> int:
         return 0
     share = scenario.num_trained / (scenario.num_devices if scenario.zero_stage else 1)
     at_once = min(share, scenario.zero.sub_group) if scenario.zero_stage == 3 else share
-    gradients = 4 if scenario.zero_stage and scenario.master_bytes else 0
-    return int(at_once * (gradients + 4))
+    if not scenario.master_bytes:
+        return 0  # weights updated as they are, by a fused optimizer
+    return int(at_once * ((4 if scenario.zero_stage else 0) + 4))
 
 
 def collective_bytes(scenario: Scenario) -> int:

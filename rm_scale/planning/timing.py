@@ -12,8 +12,16 @@ from rm_scale.planning.compute import StepFlops, linear_parameters, step_flops
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 
+ATTENTION_SHARES = {"flash1": 0.45}
+"""Rate of older attention kernels over that of linear layers; `ATTENTION_SHARE` for all others."""
+
 ATTENTION_SHARE = 0.73
 """Rate of attention kernels over that of linear layers (flash-attention 2 on A800: 174 of 238 TFLOP/s)."""
+
+ELEMENTWISE_BYTES = 200.0
+"""Memory traffic of norms, activations, residuals and casts per token, layer and unit of hidden size, forward and
+backward. Every byte kept for the backward pass (45 of them, see `activations`) is written once and read
+more than once; 200 fits small and large models alike (docs/planning_validation.md)."""
 
 BACKWARD_ATTENTION = 2.5
 """Backward over forward operations of attention, which recomputes its weights (flash-attention, arXiv 2205.14135)."""
@@ -123,8 +131,16 @@ def compute_seconds(scenario: Scenario) -> float:
     """Time of a micro-step's computation on one device."""
     flops, device = executed_flops(scenario), scenario.device
     rate = device.matmul_flops * device.step_efficiency
-    working = (flops.linear + flops.head) / rate + flops.attention / (rate * ATTENTION_SHARE)
-    return floor_seconds(scenario) + working
+    share = ATTENTION_SHARES.get(scenario.attention, ATTENTION_SHARE)
+    working = (flops.linear + flops.head) / rate + flops.attention / (rate * share)
+    return floor_seconds(scenario) + working + elementwise_seconds(scenario)
+
+
+def elementwise_seconds(scenario: Scenario) -> float:
+    """Operations that move more than they compute; recomputing does a third of them again."""
+    shape, passes = scenario.shape, 4 / 3 if scenario.checkpointing else 1.0
+    moved = ELEMENTWISE_BYTES * passes * scenario.load.tokens * shape.num_layers * shape.hidden_size
+    return moved / scenario.device.memory_bandwidth
 
 
 def floor_seconds(scenario: Scenario) -> float:
