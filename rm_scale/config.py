@@ -23,6 +23,8 @@ from rm_scale.errors import ConfigError
 FORCEABLE_RULES = {
     "fp16": "fp16 training (rewards overflow at 65,504 and dynamic loss scaling skips steps)",
     "qlora_fp32": "QLoRA computed in float32 (no memory is saved on activations; meant for tests of exactness)",
+    "packing": "packed rows of an architecture that is not tested with them (rewards could be wrong without an error)",
+    "rope": "lengths at which a model changes its rotary frequencies by the longest sequence of a batch",
     "overwrite": "writing into an output directory that already holds a run",
 }
 

@@ -121,7 +121,15 @@ class RewardScorer:
             sequences: token ids.
             batch_size: sequences per forward pass; in packed rows as many tokens as these could have at most.
             prompt_keys: sequences with the same key share a prompt; default none do.
+
+        Raises:
+            DataError: a sequence is empty, or `batch_size` is below 1.
         """
+        if batch_size < 1:
+            raise DataError(f"batch_size={batch_size}: must be at least 1. Fix: sequences per forward pass, e.g. 8.")
+        empty = next((place for place, sequence in enumerate(sequences) if not len(sequence)), None)
+        if empty is not None:
+            raise DataError(f"sequence {empty} has no tokens: there is none to read a reward at. Fix: leave it out.")
         if not sequences:
             return []
         if self.packed:

@@ -33,7 +33,9 @@ def split_balanced(tokens: Sequence[int], world_size: int, max_tokens: int) -> l
     """
     if max(tokens) > max_tokens:
         raise ValueError(f"a group of {max(tokens)} tokens does not fit into {max_tokens}")
-    fewest = max(1, math.ceil(sum(tokens) / (world_size * max_tokens)))
+    # Two groups above half the budget never share a part.
+    large = sum(2 * count > max_tokens for count in tokens)
+    fewest = max(1, math.ceil(sum(tokens) / (world_size * max_tokens)), math.ceil(large / world_size))
     for num_micro_steps in range(fewest, len(tokens) + 1):
         parts = balanced_parts(tokens, world_size * num_micro_steps)
         if max(_weight(part, tokens) for part in parts) <= max_tokens:

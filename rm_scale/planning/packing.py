@@ -37,6 +37,9 @@ REFUSED_MODEL_TYPES = {
     "mpt": "its attention adds a bias by distance in the row (ALiBi)",
     "falcon": "its attention does not go through transformers' attention interface",
     "gpt_oss": "its attention has sinks, which packed rows don't know",
+    "modernbert-decoder": "it has a layer between backbone and head that packed rows don't go through",
+    "phimoe": "its window is in its mask alone, which packed rows don't use",
+    "doge": "its attention adds a bias of its own",
     "opt": "it computes positions from a rectangular attention mask",
 }
 # A state or a convolution that runs along the row would carry one response into the next.
@@ -92,10 +95,18 @@ def attention_dropout(model: dict[str, Any]) -> float:
 
 def packing_problems(config: RunConfig, model: dict[str, Any]) -> list[str]:
     """Why the layout asked for by name can't be had, one sentence each."""
-    if config.packing in {"auto", "none"}:
+    if config.packing == "none":
         return []
+    if config.packing == "auto":
+        return _lost_settings(config, model)
     problems = []
     reason = refusal(model)
+    if reason is None and not is_tested(model) and "packing" not in config.force:
+        problems.append(
+            f"packing={config.packing}: {_model_type(model)} models are not tested with packed rows; rewards could be "
+            "wrong without an error. Fix: set packing: none, or add --force packing after comparing a short run's "
+            "losses with packing: none."
+        )
     if reason is not None:
         problems.append(f"packing={config.packing} with {reason}. Fix: set packing: none.")
     dropout = attention_dropout(model)
@@ -105,6 +116,49 @@ def packing_problems(config: RunConfig, model: dict[str, Any]) -> list[str]:
             "disable_dropout=False: packed attention has no dropout. Fix: set disable_dropout: true or packing: none."
         )
     return problems
+
+
+def _lost_settings(config: RunConfig, model: dict[str, Any]) -> list[str]:
+    """Settings of packed rows that padded ones, chosen for the user, would silently leave aside."""
+    packing, note = choose_packing(config, model)
+    lost = [
+        f"{name}={getattr(config, name)}"
+        for name, unset in (("max_tokens_per_device", None), ("packed_attention", "auto"))
+        if getattr(config, name) != unset
+    ]
+    if packing != "none" or not lost:
+        return []
+    return [
+        f"{', '.join(lost)}: belongs to packed rows, but {str(note).removeprefix('packing not given: ')}. Fix: "
+        "leave it out, or set packing by name."
+    ]
+
+
+def changing_rope(model: dict[str, Any]) -> int | None:
+    """Positions from which a model's rotary frequencies depend on the longest sequence of its batch; `None`: never."""
+    text = model.get("text_config", model)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if not any((kind.get("rope_type") or kind.get("type")) in {"dynamic", "longrope"} for kind in kinds):
+        return None
+    original = [
+        kind["original_max_position_embeddings"] for kind in kinds if "original_max_position_embeddings" in kind
+    ]
+    found = original[0] if original else text.get("original_max_position_embeddings")
+    limit = found or text.get("max_position_embeddings")
+    return int(limit) if limit else None
+
+
+def rope_problems(config: RunConfig, model: dict[str, Any]) -> list[str]:
+    """Lengths at which a text's reward would depend on what it is batched with, in any layout."""
+    limit = changing_rope(model)
+    if limit is None or config.max_length <= limit or "rope" in config.force:
+        return []
+    return [
+        f"max_length={config.max_length}: beyond {limit} positions this model changes its rotary frequencies by the "
+        "longest sequence of a batch, so that a reward would depend on its neighbours. Fix: "
+        f"--max_length {limit} or less, or add --force rope."
+    ]
 
 
 def choose_packing(config: RunConfig, model: dict[str, Any]) -> tuple[Packing, str | None]:
@@ -125,7 +179,7 @@ def choose_packing(config: RunConfig, model: dict[str, Any]) -> tuple[Packing, s
     if kind not in TESTED_MODEL_TYPES:
         return "none", (
             f"packing not given: none, since {kind} models are not tested with packed rows; "
-            "packing: prefix_shared tries it"
+            "packing: prefix_shared with --force packing tries it"
         )
     return "prefix_shared", "packing not given: prefix_shared, the fastest layout for this model"
 

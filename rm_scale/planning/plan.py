@@ -14,7 +14,7 @@ from typing import Any
 
 from rm_scale.config import ParsedConfig, RunConfig
 from rm_scale.errors import ConfigError, UserError
-from rm_scale.planning.packing import choose_packing, default_max_tokens, packing_problems
+from rm_scale.planning.packing import choose_packing, default_max_tokens, packing_problems, rope_problems
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
 from rm_scale.planning.zero import check_deepspeed_config, offload_device, read_deepspeed_config, zero_stage
 from rm_scale.tiers import size_tier
@@ -156,6 +156,7 @@ def make_plan(
     problems += _check_kernels(config, values, device)
     if model is not None:
         problems += packing_problems(config, model)
+        problems += rope_problems(config, model)
         problems += _check_batch(config, world_size, choose_packing(config, model)[0] != "none")
     if shape is not None:
         problems += _check_model(config, shape, values)
@@ -283,6 +284,11 @@ def _check_batch(config: RunConfig, world_size: int, packed: bool) -> list[str]:
 
 def _check_kernels(config: RunConfig, values: dict[str, Any] | None, device: str) -> list[str]:
     problems = []
+    if config.packed_attention in {"varlen", "flex"} and device == "cpu":
+        reason = "has no backward pass on a CPU" if config.packed_attention == "flex" else "needs a CUDA device"
+        problems.append(
+            f"packed_attention={config.packed_attention} on cpu: {reason}. Fix: leave it out, or use matmul."
+        )
     if config.use_liger_kernel and device != "cuda":
         problems.append(
             f"use_liger_kernel=True on {device}: Liger's kernels are written for GPUs. Fix: leave use_liger_kernel out."

@@ -92,3 +92,11 @@ def test_a_prompt_is_computed_once_for_all_its_completions(lora_run: Path) -> No
     tokens = sum(len(scorer.encoder.encode_one(p, c)) for p, c in zip(prompts, completions, strict=True))
     assert sum(seen) == 64 < tokens  # one row, rounded up
     assert scorer.score([], []) == []
+
+
+def test_impossible_requests_are_refused(lora_run: Path) -> None:
+    scorer = RewardScorer.from_pretrained(lora_run, device="cpu")
+    with pytest.raises(DataError, match="batch_size=0: must be at least 1"):
+        scorer.score(["a"], ["b"], batch_size=0)
+    with pytest.raises(DataError, match="sequence 1 has no tokens"):
+        scorer.score_tokens([[1, 2, 3], []])

