@@ -94,10 +94,6 @@ def test_settings_that_dont_go_together(tmp_path: Path, settings: dict[str, Any]
     assert text in problem(tmp_path, LLAMA, **settings)
 
 
-def test_untested_models_can_be_asked_for(tmp_path: Path) -> None:
-    assert make(tmp_path, {**LLAMA, "model_type": "newcomer"}, packing="padding_free").packing == "padding_free"
-
-
 def test_global_batch_need_not_be_divisible(tmp_path: Path) -> None:
     assert make(tmp_path, LLAMA, world=4, global_batch_size=9).global_batch_size == 9
 
