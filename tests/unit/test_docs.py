@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -50,3 +51,13 @@ def test_training_commands_use_real_settings(document: Path) -> None:
         flags = [word for word in shlex.split(command) if word not in {"...", "--help"}]
         unknown = [problem for problem in parse_config(flags).problems if "no such setting" in problem]
         assert unknown == [], command
+
+
+def test_the_table_of_needs_is_the_planners() -> None:
+    """Run tools/plan_table.py when this fails."""
+    spec = importlib.util.spec_from_file_location("plan_table", REPOSITORY / "tools" / "plan_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (REPOSITORY / "docs" / "planning.md").read_text()
+    assert text.partition(module.BEGIN)[2].partition(module.END)[0].strip() == module.table()
