@@ -178,6 +178,11 @@ class RunConfig(BaseModel):
     disable_tqdm: bool = Field(False, description="No progress bar.")
     sample_scores: int = Field(4, ge=0, description="Groups of the evaluation set whose scores are printed at the end.")
 
+    # --- Planning --------------------------------------------------------------------------------------------------
+    hardware: str | None = Field(
+        None, description="YAML file of `rm-scale bench hardware`: predictions are made with its first device."
+    )
+
     # --- Running -------------------------------------------------------------------------------------------------
     force: list[str] = Field(
         default_factory=list, description="Rules to override by name: " + ", ".join(FORCEABLE_RULES)

@@ -15,7 +15,7 @@ from rm_scale.config import RunConfig
 from rm_scale.data.checks import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
-from rm_scale.distributed import World, agreed_errors, barrier
+from rm_scale.distributed import World, agreed_errors, barrier, detect_world
 from rm_scale.errors import CheckpointError, ConfigError, DataError
 from rm_scale.evaluation.record import evaluation_table, write_evaluation
 from rm_scale.inference.merging import merge_adapter
@@ -27,8 +27,13 @@ from rm_scale.modeling.tokenizers import load_tokenizer
 from rm_scale.packing.batching import Batching, FixedSplit, IntArray, TokenSplit
 from rm_scale.packing.collator import PackedCollator, PaddedCollator
 from rm_scale.packing.layout import packed_length
+from rm_scale.planning.estimate import estimate
+from rm_scale.planning.hardware import device_of_run
+from rm_scale.planning.lengths import GroupLengths, LengthMix
 from rm_scale.planning.packing import fit_budget
 from rm_scale.planning.plan import Plan
+from rm_scale.planning.run_estimate import scenario_of_run
+from rm_scale.planning.shape import shape_from_config
 from rm_scale.reporting.model_card import write_model_card
 from rm_scale.reporting.run_directory import (
     forget_later_metrics,
@@ -41,6 +46,7 @@ from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
 from rm_scale.training.checkpoints import disk_errors_explained, refuse_unsafe_pickles
 from rm_scale.training.losses import LossSettings
 from rm_scale.training.metrics import EvaluationResult
+from rm_scale.training.plan_check import PlanCheck
 from rm_scale.training.trainer import RewardTrainer
 
 logger = get_logger(__name__)
@@ -176,8 +182,35 @@ def build_trainer(
         contract=_contract(config, plan, loaded, encoder, tokenizer),
         shuffle=config.shuffle_train,
         saved_head=loaded.saved_head,
-        callbacks=[StepInLogs(), EarlyWarnings(), MetricsFile(run_folder(config) / "metrics.jsonl")],
+        callbacks=[
+            StepInLogs(),
+            EarlyWarnings(),
+            MetricsFile(run_folder(config) / "metrics.jsonl"),
+            _plan_check(config, plan, loaded, data),
+        ],
     )
+
+
+def _plan_check(config: RunConfig, plan: Plan, loaded: LoadedModel, data: PreparedData) -> PlanCheck:
+    """What the planner says of this run on this machine, with the lengths of its own data."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device, knows_speed = device_of_run(name, config.hardware)
+    shape = shape_from_config(loaded.model.config.to_dict())
+    world = detect_world()
+    nodes = max(1, world.size // world.ranks_on_node)
+    scenario = scenario_of_run(config, plan, shape, device, nodes, _length_mix(data))
+    return PlanCheck(estimate(scenario), run_folder(config) / "plan_check.json", knows_speed)
+
+
+def _length_mix(data: PreparedData, sample: int = 2000) -> LengthMix:
+    sizes = data.train_sizes
+    count = len(sizes.num_tokens)
+    groups = []
+    for place in range(0, count, max(1, count // sample)):
+        responses, prompt = int(sizes.num_responses[place]), int(sizes.prompt_length[place])
+        each = max(1, round(int(sizes.num_tokens[place]) / responses - prompt))
+        groups.append(GroupLengths(prompt, (each,) * responses))
+    return LengthMix(tuple(groups), "the run's training groups", count)
 
 
 def _contract(

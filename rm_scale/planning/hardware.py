@@ -126,7 +126,7 @@ _DEVICES = (
         2e9,
         10 * GBIT,
         devices_per_node=1,
-        context_bytes=0.7e9,
+        context_bytes=0.9e9,
         layer_seconds=0.0,
         sources="placeholder: run `rm-scale bench hardware`",
     ),
@@ -195,6 +195,24 @@ _DRIVER_NAMES = (
     ("4090", "4090"),
     ("3090", "3090"),
 )
+
+
+def device_of_run(driver_name: str | None, file: str | None) -> tuple[Device, bool]:
+    """What a run is compared with, and whether its rates are known.
+
+    Args:
+        driver_name: the GPU's name; `None` on a processor.
+        file: measured figures; its first device counts.
+
+    Raises:
+        ConfigError: the file can't be used.
+    """
+    if file is not None:
+        return next(iter(read_devices(file).values())), True
+    if driver_name is None:
+        return known_devices()["cpu"], False
+    found = device_by_driver_name(driver_name)
+    return (found, True) if found is not None else (known_devices()["a100-80g"], False)
 
 
 def device_by_driver_name(name: str) -> Device | None:

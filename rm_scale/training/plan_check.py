@@ -1,0 +1,139 @@
+"""What a run took beside what was predicted for it: logged, recorded, and warned about when they differ."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rm_scale.logs import get_logger
+from rm_scale.planning.estimate import Estimate
+
+logger = get_logger(__name__)
+
+TOLERANCE = 0.20
+"""A larger relative deviation is a warning."""
+
+WARM_UP_STEPS = 1
+"""Steps that don't count: kernels are compiled and memory is taken in them."""
+
+_UNCERTAIN = ("activations", "gathered_weights", "communication_buffers", "optimizer_step", "framework")
+
+
+class PlanCheck(TrainerCallback):
+    """Compare peak memory and step time with the plan's, at the end of training.
+
+    Args:
+        predicted: what the planner said of this run.
+        path: where both are written.
+        knows_speed: the device's rates are known, so that the time means something.
+    """
+
+    def __init__(self, predicted: Estimate, path: Path, knows_speed: bool) -> None:
+        self.predicted = predicted
+        self.path = path
+        self.knows_speed = knows_speed
+        self.peak = 0
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note a step's time."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the peak over all ranks from the logged metrics."""
+        self.peak = max(self.peak, int((logs or {}).get("peak_memory_bytes", 0)))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare, on the main rank."""
+        if not state.is_world_process_zero or not self.peak:
+            return
+        record = comparison(self.predicted, self.peak, self.seconds[WARM_UP_STEPS:], self.knows_speed)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        logger.info(_summary(record))
+        for warning in record["warnings"]:
+            logger.warning(f"[plan] {warning}")
+
+
+def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed: bool) -> dict[str, Any]:
+    """Predicted and measured figures, and what differs by more than `TOLERANCE`.
+
+    Args:
+        predicted: the plan's estimate.
+        peak: measured peak memory of a rank, bytes.
+        seconds: measured time of each step that counts.
+        knows_speed: compare time too.
+    """
+    record: dict[str, Any] = {
+        "predicted": {
+            "peak_memory_bytes": predicted.peak_memory_bytes,
+            "memory": predicted.memory,
+            "step_seconds": {"low": predicted.time.low, "high": predicted.time.high} if knows_speed else None,
+        },
+        "measured": {"peak_memory_bytes": peak, "step_seconds": median(seconds) if seconds else None},
+        "warnings": [],
+    }
+    deviation = peak / predicted.peak_memory_bytes - 1
+    if abs(deviation) > TOLERANCE:
+        record["warnings"].append(
+            f"peak memory {peak / 1e9:.2f} GB is {deviation:+.0%} off the {predicted.peak_memory_bytes / 1e9:.2f} GB "
+            f"predicted; most likely wrong: {_uncertain_part(predicted)}"
+        )
+    if knows_speed and seconds:
+        record["warnings"] += _time_warnings(predicted, median(seconds))
+    return record
+
+
+def _uncertain_part(predicted: Estimate) -> str:
+    """The largest part that is not known exactly."""
+    parts = {name: predicted.memory.get(name, 0) for name in _UNCERTAIN}
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} ({parts[name] / 1e9:.2f} GB)"
+
+
+def _time_warnings(predicted: Estimate, measured: float) -> list[str]:
+    low, high = predicted.time.low, predicted.time.high
+    nearest = min(max(measured, low), high)
+    deviation = measured / nearest - 1
+    if abs(deviation) <= TOLERANCE:
+        return []
+    device = predicted.scenario.device
+    term = "step_efficiency or matmul_flops" if predicted.time.bound_by == "compute" else "node_bandwidth"
+    return [
+        f"a step takes {measured:.3g} s, {deviation:+.0%} off the {low:.3g} to {high:.3g} s predicted; most likely "
+        f"wrong: {term} of {device.name} (rm-scale bench hardware measures this machine)"
+    ]
+
+
+def _summary(record: dict[str, Any]) -> str:
+    predicted, measured = record["predicted"], record["measured"]
+    text = (
+        f"plan and run: peak memory {predicted['peak_memory_bytes'] / 1e9:.2f} GB predicted, "
+        f"{measured['peak_memory_bytes'] / 1e9:.2f} GB measured"
+    )
+    if measured["step_seconds"] is None:
+        return text
+    band = predicted["step_seconds"]
+    said = f"{band['low']:.3g} to {band['high']:.3g} s predicted" if band else "not predicted for this device"
+    return f"{text}; step {said}, {measured['step_seconds']:.3g} s measured"
