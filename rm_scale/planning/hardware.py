@@ -126,7 +126,7 @@ _DEVICES = (
         2e9,
         10 * GBIT,
         devices_per_node=1,
-        context_bytes=0.9e9,
+        context_bytes=0.8e9,
         layer_seconds=0.0,
         sources="placeholder: run `rm-scale bench hardware`",
     ),

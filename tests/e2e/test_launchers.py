@@ -180,3 +180,20 @@ def test_ranked_lists_ties_and_subsets_train_and_evaluate(tiny_model: Path, tmp_
     evaluation = read_json(tmp_path / "out" / "run" / "evaluation.json")
     assert evaluation["num_pairs"] == 8 * 5  # six comparisons of four responses, one of them a tie
     assert sum(part["num_pairs"] for part in evaluation["subsets"].values()) == 8 * 5
+
+
+def test_launch_plans_tries_rows_and_trains(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """`rm-scale launch --auto_batch`: real trials, then the run itself, with its figures beside the plan's."""
+    output = tmp_path / "run"
+    words = ["launch", "--gpus", "2", "--auto_batch", "--model_name_or_path", str(tiny_model)]
+    words += ["--dataset_path", str(pairs_file), "--output_dir", str(output), "--max_length", "256", "--max_steps", "3"]
+    words += ["--global_batch_size", "8", "--max_tokens_per_device", "1024", "--disable_tqdm", "true"]
+    done = run([sys.executable, "-m", "rm_scale.cli", *words, "--sample_scores", "0", "--eval_strategy", "no"])
+    assert done.code == 0, done.output[-4000:]
+    assert "auto_batch: rows of 1,024 tokens train" in done.output
+    assert "auto_batch: rows of 2,048 tokens train" in done.output  # a rank's whole share: the search ends there
+    assert "--max_tokens_per_device 2048" in done.output
+    record = read_json(output / "run" / "plan_check.json")
+    assert record["measured"]["peak_memory_bytes"] > 0 < record["predicted"]["peak_memory_bytes"]
+    assert "plan and run: peak memory" in done.output
+    assert not output.with_name("run.auto_batch").exists()
