@@ -21,7 +21,7 @@ METHODS = {"full": [], "lora": ["--use_peft"], "qlora": ["--use_peft", "--load_i
 
 def measure_rates(file: Path) -> None:
     """Write the machine's figures."""
-    command = [sys.executable, "-m", "rm_scale.cli", "bench", "hardware", "--output", str(file)]
+    command = [sys.executable, "-m", "rm_scale.cli", "bench", "hardware", "--nproc", "1", "--output", str(file)]
     subprocess.run(command, check=True, cwd=REPOSITORY)
 
 

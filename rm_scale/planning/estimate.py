@@ -196,8 +196,8 @@ def update_bytes(scenario: Scenario) -> int:
 
 
 def collective_bytes(scenario: Scenario) -> int:
-    """NCCL's own buffers: some per device, more across nodes."""
-    if scenario.num_devices == 1 or scenario.device.is_cpu:
+    """NCCL's own buffers: some per device, more across nodes. An engine makes its group on one device too."""
+    if scenario.device.is_cpu or (scenario.num_devices == 1 and scenario.zero_stage is None):
         return 0
     return int(0.5e9 if scenario.num_nodes == 1 else 0.9e9)
 

@@ -115,6 +115,10 @@ class Scenario:
         optimizer_bytes: bytes of optimizer state per trained weight (Adam in fp32: 8); 0: no optimizer.
         gradient_bytes: bytes per gradient; `None`: the weights' own.
         buckets: ZeRO's buffers.
+        fused: element-wise operations run in few kernels (torch.compile, Liger, Transformer Engine).
+        selective_checkpointing: recompute all but attention and every second product (torchtitan); published rows only.
+        tied_head: a language model's head is its embedding.
+        head_chunks: chunks of head="lm_chunked"; `None`: as many as Liger makes.
     """
 
     shape: ModelShape
@@ -142,6 +146,10 @@ class Scenario:
     optimizer_bytes: float = 8
     gradient_bytes: int | None = None
     buckets: Buckets | None = None
+    fused: bool = False
+    selective_checkpointing: bool = False
+    tied_head: bool = False
+    head_chunks: int | None = None
 
     @property
     def largest_tokens(self) -> float:
@@ -161,7 +169,7 @@ class Scenario:
     @cached_property
     def backbone(self) -> list[Tensor]:
         """Parameters that come with the model."""
-        extra = [] if self.head == "score" else [lm_head_tensor(self.shape)]
+        extra = [] if self.head == "score" or self.tied_head else [lm_head_tensor(self.shape)]
         return [*backbone_tensors(self.shape), *extra]
 
     @cached_property
@@ -198,3 +206,8 @@ class Scenario:
     def weight_bytes(self) -> int:
         """Bytes of a weight in the forward pass's copy."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of an element of the matrix products."""
+        return 4 if self.precision == "fp32" else 2

@@ -9,7 +9,8 @@ from rm_scale.planning.advise import Choice, Request
 from rm_scale.planning.estimate import RESERVE, Estimate, activations, tokens_to_hide_communication
 from rm_scale.planning.memory import model_states, partition_elements
 from rm_scale.planning.parameters import total
-from rm_scale.planning.timing import ATTENTION_SHARE, executed_flops, floor_seconds
+from rm_scale.planning.scenario import Scenario
+from rm_scale.planning.timing import ATTENTION_SHARE, compute_parts, executed_flops
 
 _GB = 1e9
 _PARTS = {
@@ -174,6 +175,10 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
 
 
+def _compute_parts(scenario: Scenario) -> str:
+    return ", ".join(f"{name} {seconds(value)}" for name, value in compute_parts(scenario).items() if value)
+
+
 def explanation(estimated: Estimate) -> str:
     """Every formula with the numbers that went in, and where it is from."""
     scenario = estimated.scenario
@@ -205,9 +210,9 @@ def explanation(estimated: Estimate) -> str:
     lines += [
         f"  linear operations {flops.linear:.4g} = 2 x {scenario.load.tokens:,.0f} tokens x weights x passes",
         f"  attention operations {flops.attention:.4g}: causal, sum of squared lengths {scenario.load.squared:,.0f}",
-        f"  computing {estimated.time.compute:.4g} s = {floor_seconds(scenario):.4g} s floor + linear / "
-        f"({device.matmul_flops:.4g} x {device.step_efficiency:g}) + attention / (that x {ATTENTION_SHARE:g}) "
-        f"[{device.sources}]",
+        f"  computing {estimated.time.compute:.4g} s: {_compute_parts(scenario)}; linear operations at "
+        f"{device.matmul_flops:.4g} x {device.step_efficiency:g}, attention at that x {ATTENTION_SHARE:g}; "
+        f"layers take no less than their launches [{device.sources}]",
         f"  communication {estimated.time.communication:.4g} s per micro-step: gathers {sent.gather:.4g} B, within "
         f"nodes {sent.gather_in_node:.4g} B, reduces {sent.reduce:.4g} B, {sent.num_calls:.0f} calls; links "
         f"{device.link_bandwidth:.4g} B/s x {network.LINK_SHARE}, network {device.node_bandwidth:.4g} B/s x "

@@ -5,29 +5,52 @@ A step lies between the longer of computing and communicating (they overlap comp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rm_scale.planning import network
 from rm_scale.planning.compute import StepFlops, linear_parameters, step_flops
+from rm_scale.planning.elementwise import adapter_bytes, layer_bytes
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 
-ATTENTION_SHARES = {"flash1": 0.45}
-"""Rate of older attention kernels over that of linear layers; `ATTENTION_SHARE` for all others."""
+ATTENTION_SHARE = 0.72
+"""Rate of attention kernels over that of linear layers (flash-attention 2 on an A800: 174 of 241 TFLOP/s)."""
 
-ATTENTION_SHARE = 0.73
-"""Rate of attention kernels over that of linear layers (flash-attention 2 on A800: 174 of 238 TFLOP/s)."""
-
-ELEMENTWISE_BYTES = 200.0
-"""Memory traffic of norms, activations, residuals and casts per token, layer and unit of hidden size, forward and
-backward. Every byte kept for the backward pass (45 of them, see `activations`) is written once and read
-more than once; 200 fits small and large models alike (docs/planning_validation.md)."""
+ATTENTION_SHARES = {"flash1": 0.39}
+"""Older kernels: flash-attention 1 and its Triton kin reach 25 to 40 % of an A100's peak where the second reaches 50 to
+73 % (arXiv 2307.08691)."""
 
 BACKWARD_ATTENTION = 2.5
 """Backward over forward operations of attention, which recomputes its weights (flash-attention, arXiv 2205.14135)."""
 
-DEQUANTISE_BYTES = 8.0
-"""Memory traffic per 4-bit weight and pass; litgpt on an A100-40: 3.7 to 7.5 ms per 1e9 weights and pass."""
+MEMORY_SHARE = 0.8
+"""Of a memory's data-sheet bandwidth, what element-wise kernels reach."""
+
+OVERLAP = 0.25
+"""Share of what communication could hide behind computing that it does hide, for a single figure within the band:
+kernels of both kinds compete for the same processors and memory."""
+
+LOGIT_BYTES = 42.0
+"""Memory traffic per logit: written, cast to fp32, shifted, log-softmax, and the same backwards."""
+
+CHUNK_PASSES = 6
+"""Times that a chunked loss moves the head's weight per chunk: read for logits and for their gradient, the chunk's own
+gradient written, and added to the sum (3)."""
+
+ZERO3_LAUNCHES = 2.1
+"""Launch time under ZeRO-3 over that without: its hooks fetch and release each module's weights. Qwen-1.8B and Qwen-7B,
+full fine-tuning at 256 to 2,048 tokens: 10 to 12 ms a layer."""
+
+QUANTISED_LAUNCHES = 1.4
+"""Launch time with 4-bit weights over that without; Qwen-1.8B at 256 to 1,024 tokens: 7.3 against 5.2 ms a layer."""
+
+DEQUANTISE_BYTES = {"nf4": 8.0, "gptq": 20.0}
+"""Memory traffic per 4-bit weight and pass; NF4: litgpt on an A100-40, 3.7 to 7.5 ms per 1e9 weights and pass. GPTQ is
+unpacked by several torch operations (Qwen-7B and 14B at 256 to 4,096 tokens: 11 ms)."""
+
+SELECTIVE_PRODUCTS = 0.5
+"""Share of products that selective checkpointing computes again (torchtitan keeps every second one)."""
 
 UPDATE_BYTES = 30.0
 """Memory traffic of AdamW per weight: master and both moments read and written, gradient read, weight written."""
@@ -71,6 +94,11 @@ class StepTime:
         return self.num_micro_steps * (self.compute + self.communication) + self._once
 
     @property
+    def expected(self) -> float:
+        """A single figure within the band."""
+        return self.high - OVERLAP * (self.high - self.low)
+
+    @property
     def _once(self) -> float:
         return self.step_communication + self.update
 
@@ -110,7 +138,8 @@ def executed_flops(scenario: Scenario) -> ExecutedFlops:
     """Count a micro-step's operations; causal attention at half."""
     shape, load = scenario.shape, scenario.load
     recomputed = 1.0 if scenario.checkpointing else 0.0
-    passes = recomputed + (3.0 if scenario.method == "full" else 2.0)
+    products = SELECTIVE_PRODUCTS if scenario.selective_checkpointing else recomputed
+    passes = products + (3.0 if scenario.method == "full" else 2.0)
     adapters = total(scenario.adapters) * (3.0 + recomputed)
     linear = 2.0 * load.tokens * (linear_parameters(shape) * passes + adapters)
     attention = 2.0 * shape.num_layers * shape.query_size * load.squared * (1.0 + recomputed + BACKWARD_ATTENTION)
@@ -129,34 +158,83 @@ def useful_flops(scenario: Scenario) -> float:
 
 def compute_seconds(scenario: Scenario) -> float:
     """Time of a micro-step's computation on one device."""
+    parts = compute_parts(scenario)
+    head, launches = parts.pop("head"), parts.pop("launches")
+    return max(sum(parts.values()), launches) + head
+
+
+def compute_parts(scenario: Scenario) -> dict[str, float]:
+    """Seconds of a micro-step by part; layers take the sum of theirs, but no less than their launches."""
     flops, device = executed_flops(scenario), scenario.device
     rate = device.matmul_flops * device.step_efficiency
     share = ATTENTION_SHARES.get(scenario.attention, ATTENTION_SHARE)
-    working = (flops.linear + flops.head) / rate + flops.attention / (rate * share)
-    return floor_seconds(scenario) + working + elementwise_seconds(scenario)
+    bandwidth = device.memory_bandwidth * MEMORY_SHARE
+    return {
+        "products": flops.linear / rate,
+        "attention": flops.attention / (rate * share),
+        "elementwise": elementwise_bytes(scenario) / bandwidth,
+        "weights": weight_traffic(scenario) / bandwidth,
+        "dequantising": dequantise_seconds(scenario),
+        "head": flops.head / rate + head_traffic(scenario) / bandwidth,
+        "launches": launch_seconds(scenario),
+    }
 
 
-def elementwise_seconds(scenario: Scenario) -> float:
-    """Operations that move more than they compute; recomputing does a third of them again."""
-    shape, passes = scenario.shape, 4 / 3 if scenario.checkpointing else 1.0
-    moved = ELEMENTWISE_BYTES * passes * scenario.load.tokens * shape.num_layers * shape.hidden_size
-    return moved / scenario.device.memory_bandwidth
+def elementwise_bytes(scenario: Scenario) -> float:
+    """Memory traffic of a micro-step's norms, activations, residuals and adapters."""
+    fused, recomputed = scenario.fused, scenario.checkpointing
+    layers = layer_bytes(scenario.shape, fused).times(scenario.shape.num_layers)
+    adapters = adapter_bytes(scenario.adapters, scenario.lora_dropout > 0, fused)
+    return scenario.load.tokens * (
+        layers.passes(recomputed or scenario.selective_checkpointing) + adapters.passes(recomputed)
+    )
 
 
-def floor_seconds(scenario: Scenario) -> float:
-    """What a micro-step takes however few tokens it has: kernel launches, reading weights, undoing 4-bit weights."""
-    passes = 3 if scenario.checkpointing else 2
-    launches = scenario.shape.num_layers * scenario.device.layer_seconds * passes / 3
-    read = total(scenario.backbone) * scenario.weight_bytes * passes / scenario.device.memory_bandwidth
-    return launches + read + dequantise_seconds(scenario)
+def weight_traffic(scenario: Scenario) -> float:
+    """Weights read in each pass and their gradients written and added: what few tokens can't hide."""
+    passes = _passes(scenario) + (2 if scenario.method == "full" else 0)
+    return linear_parameters(scenario.shape) * passes * scenario.product_bytes
+
+
+def head_traffic(scenario: Scenario) -> float:
+    """Of a language model's head: its logits, or the head's weight once more for each chunk of tokens."""
+    shape, tokens = scenario.shape, scenario.load.tokens
+    if scenario.head == "score":
+        return 0.0
+    if scenario.head == "lm":
+        return LOGIT_BYTES * tokens * shape.vocab_size
+    weight = shape.vocab_size * shape.hidden_size * scenario.product_bytes
+    return head_chunks(scenario) * CHUNK_PASSES * weight + 4 * scenario.product_bytes * tokens * shape.vocab_size
+
+
+def head_chunks(scenario: Scenario) -> int:
+    """Chunks of a fused loss: as many as logits are wider than hidden states, in powers of two (Liger)."""
+    if scenario.head_chunks is not None:
+        return scenario.head_chunks
+    tokens = max(1, round(scenario.load.tokens))
+    wanted = math.ceil(scenario.shape.vocab_size / scenario.shape.hidden_size)
+    return math.ceil(tokens / 2 ** math.ceil(math.log2(math.ceil(tokens / wanted))))
+
+
+def launch_seconds(scenario: Scenario) -> float:
+    """What layers take however few tokens there are: the processor's time to launch their kernels."""
+    factor = ZERO3_LAUNCHES if scenario.zero_stage == 3 else 1.0
+    factor *= QUANTISED_LAUNCHES if scenario.method == "qlora" else 1.0
+    return scenario.shape.num_layers * scenario.device.layer_seconds * factor * _passes(scenario) / 3
+
+
+def _passes(scenario: Scenario) -> int:
+    """Forward, backward, and once more forward where layers are recomputed."""
+    return 3 if scenario.checkpointing else 2
 
 
 def dequantise_seconds(scenario: Scenario) -> float:
     """Turning 4-bit weights into the compute type, in each pass of a micro-step."""
     if scenario.method != "qlora":
         return 0.0
-    passes = 3 if scenario.checkpointing else 2
-    return linear_parameters(scenario.shape) * passes * DEQUANTISE_BYTES / scenario.device.memory_bandwidth
+    moved = DEQUANTISE_BYTES.get(scenario.shape.quantization or "nf4", DEQUANTISE_BYTES["nf4"])
+    weights = linear_parameters(scenario.shape) * _passes(scenario)
+    return weights * moved / (scenario.device.memory_bandwidth * MEMORY_SHARE)
 
 
 def update_seconds(scenario: Scenario) -> float:
@@ -164,10 +242,8 @@ def update_seconds(scenario: Scenario) -> float:
     if not scenario.optimizer_bytes:
         return 0.0
     share = scenario.num_trained / (scenario.num_devices if scenario.zero_stage else 1)
-    if scenario.offload_optimizer == "none":
-        return share * UPDATE_BYTES / scenario.device.memory_bandwidth
-    if scenario.device.is_cpu:
-        return share * UPDATE_BYTES / scenario.device.memory_bandwidth
+    if scenario.offload_optimizer == "none" or scenario.device.is_cpu:
+        return share * UPDATE_BYTES / (scenario.device.memory_bandwidth * MEMORY_SHARE)
     in_node = share * scenario.devices_per_node
     moved = share * 2 * scenario.weight_bytes / HOST_LINK
     if scenario.offload_optimizer == "nvme":

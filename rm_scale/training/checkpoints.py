@@ -45,12 +45,22 @@ def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Ten
             "Fix: keep the previous checkpoint and report this."
         )
     golden = contract.golden_scores
-    scores = score_sequences(model, [g.input_ids for g in golden], contract.pad_token_id, batch_size=1, device="cpu")
+    with _as_in_training(contract):
+        scores = score_sequences(
+            model, [g.input_ids for g in golden], contract.pad_token_id, batch_size=1, device="cpu"
+        )
     check_golden([g.score for g in golden], scores, contract.compute_dtype, str(folder))
     logger.info(
         f"saved and verified {folder}: {len(golden)} texts score the same after a reload "
         f"({time.perf_counter() - started:.1f} s)"
     )
+
+
+def _as_in_training(contract: ScoringContract) -> contextlib.AbstractContextManager[object]:
+    """Products in the run's compute type: fp32 weights were trained under autocast, which can move a reward by 0.4."""
+    if contract.dtype == "float32" and contract.compute_dtype in {"bfloat16", "float16"}:
+        return torch.autocast("cpu", dtype=getattr(torch, contract.compute_dtype))
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
