@@ -6,8 +6,10 @@ traceback only with `--debug`). Everything else is a defect of ours and keeps it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -40,6 +42,17 @@ class ConfigError(UserError):
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
         """Errors travel between ranks; the default would make the whole text the list of problems."""
         return ConfigError, (self.problems, self.heading)
+
+
+def collect_problems(problems: list[str], read: Callable[[], T]) -> T | None:
+    """Run `read` and give its result; on a user's error add what it says to `problems` and give `None`."""
+    try:
+        return read()
+    except ConfigError as error:
+        problems.extend(error.problems)
+    except UserError as error:
+        problems.append(str(error))
+    return None
 
 
 class DataError(UserError):

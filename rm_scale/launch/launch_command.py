@@ -24,7 +24,7 @@ from rm_scale.logs import get_logger
 from rm_scale.planning import text
 from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommend
 from rm_scale.planning.estimate import Estimate, estimate
-from rm_scale.planning.hardware import Device, device_by_driver_name, find_device
+from rm_scale.planning.hardware import Device, device_by_driver_name, device_of_run, find_device
 from rm_scale.planning.lengths import LengthMix, full_rows
 from rm_scale.planning.packing import choose_packing
 from rm_scale.planning.plan import Plan, make_plan
@@ -59,7 +59,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         ConfigError: settings are wrong, or the plan does not fit and was not forced.
     """
     machine = find_machine(options)
-    settings = [*words, *_forced_settings(options.force)]
+    # A run compares itself with the same figures.
+    figures = ["--hardware", str(Path(options.hardware).resolve())] if options.hardware else []
+    settings = [*figures, *words, *_forced_settings(options.force)]
     parsed = parse_config([*_tier_words(options.tier, settings), *settings])
     lengths = measure(parsed)
     settings = [*_tier_words(options.tier, settings), *chosen_settings(parsed, machine, lengths), *settings]
@@ -145,7 +147,7 @@ def local_gpu_names() -> list[str]:
 
 def _device_here(names: list[str], file: str | None) -> Device:
     if not names:
-        return find_device("cpu", file)
+        return device_of_run(None, file)[0]
     found = device_by_driver_name(names[0])
     if found is None:
         raise ConfigError(

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import replace
 
-from rm_scale.errors import ConfigError
+from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.planning import text
 from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommend
 from rm_scale.planning.hardware import GBIT, Device, find_device
@@ -120,8 +120,8 @@ def read_request(options: argparse.Namespace) -> Request:
         ConfigError: everything that is wrong with them.
     """
     problems = _problems(options)
-    device = _collect(problems, lambda: find_device(options.gpu, options.hardware))
-    shape, name = _collect(problems, lambda: read_shape(options.tier, options.model)) or (None, "")
+    device = collect_problems(problems, lambda: find_device(options.gpu, options.hardware))
+    shape, name = collect_problems(problems, lambda: read_shape(options.tier, options.model)) or (None, "")
     if problems:
         raise ConfigError(problems, heading="the plan can't be made")
     assert device is not None and shape is not None
@@ -147,18 +147,6 @@ def read_request(options: argparse.Namespace) -> Request:
         lora_rank=options.lora_r,
         nested_quant=options.use_bnb_nested_quant,
     )
-
-
-def _collect(problems: list[str], read):  # type: ignore[no-untyped-def]
-    from rm_scale.errors import UserError
-
-    try:
-        return read()
-    except ConfigError as error:
-        problems.extend(error.problems)
-    except UserError as error:
-        problems.append(str(error))
-    return None
 
 
 def read_shape(tier: str | None, model: str | None) -> tuple[ModelShape, str]:

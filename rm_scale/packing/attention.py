@@ -64,7 +64,7 @@ def sdpa_attention(
 ) -> torch.Tensor:
     """One call per prompt and one per response, whose keys are the prompt's and its own."""
     if rules.softcap is not None:
-        raise NotImplementedError("sdpa has no soft cap; `check_backend` refuses it before training")
+        raise NotImplementedError("sdpa has no soft cap; `choose_backend` refuses it before training")
     key, value = _repeat_heads(key, query.shape[0]), _repeat_heads(value, query.shape[0])
     parts = []
     for span in layout.spans:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.config import ParsedConfig, RunConfig
-from rm_scale.errors import ConfigError, UserError
+from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.planning.packing import choose_packing, default_max_tokens, packing_problems, rope_problems
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
 from rm_scale.planning.zero import check_deepspeed_config, offload_device, read_deepspeed_config, zero_stage
@@ -143,11 +143,11 @@ def make_plan(
     """
     config = parsed.config
     problems = list(parsed.problems)
-    model = _collect(problems, lambda: _read_model(config)) if config.model_name_or_path else None
-    shape = _collect(problems, lambda: shape_from_config(model)) if model is not None else None
+    model = collect_problems(problems, lambda: _read_model(config)) if config.model_name_or_path else None
+    shape = collect_problems(problems, lambda: shape_from_config(model)) if model is not None else None
     values: dict[str, Any] | None = None
     if config.deepspeed is not None:
-        values = _collect(problems, lambda: read_deepspeed_config(config.deepspeed or ""))
+        values = collect_problems(problems, lambda: read_deepspeed_config(config.deepspeed or ""))
         if values is not None:
             contradictions = check_deepspeed_config(values, config, world_size)
             problems += contradictions
@@ -179,17 +179,6 @@ def require_output_dir(config: RunConfig) -> None:
     problems = _check_output_dir(config)
     if problems:
         raise ConfigError(problems)
-
-
-def _collect(problems: list[str], read: Any) -> Any:
-    """Run `read`; on a user's error note the problem and give `None`."""
-    try:
-        return read()
-    except ConfigError as error:
-        problems.extend(error.problems)
-    except UserError as error:
-        problems.append(str(error))
-    return None
 
 
 def _read_model(config: RunConfig) -> dict[str, Any]:

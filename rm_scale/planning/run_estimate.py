@@ -62,6 +62,7 @@ def scenario_of_run(
         checkpointing=config.gradient_checkpointing,
         packed=plan.max_tokens_per_device is not None,
         attention=_attention(config, device),
+        fused=config.use_liger_kernel or config.torch_compile,
         optimizer_bytes=optimizer_bytes(config.optim),
         buckets=buckets(zero, shape.hidden_size),
     )
