@@ -71,5 +71,9 @@ class CheckpointError(UserError):
     """A save or a reload did not give back the same model."""
 
 
+class DiskError(CheckpointError):
+    """A save could not be written. The run itself is sound, so it may go on without it."""
+
+
 class AssetError(UserError):
     """A model or file that `rm-scale assets` fetches could not be fetched or verified."""

@@ -37,8 +37,9 @@ _SAME_NAME = (
     "eval_on_start",
     "save_strategy",
     "save_steps",
-    "save_total_limit",
     "save_only_model",
+    "save_total_limit",
+    "metric_for_best_model",
     "disable_tqdm",
     "trust_remote_code",
     "max_length",
@@ -80,6 +81,8 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         push_to_hub=False,
+        # Losses are better when smaller; every other metric when larger.
+        greater_is_better=not (config.metric_for_best_model or "").endswith("loss"),
     )
 
 

@@ -124,18 +124,24 @@ class EarlyWarnings(TrainerCallback):
             logger.warning(f"[{name}] {text}")
 
 
-def not_finite_error(num_bad_losses: int, grad_norm: Any, step: int, rows: list[int]) -> TrainingError:
+def not_finite_error(
+    num_bad_losses: int, grad_norm: Any, step: int, suspects: list[str], num_skipped: int, record: Path
+) -> TrainingError:
     """The error that ends a run at a NaN or infinite loss or gradient.
 
     Args:
         num_bad_losses: ranks whose loss is not finite.
         grad_norm: the step's gradient norm, if known.
         step: optimizer step.
-        rows: data set rows of the step on this rank.
+        suspects: the groups of the step whose rewards are not finite, of all ranks.
+        num_skipped: such steps that were skipped before.
+        record: where all rows of the step are listed.
     """
+    named = f"Groups with such rewards: {', '.join(suspects[:8])}. " if suspects else ""
+    before = f" ({num_skipped} such steps were skipped before, as max_nonfinite_steps allows)" if num_skipped else ""
     return TrainingError(
-        f"step {step}: the loss is not finite on {num_bad_losses} ranks (gradient norm {grad_norm}): the "
-        "weights can't be "
-        f"trusted from here on. Rows of this step on this rank: {rows[:16]}. "
-        "Fix: lower learning_rate, check these rows, or resume from the last checkpoint."
+        f"step {step}: the loss is not finite on {num_bad_losses} ranks (gradient norm {grad_norm}){before}: the "
+        f"weights can't be trusted from here on. {named}Rows of this step: {record}. "
+        "Fix: lower learning_rate, check these rows, resume from the last checkpoint, or skip such steps with "
+        "--max_nonfinite_steps."
     )

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
 
-from rm_scale.errors import CheckpointError
+from rm_scale.errors import CheckpointError, DiskError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.contract import ScoringContract, check_golden
 from rm_scale.modeling.head import active_head
 from rm_scale.modeling.loading import load_reward_model
-from rm_scale.modeling.scoring import score_sequences
+from rm_scale.modeling.scoring import as_in_training, score_sequences
 
 logger = get_logger(__name__)
 
@@ -45,7 +46,7 @@ def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Ten
             "Fix: keep the previous checkpoint and report this."
         )
     golden = contract.golden_scores
-    with _as_in_training(contract):
+    with as_in_training(contract, "cpu"):
         scores = score_sequences(
             model, [g.input_ids for g in golden], contract.pad_token_id, batch_size=1, device="cpu"
         )
@@ -56,31 +57,24 @@ def verify_saved(folder: Path, contract: ScoringContract, head_weight: torch.Ten
     )
 
 
-def _as_in_training(contract: ScoringContract) -> contextlib.AbstractContextManager[object]:
-    """Products in the run's compute type: fp32 weights were trained under autocast, which can move a reward by 0.4."""
-    if contract.dtype == "float32" and contract.compute_dtype in {"bfloat16", "float16"}:
-        return torch.autocast("cpu", dtype=getattr(torch, contract.compute_dtype))
-    return contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def disk_errors_explained(folder: str | Path) -> Iterator[None]:
     """Turn a full or failing disk into one clear error.
 
     Raises:
-        CheckpointError: writing below `folder` failed.
+        DiskError: writing below `folder` failed.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
+        raise DiskError(
             f"{folder}: could not be written ({' '.join(str(error).split())[:200]}). What lies there is incomplete. "
             "Fix: free disk space or choose another output_dir, and resume from the last whole checkpoint."
         ) from error
 
 
 def refuse_unsafe_pickles(folder: Path) -> None:
-    """Look through a checkpoint's DeepSpeed files before a resume; DeepSpeed itself would run whatever is in them.
+    """Look through a checkpoint's pickles before a resume; DeepSpeed itself would run whatever is in its own.
 
     Raises:
         CheckpointError: `latest` names a strange folder, or a file holds anything but tensors, plain values and
@@ -92,15 +86,22 @@ def refuse_unsafe_pickles(folder: Path) -> None:
             f"{latest}: names {latest.read_text(encoding='utf-8').strip()!r}, not a global_stepN folder of this "
             "checkpoint. Fix: resume from another checkpoint."
         )
-    for file in sorted(folder.rglob("*.pt")):
+    for file in sorted([*folder.rglob("*.pt"), *folder.rglob("*.pth")]):
         try:
-            with torch.serialization.safe_globals(_deepspeed_classes()):
+            with only_plain_pickles():
                 torch.load(file, map_location="meta", mmap=True, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(
                 f"{file}: can't be read as plain tensors ({' '.join(str(error).split())[:160]}). It is damaged, or "
                 "would run code when it is loaded. Fix: resume from another checkpoint."
             ) from error
+
+
+@contextlib.contextmanager
+def only_plain_pickles() -> Iterator[None]:
+    """`torch.load(weights_only=True)` may build tensors in here, numpy's random state, and DeepSpeed's few classes."""
+    with safe_globals(), torch.serialization.safe_globals(_deepspeed_classes()):
+        yield
 
 
 def _deepspeed_classes() -> list[Any]:

@@ -23,6 +23,8 @@ _SUMS = (
     "processed_tokens",
     "unshared_tokens",
     "useful_flops",
+    "attended",
+    "squares",
 )
 
 
@@ -56,6 +58,16 @@ class StepMeter:
             self.seconds += time.perf_counter() - self._running_since
             self._running_since = None
 
+    @property
+    def is_running(self) -> bool:
+        """True between `resume` and `pause`."""
+        return self._running_since is not None
+
+    def running_seconds(self) -> float:
+        """Time spent training since the last reading."""
+        since = self._running_since
+        return self.seconds + (time.perf_counter() - since if since is not None else 0.0)
+
     @torch.no_grad()
     def add(self, rewards: torch.Tensor, batch: dict[str, Any]) -> None:
         """Count one micro-batch.
@@ -64,7 +76,8 @@ class StepMeter:
             rewards: `(N,)`, one per response.
             batch: the collator's batch.
         """
-        rewards = rewards.detach().float()
+        # A step with NaN or infinite rewards stops the run or is left out; it must not spoil the figures of others.
+        rewards = rewards.detach().float().nan_to_num(0.0, 0.0, 0.0)
         real = batch["row_group"] >= 0
         labelled = batch["pair_target"] != 0.5
         difference = (rewards[batch["pair_better"]] - rewards[batch["pair_worse"]])[labelled]
@@ -88,6 +101,8 @@ class StepMeter:
         self.counts["processed_tokens"] += tokens.processed
         self.counts["real_tokens"] += tokens.real
         self.counts["unshared_tokens"] += tokens.unshared
+        self.counts["attended"] += tokens.attended
+        self.counts["squares"] += tokens.squares
         if self.flops is not None:
             self.counts["useful_flops"] += self.flops.of(tokens.unshared, tokens.squares)
 
@@ -133,6 +148,13 @@ def _as_metrics(ranks: list[dict[str, Any]], peak: float | None) -> dict[str, An
             metrics["useful_flops_per_second_per_device"] = total["useful_flops"] / seconds / len(ranks)
             if peak is not None:
                 metrics["mfu"] = metrics["useful_flops_per_second_per_device"] / peak
+        metrics["num_tokens"] = {
+            "real": int(total["real_tokens"]),
+            "processed": int(total["processed_tokens"]),
+            "effective": int(total["unshared_tokens"]),
+            "attended_pairs": int(total["attended"]),
+            "squares": int(total["squares"]),
+        }
         metrics["effective_tokens_per_second"] = total["unshared_tokens"] / seconds
         metrics["padding_share"] = 1.0 - total["real_tokens"] / total["processed_tokens"]
         metrics["shared_share"] = 1.0 - total["real_tokens"] / total["unshared_tokens"]

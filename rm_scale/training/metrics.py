@@ -25,6 +25,9 @@ class ScoredGroup:
         subset: "" when there is none.
         lengths: K lengths in tokens.
         id: the row's id in its source.
+        source: the file it is from, "" when that does not matter.
+        prompt: the same for groups of one prompt, "" when unknown.
+        content: the same for groups with the same prompt and responses, "" when unknown.
     """
 
     rewards: Sequence[float]
@@ -34,6 +37,9 @@ class ScoredGroup:
     subset: str = ""
     lengths: Sequence[int] = ()
     id: str = ""
+    source: str = ""
+    prompt: str = ""
+    content: str = ""
 
 
 @dataclass
@@ -49,15 +55,28 @@ class PairCounts:
 
     def add(self, group: ScoredGroup, settings: LossSettings, keep_ties: bool) -> None:
         """Count one group. Pairs whose label is a tie have no right answer and only add to the loss."""
+        self.add_decisions(group)
+        loss, terms = _group_loss(group, settings, keep_ties)
+        self.loss_sum += loss
+        self.num_terms += terms
+
+    def add_decisions(self, group: ScoredGroup) -> None:
+        """Count right, wrong and tied pairs of one group, and no loss."""
         for pair in group_pairs(group.ranks, group.margin, group.soft_label, keep_ties=False):
             difference = group.rewards[pair.better] - group.rewards[pair.worse]
             self.num_pairs += 1
             self.num_correct += difference > 0
             self.num_ties += difference == 0
             self.margin_sum += difference
-        loss, terms = _group_loss(group, settings, keep_ties)
-        self.loss_sum += loss
-        self.num_terms += terms
+
+    def merge(self, other: PairCounts) -> None:
+        """Add the sums of other groups."""
+        self.num_pairs += other.num_pairs
+        self.num_correct += other.num_correct
+        self.num_ties += other.num_ties
+        self.margin_sum += other.margin_sum
+        self.loss_sum += other.loss_sum
+        self.num_terms += other.num_terms
 
     def as_dict(self) -> dict[str, Any]:
         """The ratios under the names of `evaluation.json`; a tie of rewards counts as not correct."""
@@ -78,6 +97,7 @@ class EvaluationResult:
     Attributes:
         overall: counts over all groups.
         subsets: counts per subset name; empty when no row has one.
+        sources: counts per source; empty when no group says where it is from.
         score_mean, score_std: over all responses.
         num_scored: responses scored.
         longer_wins: counts of the rule "the longer response is better", over the same pairs.
@@ -86,6 +106,7 @@ class EvaluationResult:
 
     overall: PairCounts = field(default_factory=PairCounts)
     subsets: dict[str, PairCounts] = field(default_factory=dict)
+    sources: dict[str, PairCounts] = field(default_factory=dict)
     score_mean: float = math.nan
     score_std: float = math.nan
     num_scored: int = 0
@@ -116,12 +137,15 @@ def evaluate_groups(groups: Iterable[ScoredGroup], settings: LossSettings, keep_
     rewards: list[float] = []
     for group in groups:
         result.groups.append(group)
-        result.overall.add(group, settings, keep_ties)
-        if group.subset:
-            result.subsets.setdefault(group.subset, PairCounts()).add(group, settings, keep_ties)
+        counts = PairCounts()
+        counts.add(group, settings, keep_ties)
+        result.overall.merge(counts)
+        for name, parts in ((group.subset, result.subsets), (group.source, result.sources)):
+            if name:
+                parts.setdefault(name, PairCounts()).merge(counts)
         if group.lengths:
             by_length = ScoredGroup([float(n) for n in group.lengths], group.ranks, None, group.soft_label)
-            result.longer_wins.add(by_length, settings, keep_ties)
+            result.longer_wins.add_decisions(by_length)
         rewards += group.rewards
     if rewards:
         # fsum makes the sums independent of the order in which ranks delivered the groups.
@@ -139,8 +163,14 @@ def _group_loss(group: ScoredGroup, settings: LossSettings, keep_ties: bool) -> 
     return float(preference_loss(rewards, labels, settings)), num_loss_terms(labels, settings)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927); `(0, 1)` without trials."""
+def wilson_interval(successes: float, trials: float, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927); `(0, 1)` without trials.
+
+    Args:
+        successes: a count; with soft labels a sum of probabilities.
+        trials: how many, or how many independent ones they are worth.
+        z: half-width in standard errors.
+    """
     if trials == 0:
         return (0.0, 1.0)
     p = successes / trials

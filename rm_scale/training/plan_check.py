@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rm_scale.errors import TrainingError
 from rm_scale.logs import get_logger
 from rm_scale.planning.estimate import Estimate
 
@@ -40,6 +44,16 @@ class PlanCheck(TrainerCallback):
         self.peak = 0
         self.seconds: list[float] = []
         self._started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what was predicted, so that it is there when the run doesn't reach its end."""
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            predicted = predicted_record(self.predicted, self.knows_speed)
+            record: dict[str, Any] = {"predicted": predicted, "measured": None, "warnings": []}
+            self.path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,6 +90,56 @@ class PlanCheck(TrainerCallback):
             logger.warning(f"[plan] {warning}")
 
 
+def predicted_memory(trainer: Any) -> Estimate | None:
+    """What the planner said of a trainer's run, if it was asked."""
+    checks = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PlanCheck)]
+    return checks[0].predicted if checks else None
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(predicted: Estimate | None) -> Iterator[None]:
+    """Turn a failed allocation into one that says what the plan expected and what to change.
+
+    Raises:
+        TrainingError: memory ran out in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingError(out_of_memory_text(str(error), predicted)) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    known = ("DefaultCPUAllocator: not enough memory", "DefaultCPUAllocator: can't allocate", "CUDA out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in text for part in known)
+
+
+def out_of_memory_text(seen: str, predicted: Estimate | None) -> str:
+    """What was predicted, by part, beside what happened, and which settings take memory away."""
+    text = f"out of memory: {' '.join(seen.split())[:160]}. "
+    if predicted is not None:
+        parts = sorted(predicted.memory.items(), key=lambda part: part[1], reverse=True)[:3]
+        largest = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts)
+        text += f"The plan predicted a peak of {predicted.peak_memory_bytes / 1e9:.2f} GB per rank ({largest}). "
+    return (
+        f"{text}Fix: a smaller max_tokens_per_device (padded rows: per_device_train_batch_size), a shorter max_length, "
+        "gradient_checkpointing: true, a higher ZeRO stage or offload, LoRA or QLoRA; rm-scale plan compares them, and "
+        "rm-scale launch --auto_batch tries. The last checkpoint can be resumed with any of the first three."
+    )
+
+
+def predicted_record(predicted: Estimate, knows_speed: bool) -> dict[str, Any]:
+    """The planner's figures as they are written."""
+    return {
+        "peak_memory_bytes": predicted.peak_memory_bytes,
+        "memory": predicted.memory,
+        "step_seconds": {"low": predicted.time.low, "high": predicted.time.high} if knows_speed else None,
+    }
+
+
 def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed: bool) -> dict[str, Any]:
     """Predicted and measured figures, and what differs by more than `TOLERANCE`.
 
@@ -86,11 +150,7 @@ def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed
         knows_speed: compare time too.
     """
     record: dict[str, Any] = {
-        "predicted": {
-            "peak_memory_bytes": predicted.peak_memory_bytes,
-            "memory": predicted.memory,
-            "step_seconds": {"low": predicted.time.low, "high": predicted.time.high} if knows_speed else None,
-        },
+        "predicted": predicted_record(predicted, knows_speed),
         "measured": {"peak_memory_bytes": peak, "step_seconds": median(seconds) if seconds else None},
         "warnings": [],
     }
