@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -52,35 +53,77 @@ class Machine:
         return self.per_node * self.nodes
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run with everything that the planner filled in.
+
+    Attributes:
+        settings: words for `rm_scale/train.py`.
+        parsed: what they come to.
+        plan: what will run.
+        lengths: of the data, where they were measured.
+        predicted: what it takes.
+    """
+
+    settings: list[str]
+    parsed: ParsedConfig
+    plan: Plan
+    lengths: LengthMix
+    predicted: Estimate
+
+    def lines(self) -> str:
+        """Plan and prediction, for people."""
+        return "\n".join([self.plan.summary(), *text.estimate_lines(self.predicted)])
+
+
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Plan, check, and start the run; gives its exit code.
 
     Raises:
         ConfigError: settings are wrong, or the plan does not fit and was not forced.
     """
-    machine = find_machine(options)
     # A run compares itself with the same figures.
     figures = ["--hardware", str(Path(options.hardware).resolve())] if options.hardware else []
     settings = [*figures, *words, *_forced_settings(options.force)]
-    parsed = parse_config([*_tier_words(options.tier, settings), *settings])
-    lengths = measure(parsed)
-    settings = [*_tier_words(options.tier, settings), *chosen_settings(parsed, machine, lengths), *settings]
-    parsed = parse_config(settings)
-    plan = make_plan(
-        parsed, machine.world_size, "cpu" if machine.device.is_cpu else "cuda", check_output=not options.dry_run
-    )
-    predicted = estimate(scenario_for(parsed, plan, machine, lengths))
-    print(plan.summary())
-    print("\n".join(text.estimate_lines(predicted)))
-    if not predicted.fits:
-        refuse_or_warn(parsed, machine, lengths, predicted, "plan" in options.force)
+    if options.slurm:
+        from rm_scale.launch.slurm.launch import run as hand_to_slurm
+
+        return hand_to_slurm(options, settings)
+    machine = find_machine(options)
+    planned = plan_run(options.tier, settings, machine, check_output=not options.dry_run)
+    print(planned.lines())
+    refuse_what_does_not_fit(planned, machine, "plan" in options.force)
+    settings = planned.settings
     if options.auto_batch:
-        settings += auto_batch(settings, parsed, plan, machine)
+        settings += auto_batch(settings, planned.parsed, planned.plan, machine)
     command, environment = launch_command(machine, settings)
     print(f"\n{_as_typed(command, environment)}", flush=True)
     if options.dry_run:
         return 0
     return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+
+
+def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_output: bool) -> PlannedRun:
+    """Fill in what the settings leave open, and work out what the run takes.
+
+    Args:
+        tier: whose model is taken unless the settings name one.
+        settings: words for `rm_scale/train.py`.
+        machine: where it will run.
+        check_output: probe that the output directory can be written.
+
+    Raises:
+        ConfigError: settings are wrong.
+    """
+    settings = list(settings)
+    parsed = parse_config([*_tier_words(tier, settings), *settings])
+    lengths = measure(parsed)
+    settings = [*_tier_words(tier, settings), *chosen_settings(parsed, machine, lengths), *settings]
+    parsed = parse_config(settings)
+    device = "cpu" if machine.device.is_cpu else "cuda"
+    plan = make_plan(parsed, machine.world_size, device, check_output=check_output)
+    predicted = estimate(scenario_for(parsed, plan, machine, lengths))
+    return PlannedRun(settings, parsed, plan, lengths, predicted)
 
 
 def _forced_settings(forced: list[str]) -> list[str]:
@@ -108,7 +151,7 @@ def find_machine(options: argparse.Namespace) -> Machine:
         ConfigError: an unknown device, a hostfile that doesn't fit, or impossible counts.
     """
     names = local_gpu_names()
-    device = find_device(options.gpu, options.hardware) if options.gpu else _device_here(names, options.hardware)
+    device = find_device(options.gpu, options.hardware) if options.gpu else device_here(names, options.hardware)
     hosts = read_hostfile(options.hostfile) if options.hostfile else None
     nodes = options.nodes if hosts is None else (options.nodes if options.nodes > 1 else len(hosts))
     if hosts is not None and nodes > len(hosts):
@@ -117,10 +160,7 @@ def find_machine(options: argparse.Namespace) -> Machine:
         )
     if nodes > 1 and hosts is None:
         raise ConfigError(
-            [
-                f"nodes={nodes}: without a hostfile only this machine is known. Fix: --hostfile FILE, or sbatch under "
-                "Slurm."
-            ]
+            [f"nodes={nodes}: without a hostfile only this machine is known. Fix: --hostfile FILE, or --slurm."]
         )
     slots = min(list(hosts.values())[:nodes]) if hosts else len(names) or 1
     per_node = options.gpus or slots
@@ -145,7 +185,12 @@ def local_gpu_names() -> list[str]:
     return names[: len(visible.split(","))] if visible else names
 
 
-def _device_here(names: list[str], file: str | None) -> Device:
+def device_here(names: list[str], file: str | None) -> Device:
+    """The kind of device that the driver names, or that was measured.
+
+    Raises:
+        ConfigError: nobody knows it.
+    """
     if not names:
         return device_of_run(None, file)[0]
     found = device_by_driver_name(names[0])
@@ -265,20 +310,22 @@ def scenario_for(parsed: ParsedConfig, plan: Plan, machine: Machine, lengths: Le
     return scenario_of_run(config, plan, shape, machine.device, machine.nodes, lengths)
 
 
-def refuse_or_warn(
-    parsed: ParsedConfig, machine: Machine, lengths: LengthMix, predicted: Estimate, forced: bool
-) -> None:
+def refuse_what_does_not_fit(planned: PlannedRun, machine: Machine, forced: bool) -> None:
     """Stop a run that does not fit.
 
     Raises:
         ConfigError: it was not forced; what would make it fit is in the text.
     """
+    predicted = planned.predicted
+    if predicted.fits:
+        return
     need = max(predicted.peak_memory_bytes, predicted.load_peak_memory_bytes) / 1e9
     problem = f"the plan needs {need:.1f} GB per device, and there are {predicted.limit_bytes / 1e9:.1f}"
     if forced:
         logger.warning(f"{problem}: started all the same, as --force plan asks")
         return
-    changes = "; ".join(change for change, _ in changes_that_fit(request_for(parsed, machine, lengths))[:4])
+    request = request_for(planned.parsed, machine, planned.lengths)
+    changes = "; ".join(change for change, _ in changes_that_fit(request)[:4])
     raise ConfigError([f"{problem}. Fix: {changes or 'a larger device'}; or --force plan to try it."])
 
 
@@ -291,9 +338,39 @@ def launch_command(machine: Machine, settings: Sequence[str]) -> tuple[list[str]
     environment = {"DS_ACCELERATOR": "cpu"} if machine.device.is_cpu else {}
     if machine.hostfile:
         launcher += ["--hostfile", machine.hostfile, "--num_nodes", str(machine.nodes)]
+        if machine.nodes > 1:
+            check_remote_words(settings)
+            # The name by which the others reach it. Left alone DeepSpeed takes the first of the host's addresses,
+            # which may be a container's or a management network's.
+            launcher += ["--master_addr", next(iter(read_hostfile(machine.hostfile)))]
     count = "--num_accelerators" if machine.device.is_cpu else "--num_gpus"
     launcher += [count, str(machine.per_node), "--master_port", str(_free_port())]
     return [*launcher, str(TRAIN), *settings], environment
+
+
+# What pdsh, ssh and the shell at the other end leave as it is. DeepSpeed quotes words with spaces, and only these.
+_REMOTE_WORD = re.compile(r"[\w@+=:,./ -]+", re.ASCII)
+
+
+def check_remote_words(settings: Sequence[str]) -> None:
+    """Refuse to start over a hostfile what would not arrive as it was typed.
+
+    Raises:
+        ConfigError: pdsh, which DeepSpeed starts other nodes with, is missing; or a shell at the other end would change
+            a word, or run what is in it.
+    """
+    problems = [
+        f"{word!r}: the shells between here and the nodes would change it. Fix: put the setting into a YAML file that "
+        "all nodes see, and give --config FILE."
+        for word in settings
+        if not _REMOTE_WORD.fullmatch(word)
+    ]
+    if shutil.which("pdsh") is None:
+        problems.append(
+            "hostfile: DeepSpeed starts other nodes with pdsh, which is not here. Fix: apt install pdsh, or --slurm."
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _as_typed(command: Sequence[str], environment: dict[str, str]) -> str:
