@@ -1,0 +1,8 @@
+"""Public benchmarks of reward models, read from local files and scored as their authors score them."""
+
+from __future__ import annotations
+
+from rm_scale.evaluation.benchmarks.items import Benchmark, BenchmarkItem
+from rm_scale.evaluation.benchmarks.reading import FORMATS, read_benchmark
+
+__all__ = ["FORMATS", "Benchmark", "BenchmarkItem", "read_benchmark"]
