@@ -87,7 +87,7 @@ class TextEncoder:
         self._description: dict[str, Any] | None = None
         _check_special_tokens(tokenizer, self.rules)
         _check_vocabulary(tokenizer)
-        self._adds_bos = self._tokenizer_adds_bos()
+        self.adds_bos = self._tokenizer_adds_bos()
 
     # --- One text --------------------------------------------------------------------------------------------------
 
@@ -120,13 +120,13 @@ class TextEncoder:
         """
         text, is_chat = self._compose_or_data_error(prompt, response, tools)
         bos = self.tokenizer.bos_token
-        plain = text.removeprefix(bos) if is_chat and self._adds_bos and isinstance(bos, str) else text
+        plain = text.removeprefix(bos) if is_chat and self.adds_bos and isinstance(bos, str) else text
         expected = self._tokenize([text], is_chat)[0]
         if self._call([plain], add_special_tokens=True)[0] == expected:
             return plain
         raise ModelError(
             f"{type(self.tokenizer).__name__}: tokenizer(text) can't give the token ids used in training "
-            f"(it adds BOS: {self._adds_bos}; add_special_tokens={self.rules.add_special_tokens}; conversation: "
+            f"(it adds BOS: {self.adds_bos}; add_special_tokens={self.rules.add_special_tokens}; conversation: "
             f"{is_chat}), so a plain pipeline would score another sequence. "
             "Fix: use a chat template that begins with {{ bos_token }} (--chat_template_path FILE), or score with "
             "rm-scale score."
@@ -150,22 +150,76 @@ class TextEncoder:
     def encode_one(self, prompt: Text, response: Text, tools: list[Any] | None = None) -> list[int]:
         """One text as it is scored: `encode`, and past `max_length` the policy that held in training.
 
-        A text alone is cut by what it is too long itself; in training all responses of a group lost the same tokens.
-
         Raises:
-            DataError: too long, and the policy is not to cut, or the prompt is too short for that.
+            DataError: too long, and the policy is not to cut, or the prompt is too short for that; or as `encode`.
         """
-        ids = self.encode(prompt, response, tools)
+        (found,) = self.encode_many([prompt], [response], [tools])
+        if isinstance(found, RejectedRow):
+            raise DataError(unscorable_text(found)) from None
+        return found
+
+    def encode_many(
+        self, prompts: Sequence[Text], responses: Sequence[Text], tools: Sequence[list[Any] | None] | None = None
+    ) -> list[list[int] | RejectedRow]:
+        """Texts as `encode_one` gives them, with one call of the tokenizer; what can't be scored comes back as why.
+
+        Args:
+            prompts: texts or lists of messages.
+            responses: as many, of the same kind.
+            tools: tool descriptions for the chat template, one entry per prompt.
+        """
+        tools = tools if tools is not None else [None] * len(prompts)
+        results: list[list[int] | RejectedRow] = []
+        texts: dict[bool, list[str]] = {False: [], True: []}
+        places: list[tuple[int, bool, int]] = []
+        for number, (prompt, response, tool) in enumerate(zip(prompts, responses, tools, strict=True)):
+            try:
+                text, is_chat = self._compose(prompt, response, tool)
+            except RejectedRow as rejected:
+                results.append(rejected)
+                continue
+            places.append((number, is_chat, len(texts[is_chat])))
+            texts[is_chat].append(text)
+            results.append([])
+        ids = {is_chat: self._tokenize(batch, is_chat) for is_chat, batch in texts.items()}
+        for number, is_chat, place in places:
+            group = PreferenceGroup(prompts[number], (responses[number],), (0,), tools=tools[number])
+            try:
+                results[number] = self._fit_one(group, ids[is_chat][place])
+            except RejectedRow as rejected:
+                results[number] = rejected
+        return results
+
+    def encode_rendered(self, text: str) -> list[int] | RejectedRow:
+        """A whole text as `render` gives it, the way plain `tokenizer(text)` and so a pipeline reads it.
+
+        What is too long comes back as the reason: a text alone doesn't say what of it is a prompt that could be cut.
+        """
+        ids = self._call([text], add_special_tokens=True)[0]
+        if len(ids) > self.rules.max_length:
+            return RejectedRow("over_long", f"{len(ids)} tokens, max_length is {self.rules.max_length}")
+        return self._problem_of(ids) or ids
+
+    def _problem_of(self, ids: list[int]) -> RejectedRow | None:
+        """Why a sequence has no place to read a score at, or another one than in training."""
+        if self._has_double_bos(ids):
+            return RejectedRow("double_bos", _double_bos_text(self.tokenizer.bos_token))
+        if not ids or ids[-1] == self.tokenizer.pad_token_id:
+            return RejectedRow("ends_with_pad", "no last token that is not padding")
+        return None
+
+    def _fit_one(self, group: PreferenceGroup, ids: list[int]) -> list[int]:
+        """A text alone is cut by what it is too long itself; in training all responses of a group lost the same."""
+        problem = self._problem_of(ids)
+        if problem is not None:
+            raise problem
         if len(ids) <= self.rules.max_length:
             return ids
-        group = PreferenceGroup(prompt, (response,), (0,), tools=tools, source="the text", id="0")
         try:
             cut = self._prompt_cut(group, [ids], len(ids) - 1, len(ids))
-        except RejectedRow as rejected:
-            raise DataError(
-                f"a text is too long to be scored: {rejected.detail}. Fix: shorten the prompt, or train with a longer "
-                "max_length or overlong_policy: truncate_prompt_left."
-            ) from None
+        except DataError:  # overlong_policy "error" ends a training run; a text to be scored is refused alone
+            seen = f"{len(ids)} tokens, max_length is {self.rules.max_length}"
+            raise RejectedRow("over_long", seen) from None
         keep = self._num_leading_bos(ids)
         return ids[:keep] + ids[keep + cut :]
 
@@ -399,6 +453,18 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def _template_facts(template: str | None) -> dict[str, Any]:
     digest = None if template is None else hashlib.sha256(template.encode()).hexdigest()
     return {"chat_template": template, "chat_template_sha256": digest}
+
+
+def unscorable_text(rejected: RejectedRow) -> str:
+    """Why one text can't be scored, and what to do."""
+    if rejected.reason == "over_long":
+        return (
+            f"a text is too long to be scored: {rejected.detail}. Fix: shorten the prompt, or train with a longer "
+            "max_length or overlong_policy: truncate_prompt_left."
+        )
+    if rejected.reason == "double_bos":
+        return rejected.detail
+    return f"{rejected}. Fix: correct this text or the chat template."
 
 
 def _double_bos_text(bos: Any) -> str:

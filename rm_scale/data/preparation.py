@@ -70,6 +70,40 @@ class GroupSizes:
 
 
 @dataclass(frozen=True)
+class Origins:
+    """Where the groups of a set come from, as arrays `(num_groups,)` in their order.
+
+    Attributes:
+        names: of the sources.
+        source: place in `names`.
+        prompt: hash of the prompt (and tools); groups of one prompt have the same.
+        content: hash of prompt and responses. Both depend on the text alone, not on the tokenizer.
+    """
+
+    names: tuple[str, ...]
+    source: IntArray
+    prompt: IntArray
+    content: IntArray
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Encoded groups to evaluate on.
+
+    Attributes:
+        groups: columns as in `PreparedData`.
+        origins: where each is from.
+        sources: what became of the rows, per source.
+        rejected: {"source", "row", "reason", "detail"} per refused row.
+    """
+
+    groups: Dataset
+    origins: Origins
+    sources: tuple[SourceReport, ...]
+    rejected: RejectedRows
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """Encoded data, the report on it, and the rows that were refused.
 
@@ -80,6 +114,7 @@ class PreparedData:
         report: counts and statistics.
         rejected: {"source", "row", "reason", "detail"} per refused row; read from the cache when iterated over.
         train_sizes: sizes of the training groups, in their order.
+        eval_origins: where the evaluation groups are from; `None` without them.
     """
 
     train: Dataset
@@ -87,6 +122,7 @@ class PreparedData:
     report: DataReport
     rejected: RejectedRows
     train_sizes: GroupSizes
+    eval_origins: Origins | None = None
 
 
 class RejectedRows:
@@ -148,7 +184,52 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     log_summary(report)
     rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
     evaluation_set = evaluation.dataset if evaluation else None
-    return PreparedData(train.dataset, evaluation_set, report, rejected, train.group_sizes())
+    eval_origins = evaluation.origins() if evaluation else None
+    return PreparedData(train.dataset, evaluation_set, report, rejected, train.group_sizes(), eval_origins)
+
+
+def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray | None = None) -> EvaluationData:
+    """Read, check and encode data to evaluate on, cached as in `prepare_data`.
+
+    Args:
+        config: what is read is its evaluation data, or without any all of its training data.
+        encoder: how text becomes tokens.
+        only: `Origins.content` of the groups wanted; default the first `max_eval_samples`.
+
+    Raises:
+        DataError: a file can't be read or fits no format, or nothing usable is left.
+        ModelError: conversations without a chat template.
+    """
+    if config.eval_dataset_path:
+        sources = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
+    else:
+        train, evaluation = _sources(config)
+        sources = evaluation or train
+    parts = [_encoded(source, "eval", config, encoder) for source in sources]
+    side = _joined(parts)
+    side = side.limit(config.max_eval_samples) if only is None else side.take(_places(side.groups, only))
+    rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
+    return EvaluationData(side.dataset, side.origins(), tuple(part.report for part in parts), rejected)
+
+
+def _places(contents: IntArray, wanted: IntArray) -> IntArray:
+    return np.flatnonzero(np.isin(contents, wanted))
+
+
+def prepare_held_out(config: RunConfig, encoder: TextEncoder) -> EvaluationData:
+    """The evaluation groups of a run, as its training had them.
+
+    Raises:
+        DataError: the run had none; otherwise as `prepare_data`.
+    """
+    if config.eval_dataset_path:
+        return prepare_evaluation(config, encoder)  # nothing of it depends on the training data
+    data = prepare_data(config, encoder)
+    if data.eval is None or data.eval_origins is None:
+        raise DataError("the run has no evaluation data of its own. Fix: --dataset_path FILE.")
+    splits = {report.split for report in data.report.sources}
+    used = tuple(report for report in data.report.sources if report.split == "eval" or "eval" not in splits)
+    return EvaluationData(data.eval, data.eval_origins, used, data.rejected)
 
 
 def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
@@ -482,6 +563,8 @@ class _Side:
     sizes: IntArray
     prompts: IntArray
     groups: IntArray
+    sources: IntArray
+    source_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -500,6 +583,8 @@ class _Side:
             sizes,
             self.prompts[indices],
             self.groups[indices],
+            self.sources[indices],
+            self.source_names,
         )
 
     def limit(self, count: int | None) -> _Side:
@@ -510,6 +595,10 @@ class _Side:
         """Sizes of the groups, for packing."""
         totals = np.add.reduceat(self.lengths, np.cumsum(self.sizes) - self.sizes)
         return GroupSizes(totals, self.prompt_lengths, self.sizes)
+
+    def origins(self) -> Origins:
+        """Where the groups are from."""
+        return Origins(self.source_names, self.sources, self.prompts, self.groups)
 
     def statistics(self) -> TextStatistics:
         return text_statistics(self.prompt_lengths, self.lengths, self.ranks, self.sizes, self.prompts, self.groups)
@@ -534,6 +623,8 @@ def _joined(parts: Sequence[_Encoded]) -> _Side:
         sizes=_integers(ranks.value_lengths()),
         prompts=_integers(columns["prompt_key"].combine_chunks()),
         groups=_integers(columns["group_key"].combine_chunks()),
+        sources=np.repeat(np.arange(len(parts)), [len(part.used) for part in parts]),
+        source_names=tuple(part.report.name for part in parts),
     )
 
 

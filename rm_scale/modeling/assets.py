@@ -121,7 +121,7 @@ def make_tiny_model(
         model.save_pretrained(folder)
         _check_tokenizer(folder, tokenizer, corpus[:20])
 
-    return _make_asset(directory, marker, build)
+    return make_asset(directory, marker, build)
 
 
 def fetch_smollm2(directory: str | Path) -> Path:
@@ -153,14 +153,23 @@ def fetch_smollm2(directory: str | Path) -> Path:
         logger.info("smollm2-135m: checking the result")
         _check_smollm2(folder)
 
-    return _make_asset(Path(directory), marker, build)
+    return make_asset(Path(directory), marker, build)
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
 
 
-def _make_asset(directory: Path, marker: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """Build an asset next to `directory` and rename it there, unless it is there already."""
+def make_asset(directory: Path, marker: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """Build an asset next to `directory` and rename it there, unless it is there already.
+
+    Args:
+        directory: where it shall lie.
+        marker: what it is: its name, version and parameters. The same marker is the same asset.
+        build: writes its files into the folder it is given.
+
+    Raises:
+        AssetError: the folder holds something else, or can't be written.
+    """
     name = marker["name"]
     if _holds(directory, marker):
         logger.info(f"{name}: {directory} holds it already")
@@ -261,6 +270,11 @@ def _check_tiny_sizes(architecture: str, vocab_size: int, hidden_size: int, laye
 def _default_texts() -> Iterator[str]:
     for pair in generate_pairs(_NUM_DEFAULT_TEXTS, 0, "train"):
         yield pair["prompt"] + pair["chosen"]
+
+
+def default_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerBase:
+    """The tiny models' tokenizer, trained on the synthetic preference set (a second)."""
+    return _train_tokenizer(list(_default_texts()), vocab_size)
 
 
 def _train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,23 @@ class ScoringContract:
 
 # Largest difference between the training model's score and the reloaded one's that kernels and batching can explain.
 SCORE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+def allowed_drift(contract: ScoringContract, dtype: str, scores: Sequence[float] = ()) -> float:
+    """By how much another precision or kernel may move a score: the type's tolerance, or half a standard deviation.
+
+    Real models have large activations, and in bfloat16 kernels of equal right differ by a tenth of a deviation or more;
+    a wrong head or wrong weights are off by whole ones.
+
+    Args:
+        contract: knows the deviation over the evaluation set, if there was one.
+        dtype: the type in question.
+        scores: their deviation stands in where the contract has none; default the golden ones.
+    """
+    scores = list(scores) or [golden.score for golden in contract.golden_scores]
+    scale = max([1.0, *(abs(score) for score in scores)])
+    spread = contract.score_std or (statistics.pstdev(scores) if len(scores) > 1 else 0.0)
+    return max(SCORE_TOLERANCE[dtype] * scale, 0.5 * spread if dtype != "float32" else 0.0)
 
 
 def check_golden(expected: list[float], actual: list[float], dtype: str, where: str) -> None:

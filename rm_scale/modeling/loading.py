@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import cached_file
 
 from rm_scale.config import RunConfig
+from rm_scale.distributed import giving_back_freed_memory
 from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.adapters import add_adapters, keep_4bit_layout_on_cpu, quantization_config
@@ -37,14 +38,17 @@ class LoadedModel:
         head_name: attribute name of the scalar head.
         head_was_found: the weights came with a head, which was kept; otherwise a new one was made.
         saved_head: that head in fp32, `(1, hidden_size)`, since loading rounds it to the backbone's type.
+        record: what loading took, as the run's records name it.
     """
 
     model: PreTrainedModel | PeftModel
     head_name: str
     head_was_found: bool
     saved_head: torch.Tensor | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
+@giving_back_freed_memory()
 def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     """Load the backbone, find or make its scalar head, and add adapters.
 
@@ -108,6 +112,7 @@ def _enable_packing(model: PreTrainedModel, plan: Plan) -> None:
     logger.info(f"packed rows: {plan.packing}, attention {backend} ({plan.device}, {plan.compute_dtype})")
 
 
+@giving_back_freed_memory()
 def load_reward_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from rm_scale.modeling.contract import ScoringContract
 from rm_scale.packing.balancing import split_in_order
 from rm_scale.packing.layout import common_prefix_length, pack_row, packed_length
 from rm_scale.packing.padding import pad_right
 
 # Rows are rounded up to a multiple of this, so that kernels meet fewer shapes.
-_ROW_MULTIPLE = 64
+_ROW_MULTIPLE = 16
+
+
+def as_in_training(contract: ScoringContract, device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Products in the run's compute type: fp32 weights were trained under autocast, which can move a reward by 0.4."""
+    if contract.dtype == "float32" and contract.compute_dtype in {"bfloat16", "float16"}:
+        return torch.autocast(device_type, dtype=getattr(torch, contract.compute_dtype))
+    return contextlib.nullcontext()
 
 
 def batch_rewards(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""What is sent and answered: this package's own form, OpenRLHF's remote reward model, and vLLM's pooling endpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Message = dict[str, JsonValue]
+TextOrMessages = str | list[Message]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ScoreItem(_Strict):
+    """A completion with its prompt; or `messages`, of which the last one is scored; or a whole rendered `text`."""
+
+    prompt: TextOrMessages | None = None
+    completion: TextOrMessages | None = None
+    messages: list[Message] | None = None
+    text: str | None = None
+    tools: list[JsonValue] | None = None
+
+
+class ScoreRequest(_Strict):
+    """Texts to score."""
+
+    items: list[ScoreItem] = Field(min_length=1)
+
+
+class ScoreResponse(_Strict):
+    """Raw scores in the order of the request; normalised ones where the model knows its mean and deviation."""
+
+    model: str
+    scores: list[float]
+    normalized_scores: list[float] | None
+    num_tokens: int
+
+
+class RankRequest(_Strict):
+    """Completions of one prompt."""
+
+    prompt: TextOrMessages = ""
+    completions: list[TextOrMessages] = Field(min_length=1)
+    tools: list[JsonValue] | None = None
+    top_k: int | None = Field(default=None, ge=1)
+
+
+class RankResponse(_Strict):
+    """Scores in the order of the request; `order` holds places from the best on, at most `top_k`; equal scores have
+    equal `ranks` (0 is best)."""
+
+    model: str
+    scores: list[float]
+    order: list[int]
+    ranks: list[int]
+
+
+class OpenRLHFRequest(BaseModel):
+    """`query` holds prompt and response with the template, as OpenRLHF decodes them. Other keys are not used."""
+
+    query: list[str] = Field(min_length=1)
+    prompts: list[Any] | None = None
+    labels: list[Any] | None = None
+
+
+class OpenRLHFResponse(BaseModel):
+    """`rewards` and `scores` are the same; `extra_logs` is logged by the trainer."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]] = {}
+
+
+class PoolingRequest(BaseModel):
+    """Rendered texts, token ids, or a conversation; `use_activation` asks for a probability, not the raw score."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]] | None = None
+    messages: list[Message] | None = None
+    use_activation: bool = False
+    encoding_format: Annotated[str, Field(pattern="^float$")] = "float"
+
+
+class Usage(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class PoolingData(BaseModel):
+    """One score, as a vector of one."""
+
+    index: int
+    object: str = "pooling"
+    data: list[float]
+
+
+class PoolingResponse(BaseModel):
+    """As vLLM's `/pooling`."""
+
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[PoolingData]
+    usage: Usage
+
+
+class ClassificationData(BaseModel):
+    """One score, under the name that vLLM gives probabilities."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int = 1
+
+
+class ClassificationResponse(BaseModel):
+    """As vLLM's `/classify`."""
+
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[ClassificationData]
+    usage: Usage
+
+
+class Problem(BaseModel):
+    """What a refused request gets."""
+
+    detail: str
+    reason: str
+    request_id: str | None = None
+
+
+class Info(BaseModel):
+    """What is served."""
+
+    model: str
+    rm_scale: str
+    max_length: int
+    overlong_policy: str
+    score_mean: float | None
+    score_std: float | None
+    chat_template_sha256: str | None
+    packed: bool
+    limits: dict[str, float | None]
