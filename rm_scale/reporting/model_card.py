@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from rm_scale.config import RunConfig
+from rm_scale.errors import ModelError
+from rm_scale.evaluation.document import EvaluationDocument
+from rm_scale.evaluation.record import write_whole
 from rm_scale.planning.plan import Plan
+from rm_scale.reporting.evaluation_summary import card_section
 from rm_scale.training.metrics import EvaluationResult
+
+CARD_FILE = "README.md"
+# What stands between these is replaced by `rm-scale eval --model_card`; all else in the card is its owner's.
+BEGIN = "<!-- rm_scale:evaluation:begin -->"
+END = "<!-- rm_scale:evaluation:end -->"
 
 
 def write_model_card(folder: Path, config: RunConfig, plan: Plan, result: EvaluationResult | None) -> Path:
@@ -18,9 +27,35 @@ def write_model_card(folder: Path, config: RunConfig, plan: Plan, result: Evalua
         plan: what ran.
         result: the final evaluation, `None` when there was nothing to evaluate on.
     """
-    path = folder / "README.md"
-    parts = [_front_matter(config), _description(config, plan), _results(result), _usage(folder.name, config)]
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path = folder / CARD_FILE
+    results = f"{BEGIN}\n{_results(result)}\n{END}"
+    parts = [_front_matter(config), _description(config, plan), results, _usage(folder.name, config)]
+    write_whole(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def update_model_card(folder: Path, document: EvaluationDocument) -> Path:
+    """Put new results into a card, between its markers; at its end when it has none, and a new card when there is none.
+
+    Raises:
+        ModelError: a card that can't be read, or has one marker without the other.
+    """
+    path = folder / CARD_FILE
+    section = f"{BEGIN}\n{card_section(document)}\n{END}"
+    try:
+        card = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: can't be read ({error}). Fix: mend the card, or leave out --model_card.") from error
+    if (card.count(BEGIN), card.count(END)) == (1, 1) and card.index(BEGIN) < card.index(END):
+        before, rest = card.split(BEGIN)
+        write_whole(path, before + section + rest.split(END)[1])
+        return path
+    if BEGIN in card or END in card:
+        raise ModelError(
+            f"{path}: has {card.count(BEGIN)} times {BEGIN} and {card.count(END)} times {END}; one of each is needed, "
+            "in this order, to know what may be replaced. Fix: mend or delete these two lines."
+        )
+    write_whole(path, f"{card.rstrip()}\n\n{section}\n".lstrip())
     return path
 
 
@@ -81,7 +116,7 @@ def _usage(name: str, config: RunConfig) -> str:
         "## Use",
         "",
         "```python",
-        "from rm_scale.inference.scorer import RewardScorer",
+        "from rm_scale import RewardScorer",
         "",
         f'scorer = RewardScorer.from_pretrained("{name}")',
         'scorer.score(["What is 2 + 2?"], [" 4"])',

@@ -44,6 +44,7 @@ def run_folder(config: RunConfig) -> Path:
 _WRITTEN_BY_A_RUN = (
     "run",
     "checkpoint-*",
+    "later-checkpoint-*",
     "merged",
     "config.json",
     "model*.safetensors*",
@@ -70,12 +71,23 @@ def remove_earlier_run(config: RunConfig) -> None:
 
 
 def forget_later_metrics(config: RunConfig, step: int) -> None:
-    """Cut `metrics.jsonl` back to the checkpoint that a run resumes from; the later steps will be run again."""
-    path = run_folder(config) / "metrics.jsonl"
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    """Cut records by step back to the checkpoint that a run resumes from; the later steps will be run again.
+
+    A line that a killed life left half-written goes too. Written aside and renamed: this life may be killed as well.
+    """
+    for path in (run_folder(config) / "metrics.jsonl", run_folder(config) / "steps.jsonl"):
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            aside = path.with_name(f".{path.name}")
+            aside.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+            aside.rename(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def write_run_records(config: RunConfig, plan: Plan) -> Path:

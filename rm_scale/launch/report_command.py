@@ -1,0 +1,110 @@
+"""`rm-scale report`: a run, or a set of benchmark records, as one self-contained page."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from rm_scale.errors import ConfigError
+from rm_scale.logs import get_logger
+
+logger = get_logger(__name__)
+
+HELP = "a run or benchmark records as one self-contained page"
+DESCRIPTION = (
+    "Write one HTML file that needs no network, from a run's output directory (curves, throughput, memory, restarts, "
+    "data, evaluation) or from benchmark records (tables per tier, plots, predicted beside measured; with --baseline, "
+    "what has become slower). See docs/results.md and benchmarks/README.md."
+)
+EXIT_REGRESSION = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `rm-scale report`."""
+    parser.add_argument("path", nargs="+", type=Path, metavar="RUN_DIR|RECORDS", help="an output directory, or records")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="where to write the page")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE.md", help="the tables of benchmark records as Markdown too"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, nargs="+", metavar="RECORDS", help="compare with these; exit code 1 on a regression"
+    )
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--watch", action="store_true", help="of a run: write it again until the run has ended")
+    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="how often, with --watch")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page; gives the exit code: 1 when --baseline shows a regression."""
+    _check(options)
+    if _is_run(options.path[0]):
+        return _report_run(options)
+    return _report_records(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    problems = []
+    is_run = _is_run(options.path[0])
+    if is_run and len(options.path) > 1:
+        problems.append(f"RUN_DIR: {len(options.path)} given. Fix: one run per page.")
+    for name in ("markdown", "baseline"):
+        if is_run and getattr(options, name):
+            problems.append(f"--{name}: is for benchmark records. Fix: leave it out for a run.")
+    if options.watch and not is_run:
+        problems.append("--watch: is for a run. Fix: leave it out for benchmark records.")
+    if options.every <= 0:
+        problems.append(f"--every {options.every:g}: must be above 0. Fix: 10, say.")
+    for path in (options.output, options.markdown):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            problems.append(f"{path}: not a file in a folder that exists. Fix: another name, or make the folder.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / place / "run_config.yaml").is_file() for place in ("", "run"))
+
+
+def _report_run(options: argparse.Namespace) -> int:
+    from rm_scale.reporting.run_page import RunRecords, build_run_page
+
+    refresh = max(1, round(options.every)) if options.watch else None
+    while True:
+        found = RunRecords(options.path[0])
+        page = build_run_page(found, refresh)
+        page.title = options.title or page.title
+        page.write(options.output)
+        if not options.watch or found.has_ended:
+            break
+        time.sleep(options.every)
+    logger.info(f"report: {options.output}")
+    return 0
+
+
+def _report_records(options: argparse.Namespace) -> int:
+    from rm_scale.reporting.benchmark_page import build_page, markdown
+    from rm_scale.reporting.record_tables import changes
+    from rm_scale.reporting.records import RecordError, read_records
+
+    found = read_records(options.path)
+    baseline = read_records(options.baseline) if options.baseline else None
+    for file, reason in [*found.refused, *(baseline.refused if baseline else ())]:
+        logger.warning(f"{file} is left out: {reason}")
+    if not found.records:
+        places = ", ".join(map(str, options.path))
+        raise RecordError(
+            f"{places}: no record that can be shown, and no run. Fix: python benchmarks/throughput.py writes records, "
+            "rm_scale/train.py runs."
+        )
+    page = build_page(found, baseline, *([options.title] if options.title else []))
+    page.write(options.output)
+    if options.markdown:
+        options.markdown.write_text(markdown(found, baseline), encoding="utf-8")
+    logger.info(f"report of {len(found.records)} records: {options.output}")
+    if baseline is None:
+        return 0
+    worse = [one for one in changes(baseline.records, found.records)[0] if one.verdict.startswith("regression")]
+    for change in worse:
+        logger.warning(f"regression: {change.case.model} {change.case.method} {change.case.packing}")
+    return EXIT_REGRESSION if worse else 0

@@ -1,0 +1,318 @@
+"""One measured case of a benchmark: the versioned record, its checksum, and what is derived from its steps.
+
+A record keeps every step's figures; rates and percentiles are computed from them when they are shown, so a report can't
+show a number that is in no record. The checksum covers everything but itself: a record edited by hand is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rm_scale.errors import UserError
+
+SCHEMA = "rm_scale.benchmark/1"
+Status = Literal["ok", "out_of_memory", "failed", "killed", "skipped"]
+
+
+class RecordError(UserError):
+    """A record that can't be used: of another schema, edited, or no record."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Case(_Strict):
+    """What was measured. Two records of equal cases are repetitions."""
+
+    system: str = Field(description="rm_scale, or a peer: trl")
+    model: str = Field(description="name of the model or of the tier whose shape it has")
+    num_parameters: int | None = Field(None, description="of the backbone")
+    method: Literal["full", "lora", "qlora"]
+    packing: str = Field(description="none, padding_free or prefix_shared; a peer's own layout: padding")
+    zero_stage: Literal[0, 1, 2, 3]
+    offload: bool = Field(False, description="optimizer state and weights on the host")
+    num_ranks: int
+    num_nodes: int = 1
+    global_batch_size: int = Field(description="groups per optimizer step, over all ranks")
+    micro_batch: str = Field(description="what a micro-step holds: tokens of a packed row, or groups of padded rows")
+    max_length: int
+    gradient_checkpointing: bool
+    compute_dtype: str
+    data: str = Field(description="file's name, or the synthetic length mix")
+    repeat: int = Field(1, description="number of the repetition")
+
+
+class Step(_Strict):
+    """One optimizer step. Counts are sums over all ranks."""
+
+    step: int
+    seconds: float
+    pairs: int
+    real_tokens: int
+    processed_tokens: int
+    effective_tokens: int = Field(description="with the prompt counted once per response")
+    useful_flops: float | None = None
+    executed_flops: float | None = None
+    data_wait_seconds: float | None = None
+    communication_seconds: float | None = None
+    energy_joules: float | None = None
+    loss: float | None = None
+
+
+class Memory(_Strict):
+    """Highest of all ranks; `None` where there is no such kind."""
+
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    host_bytes: int | None = None
+
+
+class Prediction(_Strict):
+    """What the planner said of this case. Never a measurement."""
+
+    peak_memory_bytes: int
+    memory: dict[str, int]
+    step_seconds: dict[str, float] | None = None
+
+
+class Record(_Strict):
+    """A case, how it was run, where, and what came of it."""
+
+    schema_name: Literal["rm_scale.benchmark/1"] = Field("rm_scale.benchmark/1", alias="schema")
+    status: Status
+    reason: str = Field("", description="why there are no figures, or what is missing")
+    case: Case
+    warmup_steps: int
+    steps: list[Step] = Field(default_factory=list)
+    memory: Memory = Memory()
+    load_seconds: float | None = None
+    load_peak_memory_bytes: int | None = None
+    seconds_to_training: float | None = None
+    predicted: Prediction | None = None
+    peak_flops_per_device: float | None = Field(None, description="maker's figure, dense; MFU and HFU need it")
+    matmul_flops_per_device: float | None = Field(None, description="measured on large products")
+    energy_source: str = ""
+    data_statistics: dict[str, float] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict, description="all settings of the run")
+    plan: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict, description="versions, commit, device")
+    hardware: dict[str, Any] = Field(default_factory=dict, description="as measured by rm-scale bench hardware")
+    protocol: dict[str, Any] = Field(default_factory=dict, description="command, date, load of the machine")
+    checksum: str = ""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @property
+    def name(self) -> str:
+        """Of its file: unlike for unlike cases."""
+        return case_name(self.case)
+
+    @property
+    def counted(self) -> list[Step]:
+        """The steps behind the warm-up."""
+        return self.steps[self.warmup_steps :]
+
+    def sealed(self) -> Record:
+        """The same with its checksum."""
+        return self.model_copy(update={"checksum": checksum(self.as_dict())})
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return dict(json.loads(self.model_dump_json(by_alias=True)))
+
+
+def case_name(case: Case) -> str:
+    """A file name that says what was measured; settings without a word in it are in its hash."""
+    words = [case.system, case.model, case.method, case.packing, f"zero{case.zero_stage}"]
+    words += ["offload"] if case.offload else []
+    words += [f"{case.num_nodes}n{case.num_ranks}r"]
+    rest = json.dumps(case.model_dump(exclude={"num_parameters"}), sort_keys=True)
+    words += [f"r{case.repeat}", hashlib.sha256(rest.encode()).hexdigest()[:8]]
+    return "-".join(str(word).replace("/", "_").replace(" ", "_") for word in words)
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Of a record's content, however it is indented; its own field left out."""
+    plain = {key: value for key, value in content.items() if key != "checksum"}
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Write it sealed, whole or not at all; gives the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.name}.json"
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(json.dumps(record.sealed().as_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """A record, if it is one and as it was written.
+
+    Raises:
+        RecordError: another schema version, edited by hand, or no record.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: can't be read as JSON ({error}). Fix: run the case again.") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise RecordError(
+            f"{path}: schema {schema!r}, and this version reads {SCHEMA!r}. Fix: run the case again, or read it with "
+            "the version of rm_scale that wrote it."
+        )
+    if content.get("checksum") != checksum(content):
+        raise RecordError(
+            f"{path}: the checksum does not fit the content, so it was changed after it was measured. "
+            "Fix: run the case again; records are not edited."
+        )
+    try:
+        return Record.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RecordError(f"{path}: {place}: {first['msg']}. Fix: run the case again.") from error
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records of a folder, and the files that could not be used, each with its reason."""
+
+    records: tuple[Record, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def read_records(paths: Iterable[Path]) -> RecordSet:
+    """All records of files and folders (searched through). Nothing is left out silently.
+
+    Files named `hardware.*` and those whose schema is not a benchmark's at all (other benchmarks write there too) are
+    no records.
+
+    Raises:
+        RecordError: a path is neither a file nor a folder.
+    """
+    records: list[Record] = []
+    refused: list[tuple[str, str]] = []
+    for path in paths:
+        if not path.exists():
+            raise RecordError(f"{path}: no such file or folder. Fix: give a folder of records.")
+        for file in [path] if path.is_file() else sorted(path.rglob("*.json")):
+            if path.is_dir() and not _claims_to_be_one(file):
+                continue
+            try:
+                records.append(read_record(file))
+            except RecordError as error:
+                refused.append((file.name, str(error).removeprefix(f"{file}: ")))
+    return RecordSet(tuple(records), tuple(refused))
+
+
+def _claims_to_be_one(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return '"rm_scale.benchmark/' in stream.read(200)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+# --- What is derived -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Figures of a case over its counted steps. `None` where one is undefined or was not measured.
+
+    Attributes:
+        pairs_per_second: per device, as are all rates.
+        real_tokens_per_second: tokens that are not padding.
+        processed_tokens_per_second: with padding.
+        effective_tokens_per_second: as if no prompt were shared: what the work is worth.
+        step_seconds_p50, step_seconds_p95: of a step.
+        mfu: useful FLOPs (unshared, real tokens; a frozen weight counted twice, a trained one three times; attention
+            causal; no embedding, no head) over the maker's peak.
+        hfu: executed FLOPs (padding, recomputation and adapters in, a shared prompt once) over the same.
+        useful_share, executed_share: the same over the rate that was measured on large products.
+        data_wait_share, communication_share: of the steps' time on the main rank.
+        joules_per_pair: of what the record's energy source counts.
+    """
+
+    pairs_per_second: float
+    real_tokens_per_second: float
+    processed_tokens_per_second: float
+    effective_tokens_per_second: float
+    step_seconds_p50: float
+    step_seconds_p95: float
+    mfu: float | None
+    hfu: float | None
+    useful_share: float | None
+    executed_share: float | None
+    data_wait_share: float | None
+    communication_share: float | None
+    joules_per_pair: float | None
+
+
+def measures(record: Record) -> Measures | None:
+    """The figures of a record; `None` for one without counted steps.
+
+    Each rate is the median of the steps' own rates, so that one disturbed step does not decide; shares are of sums.
+    """
+    steps = record.counted
+    if record.status != "ok" or not steps:
+        return None
+    devices = record.case.num_ranks
+    seconds = [step.seconds for step in steps]
+
+    def rate(name: str) -> float | None:
+        values = [getattr(step, name) for step in steps]
+        if any(value is None for value in values):
+            return None
+        return median(value / step.seconds for value, step in zip(values, steps, strict=True)) / devices
+
+    def share(name: str) -> float | None:
+        values = [getattr(step, name) for step in steps]
+        return None if any(value is None for value in values) else sum(values) / sum(seconds)
+
+    def over(value: float | None, peak: float | None) -> float | None:
+        return value / peak if value is not None and peak else None
+
+    useful, executed, joules = rate("useful_flops"), rate("executed_flops"), share("energy_joules")
+    pairs = rate("pairs") or 0.0
+    return Measures(
+        pairs_per_second=pairs,
+        real_tokens_per_second=rate("real_tokens") or 0.0,
+        processed_tokens_per_second=rate("processed_tokens") or 0.0,
+        effective_tokens_per_second=rate("effective_tokens") or 0.0,
+        step_seconds_p50=median(seconds),
+        step_seconds_p95=percentile(seconds, 0.95),
+        mfu=over(useful, record.peak_flops_per_device),
+        hfu=over(executed, record.peak_flops_per_device),
+        useful_share=over(useful, record.matmul_flops_per_device),
+        executed_share=over(executed, record.matmul_flops_per_device),
+        data_wait_share=share("data_wait_seconds"),
+        communication_share=share("communication_seconds"),
+        joules_per_pair=None if joules is None else joules * sum(seconds) / max(1, sum(step.pairs for step in steps)),
+    )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of all does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
+
+
+def peak_memory_bytes(record: Record) -> int | None:
+    """What counts as a device's memory: allocated on a GPU, resident on a processor."""
+    return record.memory.allocated_bytes or record.memory.host_bytes
