@@ -13,7 +13,7 @@ import platform
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from rm_scale.errors import UserError
 from rm_scale.launch.ranks import num_local_ranks, start_ranks
 from rm_scale.logs import get_logger
 from rm_scale.planning.hardware import GIB, Device, known_devices
+from rm_scale.planning.scenario import RowLoad, Scenario
+from rm_scale.planning.shape import shape_from_config
+from rm_scale.planning.timing import compute_parts
 
 logger = get_logger(__name__)
 
@@ -46,6 +49,25 @@ class Product:
     inputs: int
     outputs: int
     flops: float
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Decoder layers of a Llama, forward and backward with all gradients.
+
+    Attributes:
+        rows, tokens: sequences at once, and the length of each.
+        hidden_size, intermediate_size, num_heads, num_layers: the shape.
+        seconds: the slowest rank's median while all ranks work.
+    """
+
+    rows: int
+    tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_layers: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,7 @@ class Measured:
         num_threads: of each rank, on a CPU.
         memory_bytes: that one process can have.
         products: by shape.
+        layers: whole decoder layers, narrow and wide ones.
         memory_bandwidth: bytes/s of one rank, by kind: copy (1 read, 1 write) and triad (2 reads, 1 write).
         backend: gloo or nccl; empty for one rank.
         transfers: collectives by size.
@@ -103,6 +126,7 @@ class Measured:
     num_threads: int
     memory_bytes: float
     products: tuple[Product, ...]
+    layers: tuple[Layers, Layers]
     memory_bandwidth: dict[str, float]
     backend: str
     transfers: tuple[Transfer, ...]
@@ -113,7 +137,8 @@ class Measured:
         """The inverse of `asdict`."""
         products = tuple(Product(**item) for item in values["products"])
         transfers = tuple(Transfer(**item) for item in values["transfers"])
-        return cls(**{**values, "products": products, "transfers": transfers})
+        narrow, wide = (Layers(**item) for item in values["layers"])
+        return cls(**{**values, "products": products, "layers": (narrow, wide), "transfers": transfers})
 
     @property
     def best(self) -> Product:
@@ -136,6 +161,11 @@ class Measured:
         """Bytes/s: the middle one of the three collectives; `None` when none could be fitted."""
         rates = sorted(link.bandwidth for link in self.links().values())
         return rates[len(rates) // 2] if rates else None
+
+    def collective_seconds(self) -> float | None:
+        """Start of a collective: the middle one of the three; `None` when none could be fitted."""
+        starts = sorted(link.latency_seconds for link in self.links().values())
+        return starts[len(starts) // 2] if starts else None
 
 
 TYPICAL = "MLP of a 7B model"
@@ -283,17 +313,78 @@ def device_entry(measured: Measured) -> dict[str, Any]:
         "memory_bytes": int(measured.memory_bytes),
         "devices_per_node": measured.num_ranks,
     }
+    if measured.device == "cpu":
+        # Their instruction sets differ too much for one figure of all.
+        shares = step_shares(measured, entry)
+        entry["step_efficiency"], entry["elementwise_share"] = (_round(share) for share in shares)
     if not known:
         # No data sheet at hand: the best rate seen.
         entry["peak_flops"] = entry["matmul_flops"]
     link = measured.link_bandwidth()
     if link is not None:
         entry["link_bandwidth"] = _round(link)
+        entry["collective_seconds"] = _round(measured.collective_seconds() or 0.0)
     entry["sources"] = (
         f"measured by rm-scale bench hardware with {measured.num_ranks} ranks at once, {measured.dtype}, torch "
         f"{measured.versions['torch']}; the rest as {like.name}"
     )
     return entry
+
+
+def step_shares(measured: Measured, entry: dict[str, Any]) -> tuple[float, float]:
+    """What a step makes of the products' rate and of the memory's, by the narrow and the wide layers' times.
+
+    The planner's time of layers is a sum of work at either rate. Two shapes, in which the two weigh differently, give
+    both shares; one that would come out above 1 is 1, and the other then explains the rest.
+
+    Args:
+        measured: holds the layers.
+        entry: rates of the device, as far as they are known.
+
+    Returns:
+        `step_efficiency` and `elementwise_share`.
+    """
+    device = replace(
+        like_device(measured),
+        step_efficiency=1.0,
+        elementwise_share=1.0,
+        **{name: entry[name] for name in ("matmul_flops", "memory_bandwidth")},
+    )
+    work = [layer_seconds(layers, device) for layers in measured.layers]
+    # seconds = rated / step_efficiency + moved / elementwise_share, relative to each time.
+    rated = [first / layers.seconds for (first, _), layers in zip(work, measured.layers, strict=True)]
+    moved = [second / layers.seconds for (_, second), layers in zip(work, measured.layers, strict=True)]
+    determinant = rated[0] * moved[1] - rated[1] * moved[0]
+    if determinant:
+        by_rate, by_memory = (moved[1] - moved[0]) / determinant, (rated[0] - rated[1]) / determinant
+        if by_rate >= 1 and by_memory >= 1:
+            return 1 / by_rate, 1 / by_memory
+        if by_memory < 1:
+            return 1 / max(1.0, _explained_by(rated, [1 - part for part in moved])), 1.0
+    return 1.0, 1 / max(1.0, _explained_by(moved, [1 - part for part in rated]))
+
+
+def _explained_by(parts: Sequence[float], rests: Sequence[float]) -> float:
+    """The factor of `parts` that comes nearest to `rests` (least squares)."""
+    return sum(part * rest for part, rest in zip(parts, rests, strict=True)) / sum(part * part for part in parts)
+
+
+def layer_seconds(layers: Layers, device: Device) -> tuple[float, float]:
+    """The planner's seconds of these layers: in products and attention, and in moving memory."""
+    heads = {"num_attention_heads": layers.num_heads, "num_key_value_heads": layers.num_heads}
+    sizes = {"hidden_size": layers.hidden_size, "intermediate_size": layers.intermediate_size, "vocab_size": 8}
+    shape = shape_from_config({"model_type": "llama", "num_hidden_layers": layers.num_layers, **sizes, **heads})
+    tokens, squared = layers.rows * layers.tokens, layers.rows * layers.tokens**2
+    scenario = Scenario(
+        shape=shape,
+        device=device,
+        num_devices=1,
+        load=RowLoad(tokens, squared, tokens, squared, layers.rows / 2, layers.rows),
+        zero_stage=None,
+        checkpointing=False,
+    )
+    parts = compute_parts(scenario)
+    return parts["products"] + parts["attention"], parts["elementwise"] + parts["weights"]
 
 
 def _is_named(measured: Measured) -> bool:
@@ -337,6 +428,8 @@ def as_table(name: str, measured: Measured) -> str:
     lines = [f"{name}: {measured.device_name}; ranks at once: {measured.num_ranks}, {each}; figures are per rank", ""]
     lines += [f"matrix products, {measured.dtype}"]
     lines += [_product_line(product, measured) for product in measured.products]
+    lines += ["", "decoder layers, forward and backward"]
+    lines += [_layers_line(layers) for layers in measured.layers]
     lines += ["", "memory"]
     lines += [f"  {kind:<20} {rate / 1e9:10.1f} GB/s" for kind, rate in measured.memory_bandwidth.items()]
     lines += [f"  {'available':<20} {measured.memory_bytes / GIB:10.1f} GiB"]
@@ -359,6 +452,11 @@ def _product_line(product: Product, measured: Measured) -> str:
     ]
     note = f"  <- {', '.join(notes)}" if notes else ""
     return f"  {product.what:<20} {shape:>20} {product.flops / 1e12:9.3f} TFLOP/s{note}"
+
+
+def _layers_line(layers: Layers) -> str:
+    shape = f"{layers.num_layers} x {layers.hidden_size}, {layers.rows * layers.tokens} tokens"
+    return f"  {shape:<20} {layers.seconds * 1e3:18.1f} ms"
 
 
 def _transfer_line(transfer: Transfer) -> str:

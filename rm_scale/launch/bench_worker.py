@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rm_scale.distributed import (
     init_process_group,
     prepare_environment,
 )
-from rm_scale.launch.bench_hardware import MIB, TYPICAL, Measured, Product, Transfer
+from rm_scale.launch.bench_hardware import MIB, TYPICAL, Layers, Measured, Product, Transfer
 from rm_scale.launch.guard import leave
 
 # Width of inputs and outputs; tokens are chosen so that one product takes a fitting time.
@@ -35,7 +35,7 @@ _LAYERS = (
 )
 _MAX_TOKENS = 8192
 _MIN_TOKENS = 256
-_SHARES = {"products": 0.45, "memory": 0.15, "transfers": 0.4}
+_SHARES = {"products": 0.35, "layers": 0.15, "memory": 0.15, "transfers": 0.35}
 """Of the time."""
 _SIZES = tuple(4**power * MIB for power in range(5))
 """Bytes: 1, 4, 16, 64, 256 MiB."""
@@ -70,6 +70,8 @@ def measure_rank(world: World, seconds: float) -> Measured:
     memory = available_bytes(device, world)
     dtype = product_dtype(device)
     products = tuple(time_products(device, dtype, memory, _SHARES["products"] * seconds))
+    share = _SHARES["layers"] * seconds / 2
+    narrow, wide = (time_layers(layers, device, dtype, share) for layers in layers_to_time(device.type))
     bandwidth = time_memory(device, memory, _SHARES["memory"] * seconds)
     transfers = tuple(time_transfers(world, device, memory, _SHARES["transfers"] * seconds)) if world.size > 1 else ()
     return Measured(
@@ -80,6 +82,7 @@ def measure_rank(world: World, seconds: float) -> Measured:
         num_threads=torch.get_num_threads(),
         memory_bytes=memory,
         products=products,
+        layers=(narrow, wide),
         memory_bandwidth=bandwidth,
         backend="" if world.size == 1 else "nccl" if device.type == "cuda" else "gloo",
         transfers=transfers,
@@ -192,6 +195,44 @@ def time_products(device: Any, dtype: Any, memory_bytes: float, budget_seconds: 
 
         seconds = median_seconds(product, device, 0.6 * share)
         yield Product(what, tokens, inputs, outputs, 2.0 * tokens * inputs * outputs / seconds)
+
+
+def layers_to_time(device_type: str) -> tuple[Layers, Layers]:
+    """Narrow and wide ones: of the models that are trained on such a device."""
+    if device_type == "cuda":
+        return Layers(4, 1024, 2048, 8192, 32, 2, 0.0), Layers(4, 1024, 4096, 11008, 32, 1, 0.0)
+    return Layers(4, 256, 576, 1536, 9, 2, 0.0), Layers(2, 256, 2048, 5632, 32, 1, 0.0)
+
+
+def time_layers(layers: Layers, device: Any, dtype: Any, budget_seconds: float) -> Layers:
+    """Whole decoder layers, forward and backward: what a step makes of the rates of products and memory.
+
+    Args:
+        layers: their shape.
+        device: where.
+        dtype: of weights and hidden states.
+        budget_seconds: for all repeats.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=layers.hidden_size,
+        intermediate_size=layers.intermediate_size,
+        num_attention_heads=layers.num_heads,
+        num_key_value_heads=layers.num_heads,
+        num_hidden_layers=layers.num_layers,
+        attn_implementation="sdpa",
+    )
+    model = LlamaModel(config).to(device=device, dtype=dtype)
+    inputs = torch.randn(layers.rows, layers.tokens, layers.hidden_size, device=device).to(dtype).requires_grad_()
+
+    def pass_through() -> None:
+        model(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
+        model.zero_grad()
+
+    return replace(layers, seconds=median_seconds(pass_through, device, budget_seconds))
 
 
 def fitting_tokens(flops: float, inputs: int, outputs: int) -> int:

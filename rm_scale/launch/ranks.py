@@ -57,7 +57,7 @@ def start_ranks(
         command = [*launcher, "--no_local_rank", "--module", module, *arguments]
     process = subprocess.Popen(
         command,
-        env=_environment(),
+        env=launcher_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -101,7 +101,7 @@ def num_local_ranks(asked: int | None, default_on_cpu: int) -> int:
     return asked
 
 
-def _environment() -> dict[str, str]:
+def launcher_environment() -> dict[str, str]:
     """Ours, without the traces of an earlier launcher."""
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     # DeepSpeed's launcher looks for accelerators itself, so it must be told when there are none.

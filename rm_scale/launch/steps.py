@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +13,12 @@ import torch
 import trl
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 
 from rm_scale.config import RunConfig
 from rm_scale.data.checks import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
-from rm_scale.distributed import World, agreed_errors, barrier, detect_world
+from rm_scale.distributed import World, agreed_errors, detect_world, gather_from_ranks
 from rm_scale.errors import CheckpointError, ConfigError, DataError
 from rm_scale.evaluation.record import evaluation_table, write_evaluation
 from rm_scale.inference.merging import merge_adapter
@@ -31,7 +34,7 @@ from rm_scale.planning.estimate import estimate
 from rm_scale.planning.hardware import device_of_run
 from rm_scale.planning.lengths import GroupLengths, LengthMix
 from rm_scale.planning.packing import fit_budget
-from rm_scale.planning.plan import Plan
+from rm_scale.planning.plan import Plan, require_output_dir
 from rm_scale.planning.run_estimate import scenario_of_run
 from rm_scale.planning.shape import shape_from_config
 from rm_scale.reporting.model_card import write_model_card
@@ -44,10 +47,16 @@ from rm_scale.reporting.run_directory import (
 from rm_scale.training.arguments import training_arguments
 from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
 from rm_scale.training.checkpoints import disk_errors_explained, refuse_unsafe_pickles
+from rm_scale.training.lives import Lives, refuse_idle_restart
 from rm_scale.training.losses import LossSettings
+from rm_scale.training.manifest import check_files, newest_valid, read_manifest, require_same_run
 from rm_scale.training.metrics import EvaluationResult
-from rm_scale.training.plan_check import PlanCheck
-from rm_scale.training.trainer import RewardTrainer
+from rm_scale.training.plan_check import PlanCheck, out_of_memory_explained, predicted_memory
+from rm_scale.training.preemption import EXIT_REQUEUE
+from rm_scale.training.run_facts import run_facts
+from rm_scale.training.saving import remove_leftovers, set_aside_later
+from rm_scale.training.timing import load_record
+from rm_scale.training.trainer import RewardTrainer, SaveSettings
 
 logger = get_logger(__name__)
 
@@ -144,20 +153,95 @@ def build_arguments(config: RunConfig, plan: Plan) -> trl.RewardConfig:
 
 def load_model(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     """Backbone, scalar head and adapters."""
-    return load_for_training(config, plan, tokenizer)
+    started = time.perf_counter()
+    loaded = load_for_training(config, plan, tokenizer)
+    return replace(loaded, record=load_record(time.perf_counter() - started))
 
 
-def open_run_directory(config: RunConfig, plan: Plan, data: PreparedData, world: World) -> None:
-    """Write what was asked, planned and read. The first thing of a run that reaches the disk."""
-    if world.is_main:
-        resumed = _resume_folder(config)
-        if resumed is None:
-            remove_earlier_run(config)
-        else:
-            forget_later_metrics(config, int(Path(resumed).name.split("-")[-1]))
-        folder = write_run_records(config, plan)
-        write_data_report(data.report, data.rejected, folder)
-    barrier()
+def choose_resume(config: RunConfig, world: World) -> Path | None:
+    """The whole checkpoint that this life goes on from, `None` for a fresh start. A collective.
+
+    Raises:
+        CheckpointError: on every rank, when what was asked for is not there or is damaged.
+        TrainingError: three lives in a row made no progress.
+    """
+    asked, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
+    if asked is None:
+        return None
+    if asked in {"last", "auto"}:
+        folder = newest_valid(output_dir, world.rank, world.size)
+        if folder is None and asked == "last":
+            raise CheckpointError(
+                f"resume_from_checkpoint=last: {output_dir} holds no whole checkpoint. Fix: leave the setting out to "
+                "start, or --resume_from_checkpoint auto."
+            )
+    else:
+        folder = Path(asked)
+        check_files(folder, world.rank, world.size)
+    with agreed_errors():
+        if world.is_main and asked == "auto" and "idle_restarts" not in config.force:
+            refuse_idle_restart(run_folder(config), read_manifest(folder).step if folder is not None else 0)
+    logger.info(f"resuming from {folder}" if folder is not None else "no checkpoint yet: starting from the beginning")
+    return folder
+
+
+@contextmanager
+def one_life(config: RunConfig, world: World) -> Iterator[Lives]:
+    """Decide from where this life goes on, and keep `run/lives.jsonl`: how it began and why it ended."""
+    with agreed_errors():
+        if world.is_main:
+            require_output_dir(config)
+    resume = choose_resume(config, world)
+    life = Lives(run_folder(config), world.is_main, resume, read_manifest(resume).step if resume is not None else 0)
+    life.life = gather_from_ranks(life.life)[0]  # all have read the file before one writes to it
+    with life.lived():
+        if config.resume_from_checkpoint is not None:
+            life.begin()  # a fresh run leaves no trace before its data has been found good
+        yield life
+
+
+def open_run_directory(
+    config: RunConfig, plan: Plan, data: PreparedData, world: World, life: Lives | None = None
+) -> SaveSettings:
+    """Write what was asked, planned and read. The first thing of a fresh run that reaches the disk.
+
+    Returns:
+        What this run's checkpoints will remember, and when one that fails ends it.
+
+    Raises:
+        CheckpointError: the checkpoint to resume from belongs to a run that differs in one of them.
+    """
+    life = life or Lives(run_folder(config), is_main=False)
+    facts = json.loads(json.dumps(run_facts(config, plan, data)))  # as a manifest gives them back
+    with agreed_errors(), disk_errors_explained(run_folder(config)):
+        if world.is_main:
+            if life.resume is not None:
+                require_same_run(life.resume, facts, config.allow_changed)
+            _make_room(config, life)
+            folder = write_run_records(config, plan)
+            write_data_report(data.report, data.rejected, folder)
+    life.begin()
+    return SaveSettings(
+        facts=facts,
+        zero_stage=plan.zero_stage,
+        max_failed_saves=config.max_failed_saves,
+        max_nonfinite_steps=config.max_nonfinite_steps,
+        stop_margin_seconds=config.stop_margin_seconds,
+        lives=life,
+    )
+
+
+def _make_room(config: RunConfig, life: Lives) -> None:
+    """Take away what an earlier run or a killed life left, as far as this one replaces it."""
+    output_dir, resume = Path(config.output_dir), life.resume
+    remove_leftovers(output_dir)
+    if resume is None and config.resume_from_checkpoint is None:
+        remove_earlier_run(config)
+        return
+    forget_later_metrics(config, life.step if resume is not None else -1)
+    named = config.resume_from_checkpoint not in {"last", "auto"}
+    if resume is not None and named and resume.resolve().parent == output_dir.resolve():
+        set_aside_later(output_dir, life.step)
 
 
 def build_trainer(
@@ -168,10 +252,11 @@ def build_trainer(
     encoder: TextEncoder,
     loaded: LoadedModel,
     data: PreparedData,
+    saves: SaveSettings | None = None,
 ) -> RewardTrainer:
     """Put model, data, loss and scoring contract together."""
     settings = LossSettings(config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0)
-    return RewardTrainer(
+    trainer = RewardTrainer(
         model=loaded.model,
         args=arguments,
         tokenizer=tokenizer,
@@ -182,6 +267,7 @@ def build_trainer(
         contract=_contract(config, plan, loaded, encoder, tokenizer),
         shuffle=config.shuffle_train,
         saved_head=loaded.saved_head,
+        saves=saves,
         callbacks=[
             StepInLogs(),
             EarlyWarnings(),
@@ -189,6 +275,8 @@ def build_trainer(
             _plan_check(config, plan, loaded, data),
         ],
     )
+    trainer.step_times.load = loaded.record
+    return trainer
 
 
 def _plan_check(config: RunConfig, plan: Plan, loaded: LoadedModel, data: PreparedData) -> PlanCheck:
@@ -236,26 +324,23 @@ def _contract(
     )
 
 
-def train(trainer: RewardTrainer, config: RunConfig) -> None:
-    """Train, from the start or from a checkpoint."""
-    folder = _resume_folder(config)
-    if folder is not None:
+def train(trainer: RewardTrainer, life: Lives) -> int:
+    """Train, from the start or from a checkpoint; gives the exit code: 85 when it was asked to stop before its end."""
+    resume = life.resume
+    if resume is not None:
         with agreed_errors():
             if trainer.args.should_save:
-                refuse_unsafe_pickles(Path(folder))
-    trainer.train(resume_from_checkpoint=folder)
-
-
-def _resume_folder(config: RunConfig) -> str | None:
-    if config.resume_from_checkpoint != "last":
-        return config.resume_from_checkpoint
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    if last is None:
-        raise CheckpointError(
-            f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. Fix: leave the setting "
-            "out to start."
-        )
-    return last
+                refuse_unsafe_pickles(resume)
+    # What was asked while libraries, data and model were read: there is nothing new to save.
+    if not trainer.stopping.agree():
+        with out_of_memory_explained(predicted_memory(trainer)):
+            trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    if not trainer.stopping.reason:
+        return 0
+    trainer.stopping.remove_stop_file()
+    life.outcome = f"stopped: {trainer.stopping.reason.text}"
+    logger.warning(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint auto")
+    return EXIT_REQUEUE
 
 
 def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | None:
@@ -270,6 +355,7 @@ def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | N
 
 def save(trainer: RewardTrainer, config: RunConfig, plan: Plan, result: EvaluationResult | None, world: World) -> None:
     """Write the model directory, verified, with its records; then merge and show sample scores."""
+    trainer.watchdog.stop()  # rank 0 loads, merges and scores alone from here on
     if result is not None:
         trainer.contract = replace(
             trainer.contract,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rm_scale.packing.comparisons import group_pairs
-from rm_scale.packing.layout import pack_row
+from rm_scale.packing.layout import RowLayout, pack_row
 from rm_scale.packing.padding import pad_right
 
 Batch = dict[str, Any]
@@ -25,12 +25,14 @@ class TokenCounts:
         real: of these, tokens of counted groups.
         unshared: the same groups with the prompt counted once per response.
         squares: sum of the squared lengths of their sequences, for the cost of attention.
+        attended: pairs of a query and a key that causal attention needs in this layout, padding included.
     """
 
     processed: int
     real: int
     unshared: int
     squares: int
+    attended: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class PaddedCollator:
         return {
             **tensors,
             **comparison_labels(groups, self.keep_ties),
-            "tokens": TokenCounts(tensors["input_ids"].numel(), unshared, unshared, squares),
+            "tokens": TokenCounts(tensors["input_ids"].numel(), unshared, unshared, squares, _triangles(tensors)),
         }
 
 
@@ -94,7 +96,7 @@ class PackedCollator:
             "score_index": row.score_index,
             "packed_layout": row.layout,
             **comparison_labels(groups, self.keep_ties),
-            "tokens": TokenCounts(row.layout.width, real, unshared, squares),
+            "tokens": TokenCounts(row.layout.width, real, unshared, squares, attended_pairs(row.layout)),
         }
 
 
@@ -102,6 +104,22 @@ def _lengths(groups: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """Tokens, and sum of squared lengths, of all sequences of the counted groups."""
     lengths = [len(ids) for group in groups if group.get("counted", True) for ids in group["input_ids"]]
     return sum(lengths), sum(length * length for length in lengths)
+
+
+def _triangles(tensors: dict[str, torch.Tensor]) -> int:
+    """Query-key pairs of padded rows, each as wide as the batch."""
+    num_rows, width = tensors["input_ids"].shape
+    return num_rows * width * (width + 1) // 2
+
+
+def attended_pairs(layout: RowLayout) -> int:
+    """Query-key pairs of a packed row: prompts once, each response with its prompt and itself."""
+    pairs = 0
+    for span in layout.spans:
+        prompt = span.prompt_length
+        pairs += prompt * (prompt + 1) // 2
+        pairs += sum(length * prompt + length * (length + 1) // 2 for length in span.response_lengths)
+    return pairs
 
 
 def comparison_labels(groups: Sequence[dict[str, Any]], keep_ties: bool) -> dict[str, torch.Tensor]:

@@ -15,9 +15,9 @@ from rm_scale.planning.timing import StepTime, compute_seconds, executed_flops, 
 RESERVE = 0.05
 """Share of a device's memory left free: what the allocator can't hand out because it is in pieces."""
 
-KEPT_BY_CPU_ALLOCATOR = 0.3
-"""On a processor, freed blocks that are kept in pieces, and scratch of its matrix products, over the activations;
-measured with SmolLM2-135M, full and LoRA."""
+HEAP_SHARE, HEAP_BYTES = 4.0, 1.0e9
+"""On a processor, what the heap keeps in pieces that fit nothing: so many times the activations, up to so many bytes.
+Measured with a tiny model and with SmolLM2-135M, see benchmarks/this_machine.py."""
 
 PYTHON_BYTES = 1.2e9
 """Host memory of a process with torch, transformers and DeepSpeed loaded."""
@@ -130,15 +130,16 @@ def peak_memory(scenario: Scenario) -> dict[str, int]:
         "gradients": 0 if on_host and scenario.zero_stage == 3 else states.gradients,
         "optimizer": 0 if on_host else states.masters + states.moments,
     }
+    activation_bytes = activations(scenario).peak_bytes
     passing = {
         "gathered_weights": gathered_bytes(scenario),
-        "activations": activations(scenario).peak_bytes,
+        "activations": activation_bytes,
         "communication_buffers": bucket_bytes(scenario),
     }
     update = update_bytes(scenario)
     if update > sum(passing.values()):
         passing = dict.fromkeys(passing, 0) | {"optimizer_step": update}
-    kept = KEPT_BY_CPU_ALLOCATOR * passing["activations"] if scenario.device.is_cpu else 0.0
+    kept = min(HEAP_SHARE * activation_bytes, HEAP_BYTES) if scenario.device.is_cpu else 0.0
     overhead = {"framework": int(scenario.device.context_bytes + kept) + collective_bytes(scenario)}
     return {name: int(size) for name, size in {**lasting, **passing, **overhead}.items()}
 

@@ -31,8 +31,10 @@ class Device:
         devices_per_node: accelerators in one node.
         step_efficiency: share of `matmul_flops` that the products of a large training step reach; one figure per kind,
             see docs/planning.md.
+        elementwise_share: of `memory_bandwidth`, what element-wise kernels reach.
         context_bytes: memory taken before the first tensor: driver context, kernels, communication buffers.
         layer_seconds: time of a layer's kernel launches, forward and backward; a step can't be faster.
+        collective_seconds: start of a collective, where it takes longer than is usual within a node or across nodes.
         sources: where the figures are from.
     """
 
@@ -46,8 +48,10 @@ class Device:
     node_bandwidth: float
     devices_per_node: int = 8
     step_efficiency: float = 0.8
+    elementwise_share: float = 0.8
     context_bytes: float = 1.4e9
     layer_seconds: float = 0.0052
+    collective_seconds: float = 0.0
     sources: str = ""
 
     @property
@@ -142,9 +146,9 @@ _DEVICES = (
         2e9,
         10 * GBIT,
         devices_per_node=1,
-        context_bytes=0.8e9,
+        context_bytes=0.95e9,
         layer_seconds=0.0,
-        step_efficiency=0.55,
+        step_efficiency=0.65,
         sources="placeholder: run `rm-scale bench hardware`",
     ),
 )

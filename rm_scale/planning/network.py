@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rm_scale.planning.hardware import Device
 from rm_scale.planning.memory import constants_bytes, frozen_bytes
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
@@ -19,6 +20,9 @@ LINK_SHARE = 0.8
 
 NETWORK_SHARE = 0.75
 """Of a node's network cards, what large collectives reach (73 % at 4 GiB, ml-engineering)."""
+
+TCP_SHARE = 0.95
+"""The same for gloo over TCP between processors: what Ethernet's and TCP's headers leave."""
 
 NODE_LATENCY_SECONDS = 250e-6
 """Start of a collective across nodes; with NETWORK_SHARE it gives the measured 44 % at 256 MiB and 13 % at 16 MiB."""
@@ -66,20 +70,32 @@ def traffic(scenario: Scenario) -> Traffic:
         gradients = scenario.num_trained * (4 if scenario.method != "full" else scenario.weight_bytes)
         return Traffic(0, 0, 0, 0, 2 * gradients, 0, math.ceil(gradients / 25e6))
     gathered = _gathered_bytes(scenario)
+    again = gathered * gathered_again(scenario)
     backward_in_node = scenario.hpz > 1 and scenario.num_nodes > 1
     # Weights are fetched ahead in buckets; a tensor larger than the bucket is fetched alone.
-    calls = 2 * math.ceil(gathered / scenario.weight_bytes / zero.prefetch) + math.ceil(
+    calls = math.ceil((gathered + again) / scenario.weight_bytes / zero.prefetch) + math.ceil(
         scenario.num_trained / zero.reduce
     )
     return Traffic(
-        gather=gathered if backward_in_node else 2 * gathered,
-        gather_in_node=gathered if backward_in_node else 0,
+        gather=gathered if backward_in_node else gathered + again,
+        gather_in_node=again if backward_in_node else 0,
         reduce=trained,
         step_gather=0,
         step_reduce=0,
         num_calls=calls,
         num_step_calls=2,
     )
+
+
+def gathered_again(scenario: Scenario) -> float:
+    """Share of the weights that the backward pass gathers once more.
+
+    DeepSpeed keeps a weight when its next use is at most `reuse` elements away. On the way to the last layer and back
+    every weight behind it is met twice, three times where layers are recomputed: so many of the last elements stay.
+    """
+    elements = total([*scenario.trained, *scenario.frozen])
+    kept = scenario.zero.reuse / (3 if scenario.checkpointing else 2)
+    return max(0.0, 1 - kept / max(1, elements))
 
 
 def _gathered_bytes(scenario: Scenario) -> float:
@@ -93,6 +109,11 @@ def _gathered_bytes(scenario: Scenario) -> float:
     return trained + frozen_bytes(scenario) - constants
 
 
+def network_share(device: Device) -> float:
+    """Of what a node's cards can carry, what collectives reach."""
+    return TCP_SHARE if device.is_cpu else NETWORK_SHARE
+
+
 def seconds_for(scenario: Scenario, num_bytes: float, num_calls: float, within_node: bool = False) -> float:
     """Time of collectives that move `num_bytes` in `num_calls` calls."""
     if num_bytes == 0 or scenario.num_devices == 1:
@@ -101,9 +122,11 @@ def seconds_for(scenario: Scenario, num_bytes: float, num_calls: float, within_n
     nodes = 1 if within_node else scenario.num_nodes
     ranks = per_node * nodes
     link = scenario.device.link_bandwidth * LINK_SHARE
-    on_links = num_bytes * (ranks - 1) / ranks / link if per_node > 1 else 0.0
-    on_network = num_bytes * (nodes - 1) / nodes / (scenario.device.node_bandwidth * NETWORK_SHARE)
-    latency = NODE_LATENCY_SECONDS if nodes > 1 else LINK_LATENCY_SECONDS
+    on_links = num_bytes * (ranks - 1) / ranks / link if per_node > 1 and not scenario.device.is_cpu else 0.0
+    network = scenario.device.node_bandwidth * network_share(scenario.device)
+    on_network = num_bytes * (nodes - 1) / nodes / network
+    usual = NODE_LATENCY_SECONDS if nodes > 1 else LINK_LATENCY_SECONDS
+    latency = max(scenario.device.collective_seconds, usual)
     return max(on_links, on_network) + num_calls * latency
 
 
@@ -112,6 +135,19 @@ def micro_step_seconds(scenario: Scenario) -> float:
     sent = traffic(scenario)
     whole = seconds_for(scenario, sent.gather + sent.reduce * _reduce_cost(scenario), sent.num_calls)
     return whole + seconds_for(scenario, sent.gather_in_node, 0, within_node=True)
+
+
+def processor_seconds(scenario: Scenario) -> float:
+    """What a micro-step's transfers take of the cores that compute, on a processor: copies, sums, TCP.
+
+    A link's rate as `rm-scale bench hardware` finds it between processors is how fast these are, not a wire, so that
+    nothing hides it. Devices with processors for it elsewhere have none.
+    """
+    if not scenario.device.is_cpu:
+        return 0.0
+    sent, ranks = traffic(scenario), scenario.num_devices
+    moved = sent.gather + sent.gather_in_node + sent.reduce * _reduce_cost(scenario)
+    return moved * (ranks - 1) / ranks / scenario.device.link_bandwidth
 
 
 def step_seconds(scenario: Scenario) -> float:

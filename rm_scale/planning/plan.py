@@ -326,8 +326,8 @@ def _check_files(config: RunConfig) -> list[str]:
             f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. "
             "Fix: leave the setting out to start."
         )
-    if resume not in {None, "last"} and not Path(str(resume)).is_dir():
-        problems.append(f"resume_from_checkpoint={resume}: no such folder. Fix: give a checkpoint-N folder, or last.")
+    if resume not in {None, "last", "auto"} and not Path(str(resume)).is_dir():
+        problems.append(f"resume_from_checkpoint={resume}: no such folder. Fix: a checkpoint-N folder, last or auto.")
     return problems
 
 

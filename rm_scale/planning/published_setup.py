@@ -383,4 +383,4 @@ def _buckets(row: Row, shape: ModelShape) -> Buckets:
     if "FSDP" not in row["sharding"]:
         return default_buckets(shape.hidden_size)
     layer = sum(tensor.numel for tensor in layer_tensors(shape))
-    return Buckets(reduce=layer, prefetch=layer, persistent=0, live=layer, overlaps=True)
+    return Buckets(reduce=layer, prefetch=layer, persistent=0, live=layer, reuse=0, overlaps=True)

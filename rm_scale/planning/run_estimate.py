@@ -102,6 +102,7 @@ def buckets(zero: dict[str, Any], hidden_size: int) -> Buckets:
         prefetch=number("stage3_prefetch_bucket_size", defaults.prefetch),
         persistent=number("stage3_param_persistence_threshold", defaults.persistent),
         live=number("stage3_max_live_parameters", defaults.live),
+        reuse=number("stage3_max_reuse_distance", defaults.reuse),
         sub_group=number("sub_group_size", defaults.sub_group),
         overlaps=bool(zero.get("overlap_comm", False)),
     )

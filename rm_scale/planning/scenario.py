@@ -72,6 +72,7 @@ class Buckets:
         prefetch: weights gathered ahead (ZeRO-3).
         persistent: tensors up to this size stay whole on every rank (ZeRO-3).
         live: weights kept gathered at most (ZeRO-3).
+        reuse: weights are kept, not gathered again, when they are next used within so many elements (ZeRO-3).
         sub_group: parameters stepped at once (ZeRO-3).
         overlaps: reduction overlaps with the backward pass, in a second bucket.
     """
@@ -80,6 +81,7 @@ class Buckets:
     prefetch: float
     persistent: float
     live: float = 1e9
+    reuse: float = 1e9
     sub_group: float = 1e9
     overlaps: bool = True
 

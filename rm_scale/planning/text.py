@@ -216,7 +216,7 @@ def explanation(estimated: Estimate) -> str:
         f"  communication {estimated.time.communication:.4g} s per micro-step: gathers {sent.gather:.4g} B, within "
         f"nodes {sent.gather_in_node:.4g} B, reduces {sent.reduce:.4g} B, {sent.num_calls:.0f} calls; links "
         f"{device.link_bandwidth:.4g} B/s x {network.LINK_SHARE}, network {device.node_bandwidth:.4g} B/s x "
-        f"{network.NETWORK_SHARE} [ZeRO++, arXiv 2306.10209]",
+        f"{network.network_share(device)} [ZeRO++, arXiv 2306.10209]",
         f"  step {estimated.time.low:.4g} to {estimated.time.high:.4g} s = {scenario.num_micro_steps:g} micro-steps x "
         f"(longer of both .. sum) + {estimated.time.step_communication:.4g} + update {estimated.time.update:.4g}",
         f"  all weights {total(scenario.backbone):,}",
