@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rm_scale import __version__
 from rm_scale.distributed import name_accelerator
-from rm_scale.launch import bench_hardware, doctor, launch_options, plan_command
+from rm_scale.launch import (
+    bench_hardware,
+    doctor,
+    eval_command,
+    export_command,
+    launch_options,
+    plan_command,
+    rank_command,
+    report_command,
+    score_command,
+    serve_command,
+)
 from rm_scale.launch.guard import run_guarded
+from rm_scale.launch.slurm import commands as slurm_commands
 from rm_scale.logs import setup_logging
 
 
@@ -36,9 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     assets = commands.add_parser("assets", help="make or fetch a model folder to try things with, without a hub")
-    assets.add_argument("name", choices=["tiny", "smollm2-135m"], help="tiny: random weights, made here in a second")
+    what = "tiny: random weights, made here in a second; random: those of a large model's shape, to measure with"
+    assets.add_argument("name", choices=["tiny", "smollm2-135m", "random"], help=what)
     assets.add_argument("directory", help="where to write the model folder")
     assets.add_argument("--architecture", default="llama", help="of the tiny model: llama, qwen2, qwen3, mistral, ...")
+    assets.add_argument("--tier", default="1b", help="shape of the random model: 1b, 3b, 7b, 13b")
+    assets.add_argument("--model_config", metavar="CONFIG.json", help="shape of the random model, instead of --tier")
     assets.set_defaults(run=_assets)
 
     data = commands.add_parser(
@@ -67,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     launch_options.add_arguments(launch)
     launch.set_defaults(run=_launch, takes_settings=True)
 
+    _add_uses_of_a_model(commands)
+
+    slurm = commands.add_parser("slurm", help="job scripts: render, submit, watch")
+    slurm_commands.add_commands(slurm)
+
     checks = commands.add_parser(
         "doctor", help="find what would break a run here or across an allocation, before it starts"
     )
@@ -80,16 +101,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_uses_of_a_model(commands: Any) -> None:
+    """The commands for a model that has been trained."""
+    modules = {
+        "score": score_command,
+        "rank": rank_command,
+        "eval": eval_command,
+        "serve": serve_command,
+        "export": export_command,
+        "report": report_command,
+    }
+    for name, module in modules.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(run=lambda options, rest, module=module: module.run(options))
+
+
 def _assets(options: argparse.Namespace, rest: list[str]) -> int:
     name_accelerator()
     from rm_scale.modeling.assets import fetch_smollm2, make_tiny_model
 
     if options.name == "tiny":
         folder = make_tiny_model(options.directory, architecture=options.architecture)
+    elif options.name == "random":
+        folder = _random_model(options)
     else:
         folder = fetch_smollm2(options.directory)
     print(folder)
     return 0
+
+
+def _random_model(options: argparse.Namespace) -> Any:
+    from rm_scale.modeling.random_weights import make_random_model
+    from rm_scale.planning.shape import read_model_config
+    from rm_scale.tiers import model_tier
+
+    if options.model_config is not None:
+        return make_random_model(options.directory, read_model_config(options.model_config), "config")
+    tier = model_tier(options.tier)
+    return make_random_model(options.directory, tier.config, tier.name)
 
 
 def _launch(options: argparse.Namespace, rest: list[str]) -> int:

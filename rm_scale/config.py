@@ -26,6 +26,7 @@ FORCEABLE_RULES = {
     "packing": "packed rows of an architecture that is not tested with them (rewards could be wrong without an error)",
     "rope": "lengths at which a model changes its rotary frequencies by the longest sequence of a batch",
     "overwrite": "writing into an output directory that already holds a run",
+    "idle_restarts": "one more automatic restart after three that made no progress",
 }
 
 
@@ -160,7 +161,14 @@ class RunConfig(BaseModel):
         None, description="DeepSpeed JSON file, or the name of a shipped one: zero1, zero2, zero3, zero3_offload, ..."
     )
     dataloader_num_workers: int = Field(0, ge=0, description="Worker processes that build batches.")
-    ddp_timeout: int = Field(1800, ge=1, description="Seconds before a hung collective ends the run.")
+    ddp_timeout: int = Field(
+        1800, ge=1, description="Seconds without progress after which a hung run ends and names the missing rank."
+    )
+    max_nonfinite_steps: int = Field(
+        0,
+        ge=0,
+        description="Skip at most this many steps with a NaN or infinite loss or gradient; one more stops.",
+    )
 
     # --- Logging, evaluation, saving -----------------------------------------------------------------------------
     output_dir: str = Field("outputs/run", description="Where everything of this run is written.")
@@ -172,9 +180,32 @@ class RunConfig(BaseModel):
     eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
     save_strategy: Literal["no", "steps", "epoch"] = Field("no", description="When to write checkpoint-N folders.")
     save_steps: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
-    save_total_limit: int | None = Field(None, ge=1, description="Keep at most this many checkpoints.")
-    save_only_model: bool = Field(False, description="Checkpoints without optimizer state: smaller, can't be resumed.")
-    resume_from_checkpoint: str | None = Field(None, description="A checkpoint-N folder, or 'last'.")
+    save_total_limit: int | None = Field(
+        None, ge=1, description="Keep the newest checkpoints, this many, and the best. Default: all."
+    )
+    metric_for_best_model: str | None = Field(
+        None, description="Metric of the evaluations while training whose best checkpoint is kept too: accuracy, loss."
+    )
+    save_only_model: bool = Field(
+        False, description="Periodic checkpoints without optimizer state: smaller, can't be resumed."
+    )
+    max_failed_saves: int = Field(
+        3, ge=1, description="A run goes on when a checkpoint can't be written, until this many in a row have failed."
+    )
+    resume_from_checkpoint: str | None = Field(
+        None,
+        description="A checkpoint-N folder; last: the newest whole one of output_dir; auto: the same, or a fresh start "
+        "when there is none.",
+    )
+    allow_changed: list[str] = Field(
+        default_factory=list, description="Facts in which a resumed run may differ from its checkpoint, by name."
+    )
+    stop_margin_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="Stop with a checkpoint when the job's time left is less. Default: from the save and step times "
+        "measured, at least 60.",
+    )
     disable_tqdm: bool = Field(False, description="No progress bar.")
     sample_scores: int = Field(4, ge=0, description="Groups of the evaluation set whose scores are printed at the end.")
 
@@ -201,6 +232,44 @@ class RunConfig(BaseModel):
 
 # Fields that carry no meaning for the result: a resumed run may differ in them, and they are not written as "asked".
 LAUNCH_FIELDS = frozenset({"local_rank", "debug", "dry_run"})
+
+# What a checkpoint remembers of its run, and a resumed run is held to (see rm_scale.training.run_facts). Some are
+# computed: the model's and the data's fingerprints, values filled in by tier, the number of steps.
+RESUME_FACTS = (
+    "model",
+    "data",
+    "method",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "loss_type",
+    "label_smoothing_factor",
+    "center_rewards_coefficient",
+    "tie_policy",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "compute_dtype",
+    "disable_dropout",
+    "shuffle_train",
+    "seed",
+    "data_seed",
+    "global_batch_size",
+    "total_steps",
+)
 
 # Settings that TRL or transformers know and we refuse on purpose, with the reason.
 REFUSED_FIELDS = {
@@ -521,6 +590,14 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
         f"max_steps={c.max_steps}: must be -1 (train for num_train_epochs) or at least 1. Fix: leave it "
         "out, or e.g. 100.",
     )
+    rule(
+        "metric_for_best_model eval_strategy",
+        c.metric_for_best_model is not None and c.eval_strategy == "no",
+        f"metric_for_best_model={c.metric_for_best_model} with eval_strategy=no: nothing is measured while training. "
+        "Fix: set eval_strategy: steps and eval_steps.",
+    )
+    for name in c.allow_changed:
+        rule("allow_changed", name not in RESUME_FACTS, unknown_key_problem(name, RESUME_FACTS, " (in allow_changed)"))
     for name in c.force:
         rule("force", name not in FORCEABLE_RULES, unknown_key_problem(name, FORCEABLE_RULES, " (in force)"))
     return found

@@ -22,7 +22,10 @@ class ShippedFilesHook(BuildHookInterface):
         if version == "editable":
             return
         for folder in SHIPPED_FOLDERS:
-            if (Path(self.root) / folder).is_dir():
-                build_data["force_include"][folder] = f"rm_scale/shipped/{folder}"
-            else:
+            files = [path for path in (Path(self.root) / folder).rglob("*") if path.is_file()]
+            for path in files:
+                if not path.name.endswith(".local.env"):  # what one site keeps to itself
+                    name = path.relative_to(self.root).as_posix()
+                    build_data["force_include"][name] = f"rm_scale/shipped/{name}"
+            if not files:
                 self.app.display_warning(f"{folder}/ does not exist: the wheel is built without it")
