@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q --durations=15
-SHELL_SCRIPTS = .ci/run $(shell find tools slurm benchmarks -name '*.sh' -type f 2>/dev/null | sort)
+SHELL_SCRIPTS = .ci/run $(shell find tools slurm benchmarks tests examples -name '*.sh' -type f 2>/dev/null | sort)
 
 .PHONY: help venv demo test test-gpu test-slurm quality format bench-smoke clean
 
@@ -34,13 +34,8 @@ test: $(STAMP) ## Run all tests that need no GPU and no cluster
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(PYTEST) -m gpu tests
 
-test-slurm: $(STAMP) ## Run the tests that need a Slurm cluster (RM_SCALE_SLURM_CLUSTER)
-	@if [[ -z "$${RM_SCALE_SLURM_CLUSTER:-}" ]]; then \
-	    echo "ERROR: RM_SCALE_SLURM_CLUSTER is not set: these tests submit real jobs and must know where." >&2; \
-	    echo "  Fix: RM_SCALE_SLURM_CLUSTER=NAME make test-slurm   on a machine where sbatch works" >&2; \
-	    exit 2; \
-	fi
-	@$(PYTEST) -m slurm tests
+test-slurm: $(STAMP) ## Run the tests on a Slurm cluster, by default one of 4 nodes made here (RM_SCALE_SLURM_CLUSTER)
+	@tests/slurm/run.sh $(PYTEST)
 
 quality: $(STAMP) ## Lint, check formatting and types, check shell scripts
 	@$(PY) -m ruff check .
@@ -52,13 +47,8 @@ format: $(STAMP) ## Fix what ruff can fix, and format
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench-smoke: ## Run the benchmarks at their smallest size
-	@if [[ -z "$$(ls -A benchmarks 2>/dev/null)" ]]; then \
-	    echo "bench-smoke: nothing to run yet, it comes with the benchmarks"; \
-	else \
-	    $(MAKE) --no-print-directory $(STAMP); \
-	    $(PY) -m benchmarks.smoke; \
-	fi
+bench-smoke: $(STAMP) ## Run a small training benchmark, and compare its ratios to TRL with the last ones (5 minutes)
+	@$(PY) -m benchmarks.smoke
 
 clean: ## Remove caches and built files; .venv and outputs stay
 	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache ./*.egg-info

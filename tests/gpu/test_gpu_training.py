@@ -34,6 +34,10 @@ def test_method_trains_and_its_save_is_verified(
     assert f"saved and verified {tmp_path / 'out'}" in done.output
     assert read_json(tmp_path / "out" / "run" / "plan.json")["device"] == "cuda"
     assert len(losses(tmp_path / "out")) == 5
+    timing = read_json(tmp_path / "out" / "run" / "timing.json")
+    peaks = timing["peak_memory"]
+    assert 0 < peaks["allocated_bytes"] <= peaks["reserved_bytes"] and timing["load_peak_memory_bytes"] > 0
+    assert "GPU" in timing["energy"] or timing["energy"].startswith("not read: ")
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -14,6 +14,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = REPOSITORY / "rm_scale" / "train.py"
 CASE_RUNNER = REPOSITORY / "tests" / "support" / "case_runner.py"
+FAULT_RUNNER = REPOSITORY / "tests" / "support" / "fault_runner.py"
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,39 @@ def losses(run_folder: Path) -> list[float]:
 def scores(run_folder: Path) -> list[float]:
     """All rewards of a run's final evaluation, in the data set's order."""
     return [reward for line in read_lines(run_folder / "run" / "evaluation_scores.jsonl") for reward in line["rewards"]]
+
+
+def run_faulty_cases(
+    folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 2, timeout: float = 600
+) -> tuple[Finished, list[dict[str, int]]]:
+    """Train cases that meet faults (see `tests/support/fault_runner.py`); gives the exit codes of each rank too.
+
+    A case is `{"flags": [...], "faults": [...]}`, and `"in": NAME` when it goes on in the folder of an earlier one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = {}
+    for name, case in cases.items():
+        output = folder / case.get("in", name)
+        todo[name] = {"faults": [], **case, "flags": [*case["flags"], "--output_dir", str(output)]}
+    (folder / "cases.json").write_text(json.dumps(todo))
+    finished = run(deepspeed_command(FAULT_RUNNER, str(folder / "cases.json"), ranks=ranks), timeout)
+    (folder / "log.txt").write_text(finished.output)
+    files = sorted(folder.glob("codes-*.json"))
+    return finished, [read_json(path) for path in files]
+
+
+def case_log(folder: Path, name: str) -> str:
+    """What one case of `run_faulty_cases` printed."""
+    text = (folder / "log.txt").read_text()
+    return text.partition(f"=== case {name}\n")[2].partition("=== case")[0]
+
+
+def weights(run_folder: Path) -> dict[str, Any]:
+    """All saved tensors of a run's model or adapter."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for file in sorted(run_folder.glob("*.safetensors")):
+        found |= load_file(file)
+    assert found, f"{run_folder} holds no weights"
+    return found

@@ -75,7 +75,7 @@ def watch_training() -> None:
 
     original = steps.train
 
-    def train(trainer: Any, config: Any) -> None:
+    def train(trainer: Any, life: Any) -> int:
         seen: dict[str, int] = {}
         before = trainer._get_grad_norm
 
@@ -102,10 +102,11 @@ def watch_training() -> None:
             return prepared
 
         trainer.accelerator.prepare = prepare
-        original(trainer, config)
-        folder = Path(config.output_dir) / "run"
+        code = original(trainer, life)
+        folder = Path(trainer.args.output_dir) / "run"
         record = {**states(trainer), **seen}
         (folder / f"states-{trainer.args.process_index}.json").write_text(json.dumps(record))
+        return code
 
     steps.train = train
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from rm_scale.distributed import World, detect_world, export_world, gather_from_ranks, raise_together, sum_over_ranks
 from rm_scale.errors import DataError, UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -62,3 +67,32 @@ def test_alone_collectives_are_the_identity() -> None:
     raise_together(None)
     with pytest.raises(DataError, match="broken"):
         raise_together(DataError("broken"))
+
+
+_LOADING = """
+import torch
+from rm_scale.distributed import _keep_freed_memory, giving_back_freed_memory
+import os
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+_keep_freed_memory()
+before = resident()
+kept = []
+with giving_back_freed_memory():
+    for _ in range(30):  # as when weights are quantised: two large blocks that go, a small one that stays
+        large = torch.ones(2**25, dtype=torch.uint8)
+        larger = large.float()
+        kept.append(large[: 2**23].clone())
+        del large, larger
+stays = sum(one.numel() for one in kept)
+print((resident() - before) / stays)
+"""
+
+
+def test_loading_takes_the_memory_of_what_stays() -> None:
+    """Blocks that are freed while a model is quantised must not be kept: they are cut up, and new ones are taken."""
+    done = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.5

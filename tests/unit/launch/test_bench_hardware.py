@@ -38,6 +38,8 @@ def transfers(latency: float, rates: dict[str, float]) -> tuple[Transfer, ...]:
     return tuple(made)
 
 
+NARROW, WIDE = worker.layers_to_time("cpu")
+LAYERS = (replace(NARROW, seconds=0.5), replace(WIDE, seconds=1.0))
 CPU = Measured(
     device="cpu",
     device_name="AMD EPYC",
@@ -46,6 +48,7 @@ CPU = Measured(
     num_threads=1,
     memory_bytes=8e9,
     products=PRODUCTS,
+    layers=LAYERS,
     memory_bandwidth={"copy": 10e9, "triad": 12.34567e9},
     backend="gloo",
     transfers=transfers(1e-3, {"all_reduce": 3e9, "all_gather": 1e9, "reduce_scatter": 2e9}),
@@ -66,6 +69,29 @@ def options(*words: str) -> argparse.Namespace:
 def test_link_is_recovered() -> None:
     link = bench.fit_link(transfers(2e-3, {"all_reduce": 5e9}))
     assert link.latency_seconds == pytest.approx(2e-3) and link.bandwidth == pytest.approx(5e9)
+
+
+@pytest.mark.parametrize(("efficiency", "share"), [(0.35, 0.6), (0.65, 0.8), (1.0, 0.3), (0.2, 1.0)])
+def test_shares_are_recovered(efficiency: float, share: float) -> None:
+    """Layers that take what the planner says of these shares give the shares again."""
+    entry = bench.device_entry(CPU)
+    rates = {name: entry[name] for name in ("matmul_flops", "memory_bandwidth")}
+    device = replace(known_devices()["cpu"], step_efficiency=1.0, elementwise_share=1.0, **rates)
+    layers = []
+    for one in (NARROW, WIDE):
+        rated, moved = bench.layer_seconds(one, device)
+        layers.append(replace(one, seconds=rated / efficiency + moved / share))
+    found = bench.step_shares(replace(CPU, layers=tuple(layers)), entry)
+    assert found == pytest.approx((efficiency, share))
+
+
+@pytest.mark.parametrize("seconds", [(1e-4, 1e-4), (5.0, 0.01), (0.01, 5.0)])
+def test_shares_are_shares(seconds: tuple[float, float]) -> None:
+    """Whatever noise does to the times."""
+    layers = (replace(NARROW, seconds=seconds[0]), replace(WIDE, seconds=seconds[1]))
+    entry = bench.device_entry(replace(CPU, layers=layers))
+    assert 0 < entry["step_efficiency"] <= 1 and 0 < entry["elementwise_share"] <= 1
+    assert "step_efficiency" not in bench.device_entry(replace(H100, layers=layers)), "calibrated on published runs"
 
 
 def test_link_without_sense_is_the_largest_transfer() -> None:
@@ -210,6 +236,7 @@ def test_one_rank_measures() -> None:
     assert all(1e9 < product.flops < 1e16 for product in measured.products)
     assert set(measured.memory_bandwidth) == {"copy", "triad"}
     assert all(1e8 < rate < 1e14 for rate in measured.memory_bandwidth.values())
+    assert all(layers.seconds > 0 for layers in measured.layers)
     assert measured.typical.what == bench.TYPICAL and measured.best.flops >= measured.typical.flops
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from rm_scale.cli import main
 from rm_scale.errors import ConfigError
-from rm_scale.launch.launch_command import read_hostfile
+from rm_scale.launch.launch_command import check_remote_words, read_hostfile
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -178,3 +178,28 @@ def test_bad_hostfiles_are_refused(tmp_path: Path, text: str, problem: str) -> N
         read_hostfile(str(file))
     with pytest.raises(ConfigError, match="can't be read"):
         read_hostfile(str(tmp_path / "none"))
+
+
+def test_words_that_shells_would_change_are_not_sent_to_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    check_remote_words(["--output_dir", "/shared/run 1", "--learning_rate", "1e-5", "--run_name=a_b"])
+    for word in (
+        "",
+        "$(reboot)",
+        "a;b",
+        "`id`",
+        'say "yes"',
+        "it's",
+        "50%n",
+        "a|b",
+        "a&b",
+        "a>b",
+        "a\nb",
+        "*.jsonl",
+        "~/x",
+    ):
+        with pytest.raises(ConfigError, match="the shells between here and the nodes would change it"):
+            check_remote_words(["--run_name", word])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="pdsh, which is not here"):
+        check_remote_words([])

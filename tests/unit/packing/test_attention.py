@@ -60,6 +60,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let short rows be cut and their responses kept apart, as long rows are."""
     monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 96)
     monkeypatch.setattr(blocks, "CALL_COST", 500)
+    monkeypatch.setattr(blocks, "FUSED_CALL_COST", 500)
 
 
 @pytest.fixture
@@ -133,6 +134,22 @@ def compare(attention: Backend, layout: RowLayout, rules: AttentionRules, heads:
         torch.testing.assert_close(
             tensor, reference, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("rules", RULES)
+@torch.no_grad()
+def test_scoring_alone_gives_the_same(rules: str, row: str) -> None:
+    """Without a backward pass the blocks go through another kernel."""
+    layout = row_layout(row)
+    torch.manual_seed(layout.width)
+    # As models hand them over: heads behind tokens in memory.
+    query = torch.randn(layout.width, HEADS, HEAD_DIM).transpose(0, 1)
+    key, value = (torch.randn(layout.width, KV_HEADS, HEAD_DIM).transpose(0, 1) for _ in range(2))
+    found = BACKENDS["matmul"](query, key, value, layout, RULES[rules])
+    wanted = dense_attention(query, key, value, layout, RULES[rules])
+    assert bool(torch.isfinite(found).all()) and found.shape == query.shape
+    torch.testing.assert_close(found[:, : layout.num_tokens], wanted[:, : layout.num_tokens], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.usefixtures("flex_trains_on_cpu")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from rm_scale.distributed import World
 from rm_scale.errors import CheckpointError, TrainingError
 from rm_scale.launch import steps
 from rm_scale.modeling.contract import ScoringContract
@@ -77,7 +78,6 @@ def test_metrics_file_has_one_object_a_line(tmp_path: Path) -> None:
 def trainer_and_config(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A real trainer on the tiny model, in this process."""
     from rm_scale.config import config_from_dict
-    from rm_scale.distributed import World
     from rm_scale.planning.plan import make_plan
 
     output = tmp_path_factory.mktemp("watching") / "run"
@@ -133,6 +133,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"module": Evil()}, tmp_path / "global_step1" / "zz_evil.pt")
     with pytest.raises(CheckpointError, match="would run code when it is loaded"):
         refuse_unsafe_pickles(tmp_path)
+    (tmp_path / "global_step1" / "zz_evil.pt").rename(tmp_path / "rng_state_0.pth")
+    with pytest.raises(CheckpointError, match=r"rng_state_0\.pth: can't be read as plain tensors"):
+        refuse_unsafe_pickles(tmp_path)
+    (tmp_path / "rng_state_0.pth").unlink()
     (tmp_path / "global_step1").rename(tmp_path / "other")
     (tmp_path / "latest").write_text("other")
     with pytest.raises(CheckpointError, match="names 'other', not a global_stepN folder"):
@@ -158,17 +162,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(trainer_and_config: Any) -> Non
     before = weight.data.clone()
     weight.data = torch.full_like(before, float("nan"))
     try:
-        with pytest.raises(TrainingError, match=r"step 1: the loss is not finite on 1 ranks.*Rows of this step"):
+        with pytest.raises(
+            TrainingError,
+            match=r"step 1: the loss is not finite on 1 ranks.*Groups .*nonfinite.jsonl",
+        ):
             trainer.train()
     finally:
         weight.data = before
 
 
 def test_resume_without_a_checkpoint_is_explained(trainer_and_config: Any, tmp_path: Path) -> None:
-    trainer, config = trainer_and_config
+    _, config = trainer_and_config
     nowhere = config.model_copy(update={"resume_from_checkpoint": "last", "output_dir": str(tmp_path / "none")})
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        steps.train(trainer, nowhere)
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        steps.choose_resume(nowhere, World())
 
 
 def test_a_full_disk_is_explained(trainer_and_config: Any) -> None:

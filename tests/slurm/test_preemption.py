@@ -1,0 +1,106 @@
+"""Stopped and started again by Slurm: the end is that of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import CLI, Cluster, Job, template, until
+from tests.support.launching import losses, read_lines
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
+
+STEPS = 90
+SETTINGS = ["--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", "30", "--deepspeed", "zero2"]
+SETTINGS += ["--num_train_epochs", "9", "--save_total_limit", "2"]
+GRACE = 25
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, inputs: list[str]) -> Path:
+    """The same run in one life."""
+    output = cluster.work / "undisturbed"
+    job = cluster.submit("--nodes=2", template("1b"), *inputs, *SETTINGS, "--output_dir", str(output))
+    assert cluster.wait(job, 300)["JobState"] == "COMPLETED", job.output()[-3000:]
+    return output
+
+
+def status(cluster: Cluster, job: Job) -> dict[str, object]:
+    """What `rm-scale slurm status --json` says."""
+    answer = cluster.run(*CLI, "slurm", "status", job.number, "--json")
+    assert answer.code == 0, answer.output
+    return dict(json.loads(answer.output))
+
+
+def test_signalled_twice_it_ends_with_the_same_weights(cluster: Cluster, inputs: list[str], undisturbed: Path) -> None:
+    """The signal is sent to the script, as --signal=B:USR1@GRACE does; that it comes is the next test's."""
+    output = cluster.work / "disturbed"
+    job = cluster.submit("--nodes=2", template("1b"), *inputs, *SETTINGS, "--output_dir", str(output))
+    for life, step in ((0, 10), (1, 40)):
+        until(lambda: (job.logs / f"life-{life}" / "start.json").exists(), 120, job.output)  # noqa: B023
+        cluster.wait_for_step(output, step)
+        assert cluster.run("scancel", "--batch", "--signal=USR1", job.number).code == 0
+    shown = cluster.wait(job, 300)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "2"), job.output()[-3000:]
+    assert losses(output) == losses(undisturbed), "every step once, with the same loss"
+    assert (output / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    saved = [line["step"] for line in read_lines(output / "run" / "lives.jsonl") if line["event"] == "saved"]
+    assert saved == sorted(set(saved)), "no step was saved twice: nothing was lost and made again"
+    told = status(cluster, job)
+    to_requeue, to_step = told["signal_to_requeue_seconds"], told["start_to_first_resumed_step_seconds"]
+    assert isinstance(to_requeue, list) and isinstance(to_step, list)
+    print(f"\nseconds from signal to requeue {to_requeue}, from start to first resumed step {to_step}")
+    assert len(to_requeue) == len(to_step) == 2 and max(to_requeue) < 30
+
+
+def test_slurm_signals_before_the_time_limit(cluster: Cluster, inputs: list[str]) -> None:
+    """A limit of a minute for a run that needs longer: Slurm's own signal, as often as it takes."""
+    output = cluster.work / "limited"
+    job = cluster.submit(
+        *["--nodes=1", "--time=1", f"--signal=B:USR1@{GRACE}", template("7b"), *inputs],
+        *["--max_steps", "2000", "--num_train_epochs", "999", "--save_strategy", "steps", "--save_steps", "1000"],
+        *["--stop_margin_seconds", "0", "--output_dir", str(output)],
+    )
+    until(lambda: cluster.show(job).get("Restarts") == "1", 150, job.output, 0.5)
+    cluster.wait_for_text(job, "resuming from", 150)
+    cluster.run("scancel", job.number)
+    shown = cluster.wait(job)
+    assert shown["JobState"] == "CANCELLED" and shown["Restarts"] == "1", "who cancels a job does not want it back"
+    lives = read_lines(output / "run" / "lives.jsonl")
+    stopped = next(line for line in lives if line["event"] == "end")
+    assert stopped["reason"] == "stopped: SIGUSR1" and stopped["step"] > 0
+    again = next(line for line in lives if line["event"] == "start" and line["restart_count"] == 1)
+    assert again["step"] == stopped["step"]
+
+
+def test_a_more_important_job_takes_the_node(cluster: Cluster, inputs: list[str]) -> None:
+    """Slurm's own preemption: SIGTERM to the tasks, a grace time, and a requeue."""
+    if "high" not in cluster.run("sinfo", "--noheader", "--format", "%R").output.split():
+        pytest.skip("the cluster has no partitions low and high; that of make test-slurm has")
+    output = cluster.work / "preempted"
+    words = [*inputs, "--max_steps", "5000", "--num_train_epochs", "9999", "--output_dir", str(output)]
+    job = cluster.submit("--nodes=1", "--partition=low", template("7b"), *words)
+    cluster.wait_for_step(output, 5)
+    node = cluster.show(job)["NodeList"]
+    other = cluster.submit("--partition=high", f"--nodelist={node}", "--exclusive", "--wrap=sleep 2")
+    until(lambda: cluster.show(job).get("Restarts") == "1", 60, job.output, 0.5)
+    cluster.wait_for_text(job, "resuming from", 60)
+    cluster.run("scancel", job.number)
+    assert cluster.wait(other)["JobState"] == "COMPLETED"
+    lives = read_lines(output / "run" / "lives.jsonl")
+    stopped = next(line for line in lives if line["event"] == "end")
+    assert stopped["reason"] in {"stopped: SIGTERM", "stopped: SIGUSR1"} and stopped["step"] >= 5
+    assert next(line for line in lives if line["event"] == "start" and line["restart_count"])["step"] == stopped["step"]
+
+
+def test_restarts_are_limited(cluster: Cluster, inputs: list[str]) -> None:
+    output = cluster.work / "capped"
+    words = [*inputs, "--max_steps", "5000", "--num_train_epochs", "9999", "--output_dir", str(output)]
+    job = cluster.submit("--nodes=1", template("1b"), *words, env={"RM_SCALE_MAX_RESTARTS": "0"})
+    cluster.wait_for_step(output, 3)
+    (output / "STOP").touch()
+    shown = cluster.wait(job)
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "85:0", "0")
+    assert "not requeued" in job.output() and list(output.glob("checkpoint-*"))

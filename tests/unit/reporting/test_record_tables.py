@@ -1,0 +1,115 @@
+"""Ratios, comparisons and repetitions of benchmark records."""
+
+from __future__ import annotations
+
+import pytest
+
+from rm_scale.reporting.record_tables import (
+    bootstrap_median,
+    changes,
+    detail_cells,
+    label,
+    predicted_cells,
+    ratio_of,
+    repetitions,
+    rows_of,
+    tag,
+    throughput_cells,
+)
+from rm_scale.reporting.records import Record
+from tests.support.records import case, record
+
+
+def trl(seconds: list[float], **more: object) -> Record:
+    return record(seconds, **{"system": "trl", "packing": "padding", "micro_batch": "4 groups", **more})
+
+
+def test_a_ratio_compares_step_with_step() -> None:
+    # Long steps are long on both sides: each is three times as fast, though the medians differ by more.
+    ratio = ratio_of(trl([9, 3, 30, 6]), record([1, 1, 10, 2]))
+    assert ratio is not None and ratio.value == 3.0 and (ratio.low, ratio.high) == (3.0, 3.0) and ratio.num_steps == 3
+
+
+def test_steps_of_other_pairs_are_not_compared() -> None:
+    other = record()
+    steps = [step.model_copy(update={"pairs": 7}) for step in other.steps]
+    assert ratio_of(trl([1, 1, 1, 1]), other.model_copy(update={"steps": steps})) is None
+    assert ratio_of(record(status="failed"), other) is None
+
+
+def test_ours_stands_beside_the_peer_of_its_setting() -> None:
+    rows = rows_of(
+        [record(), record(method="lora"), trl([9, 6, 12, 9]), record(packing="none", micro_batch="4 groups")]
+    )
+    assert [label(row.record.case).split(",")[0] for row in rows] == ["TRL full", "full", "full", "lora"]
+    assert [row.to_peer.value if row.to_peer else None for row in rows] == [None, 3.0, 3.0, None]
+    assert rows[1].peer == "trl" and rows[1].record.case.packing == "none"
+
+
+def test_bootstrap_interval_holds_the_median_and_narrows() -> None:
+    few, many = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0] * 40
+    low, high = bootstrap_median(few)
+    assert low <= 3.0 <= high and bootstrap_median(few) == (low, high), "same seed, same interval"
+    narrow_low, narrow_high = bootstrap_median(many)
+    assert narrow_high - narrow_low < high - low
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        (record([1, 2, 4, 3]), "same"),
+        (record([1, 2.06, 4.12, 3.09]), "same"),  # 3 % slower is within the threshold
+        (record([1, 2.4, 4.8, 3.6]), "regression"),
+        (record([1, 1.0, 2.0, 1.5]), "faster"),
+        (record(status="out_of_memory", reason="r"), "regression: out_of_memory"),
+    ],
+)
+def test_verdicts(after: Record, verdict: str) -> None:
+    both, gone, added = changes([record(), record(method="lora")], [after, record(method="qlora")])
+    assert [change.verdict for change in both] == [verdict]
+    assert [one.method for one in gone] == ["lora"] and [one.method for one in added] == ["qlora"]
+
+
+def test_noise_is_no_regression_and_other_hardware_is_not_judged() -> None:
+    noisy = record([1, 1.0, 6.0, 3.3])
+    (change,), _, _ = changes([record()], [noisy])
+    assert change.verdict == "same" and change.ratio is not None and change.ratio.low < 1 < change.ratio.high
+    elsewhere = record([1, 20, 40, 30]).model_copy(update={"environment": {"cpu": "Another"}})
+    (change,), _, _ = changes([record()], [elsewhere])
+    assert change.verdict == "other hardware: not judged"
+    (change,), _, _ = changes([record(status="failed", reason="x")], [record()])
+    assert change.verdict == "runs now (was failed)"
+
+
+def test_repetitions_of_a_ratio() -> None:
+    found = [
+        trl([1, 3, 3, 3]),
+        record([1, 1, 1, 1]),
+        trl([1, 3, 3, 3], repeat=2),
+        record([1, 1.05, 1.05, 1.05], repeat=2),
+    ]
+    (one,) = repetitions(rows_of(found))
+    assert one.peer == "trl" and sorted(one.ratios) == [pytest.approx(3 / 1.05), 3.0]
+    assert one.spread == pytest.approx(0.05)
+    assert repetitions(rows_of(found[:2])) == []
+
+
+def test_cells_say_measured_and_predicted_apart() -> None:
+    (row,) = rows_of([record()])
+    assert throughput_cells(row)[1] == pytest.approx(8 / 3) and throughput_cells(row)[-2] == 8.0
+    assert predicted_cells(row)[1:] == [9.0, 8.0, "+12.5%", "2.5 – 2.8", 3.0, "-6.7%"]  # type: ignore[index]
+    assert detail_cells(row)[1:3] == [None, None]
+    (empty,) = rows_of([record(status="out_of_memory", reason="too little")])
+    assert throughput_cells(empty)[1] == "out of memory" and throughput_cells(empty)[3] is None
+    assert predicted_cells(empty)[2] is None  # type: ignore[index]
+    assert len(throughput_cells(empty)) == len(throughput_cells(row)) and len(detail_cells(empty)) == 12
+
+
+def test_labels() -> None:
+    assert label(case(zero_stage=3, offload=True, num_ranks=4, num_nodes=2, repeat=2)) == (
+        "full, prefix_shared, ZeRO-3 offload, 4 ranks on 2 nodes, repeat 2"
+    )
+    assert tag(case(zero_stage=3, offload=True, num_ranks=4)) == "full shared z3o 4r"
+    assert (
+        tag(case(system="trl", packing="padding")) == "TRL full padded" and tag(case(packing="none")) == "full padded"
+    )

@@ -1,0 +1,156 @@
+"""Records are versioned, sealed, and give the figures that their steps hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_scale.reporting.records import (
+    Case,
+    Record,
+    RecordError,
+    case_name,
+    checksum,
+    measures,
+    percentile,
+    read_record,
+    read_records,
+    write_record,
+)
+from tests.support.records import case, record
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    written = record()
+    path = write_record(written, tmp_path / "new")
+    assert read_record(path) == written
+    assert path.name == f"{written.name}.json" and written.checksum.startswith("sha256:")
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+    assert read_record(path) == written, "layout is not content"
+
+
+def test_an_edited_record_is_found_out(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    content = json.loads(path.read_text())
+    content["steps"][2]["seconds"] = 1.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=r"checksum does not fit the content, so it was changed .* Fix: run the case"):
+        read_record(path)
+
+
+def test_other_versions_and_other_files(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "schema": "rm_scale.benchmark/7"}))
+    with pytest.raises(
+        RecordError, match=r"schema 'rm_scale.benchmark/7', and this version reads 'rm_scale.benchmark/1'"
+    ):
+        read_record(path)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(RecordError, match="schema None"):
+        read_record(tmp_path / "list.json")
+    (tmp_path / "half.json").write_text('{"schema": "rm_scale.benchm')
+    with pytest.raises(RecordError, match="can't be read as JSON"):
+        read_record(tmp_path / "half.json")
+    strange = {**content, "colour": "red"}
+    strange["checksum"] = checksum(strange)
+    path.write_text(json.dumps(strange))
+    with pytest.raises(RecordError, match="colour: Extra inputs are not permitted"):
+        read_record(path)
+
+
+def test_a_folder_gives_records_and_names_what_it_refused(tmp_path: Path) -> None:
+    good = record()
+    write_record(good, tmp_path / "deep" / "er")
+    bad = write_record(record(method="lora"), tmp_path)
+    bad.write_text(bad.read_text().replace('"seconds": 2.0', '"seconds": 1.0'))
+    (tmp_path / "packing.json").write_text('{"cases": {}}')  # another benchmark's
+    found = read_records([tmp_path])
+    assert found.records == (good,)
+    ((name, reason),) = found.refused
+    assert name == bad.name and "checksum" in reason
+    with pytest.raises(RecordError, match="no such file or folder"):
+        read_records([tmp_path / "nowhere"])
+    alone = read_records([tmp_path / "packing.json"])
+    assert not alone.records and "schema None" in alone.refused[0][1], "a file that was named is not passed over"
+
+
+def test_measures_by_hand() -> None:
+    found = measures(record([100.0, 2.0, 4.0, 3.0], num_ranks=2))
+    assert found is not None
+    # Steps of 2, 4 and 3 s; the first is warm-up. Two devices.
+    assert found.pairs_per_second == pytest.approx(8 / 3 / 2)
+    assert found.effective_tokens_per_second == pytest.approx(1600 / 3 / 2)
+    assert (found.step_seconds_p50, found.step_seconds_p95) == (3.0, 4.0)
+    assert found.useful_share == pytest.approx(6e12 / 3 / 2 / 2e12)
+    assert found.executed_share == pytest.approx(9e12 / 3 / 2 / 2e12)
+    assert found.mfu is None and found.hfu is None, "no maker's peak: undefined, not zero"
+    assert found.data_wait_share == pytest.approx(0.3 / 9) and found.communication_share == pytest.approx(0.6 / 9)
+    assert found.joules_per_pair == pytest.approx(120 / 24)
+    with_peak = record().model_copy(update={"peak_flops_per_device": 1e13})
+    assert (m := measures(with_peak)) is not None and m.mfu == pytest.approx(6e12 / 3 / 1e13)
+
+
+def test_what_was_not_measured_stays_empty() -> None:
+    plain = record()
+    steps = [step.model_copy(update={"communication_seconds": None, "energy_joules": None}) for step in plain.steps]
+    found = measures(plain.model_copy(update={"steps": steps}))
+    assert found is not None and found.communication_share is None and found.joules_per_pair is None
+    assert measures(record(status="out_of_memory")) is None
+    assert measures(plain.model_copy(update={"warmup_steps": 4})) is None
+
+
+def test_percentiles() -> None:
+    values = [float(value) for value in range(1, 21)]
+    assert [percentile(values, share) for share in (0.0, 0.05, 0.5, 0.95, 1.0)] == [1, 1, 10, 19, 20]
+    assert percentile([3.0], 0.95) == 3.0
+
+
+names = st.sampled_from(["rm_scale", "trl"])
+cases = st.builds(
+    case,
+    system=names,
+    method=st.sampled_from(["full", "lora", "qlora"]),
+    packing=st.sampled_from(["none", "padding_free", "prefix_shared", "padding"]),
+    zero_stage=st.sampled_from([0, 1, 2, 3]),
+    offload=st.booleans(),
+    num_ranks=st.integers(1, 4),
+    global_batch_size=st.integers(1, 4),
+    max_length=st.sampled_from([512, 1024]),
+    gradient_checkpointing=st.booleans(),
+    repeat=st.integers(1, 3),
+)
+
+
+@given(cases, cases)
+def test_unlike_cases_have_unlike_names(first: Case, second: Case) -> None:
+    assert (case_name(first) == case_name(second)) == (first == second)
+    assert "/" not in case_name(first) and " " not in case_name(first)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=9))
+def test_any_record_survives_its_file(seconds: list[float]) -> None:
+    made = record(seconds)
+    assert Record.model_validate(json.loads(json.dumps(made.as_dict()))) == made
+    assert checksum(made.as_dict()) == made.checksum
+
+
+def test_the_committed_schema_is_the_one_in_use() -> None:
+    schema = json.loads((RESULTS / "record.schema.json").read_text())
+    assert schema == Record.model_json_schema(by_alias=True), "python benchmarks/schema.py writes it"
+
+
+def test_all_committed_records_are_sound() -> None:
+    found = read_records([RESULTS])
+    assert found.refused == ()
+    assert {one.case.system for one in found.records} >= {"rm_scale", "trl"}
+    for one in found.records:
+        text = json.dumps(one.as_dict())
+        assert "/home/" not in text and "/work/" not in text and "/tmp/" not in text, one.name
