@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count  # noqa: E402
 
+from benchmarks.pictures import Point, scatter  # noqa: E402
 from rm_scale.planning.activations import ActivationMemory, Options, Row, activation_memory  # noqa: E402
 from rm_scale.planning.compute import executed_flops  # noqa: E402
 from rm_scale.planning.shape import ModelShape, shape_from_config  # noqa: E402
@@ -610,13 +611,30 @@ def run_allocator(cases: list[Case]) -> list[dict[str, Any]]:
     return rows
 
 
+RECORD = REPOSITORY / "benchmarks" / "results" / "fake" / "activations.json"
+
+
+def draw(record: dict[str, Any]) -> None:
+    """The record's peaks, predicted against measured, for docs/planning_validation.md."""
+    points = [
+        Point(row["measured"]["peak_bytes"] / 1e9, row["predicted"]["peak_bytes"] / 1e9, row["model"])
+        for row in record["fake_tensors"]
+    ]
+    title = f"peak of activations: {len(points)} cases on fake tensors, grey: 5 % off"
+    scatter(points, "GB", 0.05, title, REPOSITORY / "docs" / "pictures" / "activations.svg")
+
+
 def main() -> int:
     """Run the cases, print a table, write everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", help="only cases whose name holds all these words; none run for real")
     parser.add_argument("--explain", action="store_true", help="print what makes up each peak")
     parser.add_argument("--output", help="default benchmarks/results/fake/activations.json, if all cases are run")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture of the committed record anew")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads(RECORD.read_text(encoding="utf-8")))
+        return 0
     words = arguments.cases or []
     rows = run_fake([case for case in all_cases() if all(word in case.name for word in words)], arguments.explain)
     real = [] if words else run_allocator(allocator_cases())
@@ -630,10 +648,12 @@ def main() -> int:
         "fake_tensors": rows,
         "cpu_allocator": real,
     }
-    target = arguments.output or (None if words else REPOSITORY / "benchmarks/results/fake/activations.json")
+    target = arguments.output or (None if words else RECORD)
     if target is not None:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if target == RECORD:
+        draw(result)
     return 0
 
 

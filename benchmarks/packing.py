@@ -9,7 +9,6 @@ compared. See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import platform
@@ -18,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,14 +27,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 
 from packing_worker import MARK, linear_shapes  # noqa: E402
+from workloads import WORDS, hh_file, write_rows  # noqa: E402
 
 WORKER = Path(__file__).with_name("packing_worker.py")
-WORDS = (
-    "the of and to in is you that it he was for on are as with his they at be this have from or one had by word "
-    "but not what all were we when your can said there use an each which she do how their if will up other about "
-    "out many then them these so some her would make like him into time has look two more write go see number no "
-    "way could people my than first water been call who oil its now find long down day did get come made may part"
-)
 CASES = ("hh", "lora", "long_prompt", "short_prompt", "k4", "zero3")
 
 
@@ -170,38 +163,9 @@ def save_reward_model(model: str, folder: Path) -> Any:
     return tokenizer
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else path.open("rb") as stream:
-        for line in stream:
-            row = json.loads(line)
-            yield {"chosen": row["chosen"], "rejected": row["rejected"]}
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def hh_file(source: Path, model: str, folder: Path, wanted: int, max_length: int) -> tuple[str, dict[str, int]]:
-    """A file of the first pairs that both sides accept, and how many were read, refused and kept."""
-    from rm_scale.config import parse_config
-    from rm_scale.launch import steps
-
-    rows = [row for row, _ in zip(_rows(source), range(wanted * 2), strict=False)]
-    words = ["--model_name_or_path", model, "--dataset_path", _write(rows, folder / "all.jsonl")]
-    words += ["--dataset_format", "hh_text", "--max_length", str(max_length), "--max_rejected_share", "1"]
-    config = parse_config([*words, "--dataset_cache_dir", str(folder / "cache")]).config
-    _, encoder = steps.load_text_encoder(config)
-    refused = {row["row"] for row in steps.load_data(config, encoder).rejected}
-    kept = [row for number, row in enumerate(rows) if number not in refused][:wanted]
-    read = rows.index(kept[-1]) + 1
-    counts = {"read": read, "refused": sum(number < read for number in refused), "kept": len(kept)}
-    return _write(kept, folder / "pairs.jsonl"), counts
-
-
 def _text(tokenizer: Any, tokens: int, source: random.Random) -> str:
     """Random common words of about this many tokens."""
-    ids = tokenizer(" ".join(source.choices(WORDS.split(" "), k=tokens + 8)), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(" ".join(source.choices(WORDS, k=tokens + 8)), add_special_tokens=False)["input_ids"]
     return str(tokenizer.decode(ids[:tokens], skip_special_tokens=True)).strip()
 
 
@@ -327,7 +291,7 @@ def prompt_case(bench: Bench, case: str) -> dict[str, Any]:
     steps = min(args.long_steps, args.steps) if long else args.steps
     batch = args.long_batch_size if long else args.global_batch_size
     rows = as_pairs(synthetic_rows(bench.tokenizer, batch * (steps + args.warmup + 1), prompt, response, 2))
-    data = _write(rows, bench.folder / f"{case}.jsonl")
+    data = write_rows(rows, bench.folder / f"{case}.jsonl")
     more: dict[str, Any] = {"batch": batch, "steps": steps + args.warmup}
     if long:
         more |= {"max_length": 1200, "max_tokens": max(args.max_tokens, 2400)}
@@ -345,8 +309,8 @@ def k4_case(bench: Bench, case: str) -> dict[str, Any]:
     args = bench.args
     groups = max(1, args.global_batch_size // 2)
     rows = synthetic_rows(bench.tokenizer, groups * (args.steps + args.warmup + 1), 150, 45, 4)
-    together = _write(rows, bench.folder / "k4_groups.jsonl")
-    apart = _write(as_pairs(rows), bench.folder / "k4_pairs.jsonl")
+    together = write_rows(rows, bench.folder / "k4_groups.jsonl")
+    apart = write_rows(as_pairs(rows), bench.folder / "k4_pairs.jsonl")
     jobs = [
         bench.job("groups", "ours", together, batch=groups, format="ranked"),
         bench.job("pairs_prefix_shared", "ours", apart, batch=6 * groups),

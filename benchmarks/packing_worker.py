@@ -100,15 +100,32 @@ def trl_arguments(job: Job, world_size: int) -> Any:
         use_cpu=True,
         logging_steps=1,
         report_to="none",
-        gradient_checkpointing=False,
+        gradient_checkpointing=job.get("checkpointing", False),
         seed=42,
         train_sampling_strategy="sequential",
         max_length=job["max_length"],
         save_strategy="no",
         disable_tqdm=True,
         deepspeed=job["deepspeed"],
-        model_init_kwargs={"dtype": job["dtype"]},
+        model_init_kwargs={"dtype": job["dtype"], **_four_bits(job)},
     )
+
+
+def _four_bits(job: Job) -> dict[str, Any]:
+    """How TRL is told of QLoRA; the head is kept out by hand, or it would be quantised."""
+    if not job.get("qlora"):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_quant_storage="bfloat16",
+        llm_int8_skip_modules=["score"],
+    )
+    return {"quantization_config": four_bits}
 
 
 def build_trl(job: Job, world: Any) -> Any:

@@ -23,6 +23,7 @@ from statistics import mean
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.pictures import Point, scatter  # noqa: E402
 from rm_scale.planning.published import Row, predict_row, read_cases  # noqa: E402
 from rm_scale.planning.published_setup import scenario_of_row  # noqa: E402
 from rm_scale.planning.timing import step_time  # noqa: E402
@@ -177,30 +178,10 @@ def write_errors(found: Sequence[Compared], file: Path) -> None:
             writer.writerow([row["id"], row["source"], row["gpu"], method_of(row), item.what, *figures])
 
 
-def draw(found: Sequence[Compared], what: str, unit: str, band: float, file: Path) -> None:
-    """Predicted against measured, on logarithmic axes, a colour per source."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = what
-    figure, axes = pyplot.subplots(figsize=(6, 5))
-    items = [item for item in found if item.what == what]
-    sources = sorted({item.row["source"] for item in items})
-    for source, marker in zip(sources, "osv^D<>ph*", strict=False):
-        chosen = [item for item in items if item.row["source"] == source]
-        x, y = [item.measured for item in chosen], [item.predicted for item in chosen]
-        axes.plot(x, y, marker, markersize=4, alpha=0.7, label=source)
-    ends = [0.8 * min(item.measured for item in items), 1.25 * max(item.measured for item in items)]
-    axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, [(1 - band) * e for e in ends], [(1 + band) * e for e in ends], color="grey", alpha=0.15)
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}")
-    axes.legend(fontsize=7)
-    axes.set_title(f"{what}: {len(items)} published rows, grey: {band:.0%} off", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+def draw(found: Sequence[Compared], what: str, unit: str, file: Path) -> None:
+    """Predicted against measured, a colour per source."""
+    points = [Point(item.measured, item.predicted, item.row["source"]) for item in found if item.what == what]
+    scatter(points, unit, 0.2, f"{what}: {len(points)} published rows, grey: 20 % off", file)
 
 
 def main() -> None:
@@ -225,8 +206,8 @@ def main() -> None:
     for source, count, error in without_each_source(speeds):
         print(f"  set without {source}: {error:.1%} on its {count} rows")
     write_errors(found, Path(options.output) / "errors.csv")
-    draw(found, MEMORY, "GB or GiB, as the row has it", 0.2, Path(options.pictures) / "published_memory.svg")
-    draw(found, SPEED, "tokens/s per device", 0.2, Path(options.pictures) / "published_speed.svg")
+    draw(found, MEMORY, "GB or GiB, as the row has it", Path(options.pictures) / "published_memory.svg")
+    draw(found, SPEED, "tokens/s per device", Path(options.pictures) / "published_speed.svg")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Put the committed throughput records into docs/results.md, as tables and pictures.
+
+    python benchmarks/publish.py
+
+Rewrites what stands between the two markers there, and docs/pictures/throughput_*.svg. Nothing is typed by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.pictures import Point, save, scatter, start_pyplot  # noqa: E402
+from rm_scale.reporting.benchmark_page import machine, table  # noqa: E402
+from rm_scale.reporting.record_tables import (  # noqa: E402
+    DETAIL_HEADER,
+    PREDICTED_HEADER,
+    THROUGHPUT_HEADER,
+    Row,
+    detail_cells,
+    label,
+    predicted_cells,
+    repetitions,
+    rows_of,
+    throughput_cells,
+)
+from rm_scale.reporting.records import Record, peak_memory_bytes, read_records  # noqa: E402
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PAGE = REPOSITORY / "docs" / "results.md"
+PICTURES = REPOSITORY / "docs" / "pictures"
+BEGIN, END = "<!-- throughput: written by benchmarks/publish.py -->", "<!-- end of throughput -->"
+LAYOUTS = {"padding": "TRL, padded", "none": "padded", "padding_free": "padding-free", "prefix_shared": "prompts once"}
+
+
+def section(rows: Sequence[Row]) -> str:
+    """All tiers of all machines."""
+    parts = []
+    for device in dict.fromkeys(machine(row.record) for row in rows):
+        here = [row for row in rows if machine(row.record) == device]
+        for model in dict.fromkeys(row.record.case.model for row in here):
+            parts.append(tier(model, device, [row for row in here if row.record.case.model == model]))
+    return "\n\n".join(parts)
+
+
+def tier(model: str, device: str, rows: Sequence[Row]) -> str:
+    """Tables of one size, the long ones folded away."""
+    case = rows[0].record.case
+    size = f", {case.num_parameters / 1e6:,.0f} M backbone parameters" if case.num_parameters else ""
+    data = " and ".join(dict.fromkeys(row.record.case.data for row in rows))
+    steps = sorted({len(row.record.counted) for row in rows if row.found is not None})
+    told = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]) if steps else "no"
+    parts = [
+        f"### {model}{size}",
+        f"Measured on {device} with {case.global_batch_size} pairs per step of {data}, {told} timed steps.",
+    ]
+    picture = draw_speed(model, rows)
+    if picture is not None:
+        parts.append(f"![Pairs per second of each method, stage and layout]({picture})")
+    parts.append(table(THROUGHPUT_HEADER, [throughput_cells(row) for row in rows]))
+    empty = [row.record for row in rows if row.found is None]
+    if empty:
+        parts.append(table(["without figures", "", "why"], [[label(r.case), r.status, r.reason] for r in empty]))
+    parts.append(folded("Utilisation, waiting, loading", table(DETAIL_HEADER, [detail_cells(row) for row in rows])))
+    cells = [found for row in rows if (found := predicted_cells(row)) is not None]
+    if cells:
+        parts.append(folded("Predicted beside measured", table(PREDICTED_HEADER, cells)))
+    again = repetitions(rows)
+    if again:
+        found = [[label(one.case), ", ".join(f"{r:.2f}" for r in one.ratios), f"{one.spread:.1%}"] for one in again]
+        parts.append(table(["repeated", "ratios to TRL", "spread"], found))
+    return "\n\n".join(parts)
+
+
+def folded(title: str, content: str) -> str:
+    """Shown when asked for."""
+    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
+
+
+def draw_speed(model: str, rows: Sequence[Row]) -> str | None:
+    """Bars by method, stage and ranks, a colour per layout."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        case = row.record.case
+        if row.found is not None and case.repeat == 1:
+            stage = f"Z{case.zero_stage}" if case.zero_stage else "DDP" if case.num_ranks > 1 else "-"
+            group = f"{case.method}\n{stage}, {case.num_ranks}"
+            values.setdefault(group, {})[case.packing] = row.found.pairs_per_second
+    if len(values) < 2:
+        return None
+    pyplot = start_pyplot(model)
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.62 * len(values)), 3.4))
+    width = 0.8 / len(LAYOUTS)
+    for number, (layout, name) in enumerate(LAYOUTS.items()):
+        x = [place + (number - 1.5) * width for place in range(len(values))]
+        axes.bar(x, [found.get(layout, 0.0) for found in values.values()], width, label=name)
+    axes.set_xticks(range(len(values)), list(values), fontsize=7)
+    axes.set(ylabel="pairs/s per rank")
+    axes.set_title(f"{model}: method, ZeRO stage, ranks (measured)", fontsize=9)
+    axes.legend(fontsize=7)
+    file = PICTURES / f"throughput_{model}.svg"
+    save(pyplot, figure, file)
+    return f"pictures/{file.name}"
+
+
+def draw_predictions(records: Sequence[Record]) -> None:
+    """Peak memory of all cases, predicted over measured."""
+    points = [
+        Point(size / 1e9, record.predicted.peak_memory_bytes / 1e9, f"{record.case.model} {record.case.method}")
+        for record in records
+        if record.status == "ok" and record.predicted is not None and (size := peak_memory_bytes(record))
+    ]
+    title = f"Peak memory of {len(points)} cases, grey: 20 % off"
+    scatter(points, "GB per rank", 0.2, title, PICTURES / "throughput_memory.svg")
+
+
+def main() -> None:
+    """Write section and pictures."""
+    found = read_records(sorted(path for path in RESULTS.iterdir() if path.is_dir()))
+    for file, reason in found.refused:
+        raise SystemExit(f"{file}: {reason}")
+    rows = rows_of(found.records)
+    draw_predictions(found.records)
+    text = PAGE.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.S)
+    if not pattern.search(text):
+        raise SystemExit(f"{PAGE.name}: the markers are not there. Fix: put {BEGIN} and {END} where the tables belong.")
+    body = f"{BEGIN}\n\n{section(rows)}\n\n{END}"
+    PAGE.write_text(pattern.sub(lambda _: body, text), encoding="utf-8")
+    print(f"{len(rows)} records: {PAGE.relative_to(REPOSITORY)}")
+
+
+if __name__ == "__main__":
+    main()

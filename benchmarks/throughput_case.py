@@ -1,0 +1,417 @@
+"""One case of `throughput.py`: its command, the run under a watch on memory and time, and the record it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from rm_scale.planning.compute import executed_flops, linear_parameters, peak_flops, step_flops
+from rm_scale.planning.parameters import adapter_tensors, backbone_tensors, total
+from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
+from rm_scale.reporting.records import Case, Memory, Prediction, Record, Status, Step
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PEER = Path(__file__).with_name("throughput_peer.py")
+MINIMAL_FREE_BYTES = 600e6
+"""With less memory left on the host, a case is ended before the kernel ends something else."""
+
+LORA_RANK = 16
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "MemoryError")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case with where its things lie.
+
+    Attributes:
+        case: what to measure.
+        model, data: folder and file.
+        data_format: as `--dataset_format` takes it.
+        work: for the run's output, logs and caches.
+        hardware: figures of the machine.
+        steps, warmup: timed steps, and those before them.
+        max_tokens: of a packed row; `None` lets the planner choose.
+        micro_batch: groups of a padded micro-step.
+        time_limit: seconds, the start included.
+        launcher: local, or slurm: on all nodes of the job around this process.
+        extra: further settings of `rm_scale/train.py`.
+    """
+
+    case: Case
+    model: Path
+    data: Path
+    data_format: str
+    work: Path
+    hardware: Path | None
+    steps: int
+    warmup: int
+    max_tokens: int | None
+    micro_batch: int
+    time_limit: float
+    launcher: str = "local"
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def output(self) -> Path:
+        """The run's output directory."""
+        return self.work / "run"
+
+
+def command(job: Job) -> list[str]:
+    """What starts the case: the real launcher with the real training script, or the peer's."""
+    case = job.case
+    if case.system == "rm_scale":
+        script, words = REPOSITORY / "rm_scale" / "train.py", settings(job)
+    else:
+        script, words = PEER, [json.dumps(peer_job(job))]
+    if job.launcher == "slurm" and case.system == "rm_scale":
+        return ["bash", str(REPOSITORY / "slurm" / "bench.sh"), "--one_case", *words]
+    if case.num_ranks == 1:
+        return [sys.executable, str(script), *words]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(case.num_ranks), "--master_port"]
+    return [sys.executable, *launcher, str(port), str(script), *words]
+
+
+def settings(job: Job) -> list[str]:
+    """Words for `rm_scale/train.py`."""
+    case = job.case
+    values: dict[str, Any] = {
+        "model_name_or_path": job.model,
+        "dataset_path": job.data,
+        "dataset_format": job.data_format,
+        "dataset_cache_dir": job.work.parent / "cache",
+        "output_dir": job.output,
+        "max_rejected_share": 1,
+        "packing": case.packing,
+        "global_batch_size": case.global_batch_size,
+        "max_length": case.max_length,
+        "max_steps": job.steps + job.warmup,
+        "learning_rate": 1e-6,  # random weights must not run away
+        "shuffle_train": "false",  # the steps of all cases and peers have the same groups
+        "bf16": "true" if case.compute_dtype == "bfloat16" else "false",
+        "gradient_checkpointing": "true" if case.gradient_checkpointing else "false",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "sample_scores": 0,
+        "disable_tqdm": "true",
+    }
+    if case.packing == "none":
+        values["per_device_train_batch_size"] = job.micro_batch
+    elif job.max_tokens is not None:
+        values["max_tokens_per_device"] = job.max_tokens
+    if case.method != "full":
+        values |= {"use_peft": "true", "lora_r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "lora_dropout": 0}
+    if case.method == "qlora":
+        values["load_in_4bit"] = "true"
+    if deepspeed_file(case) is not None:
+        values["deepspeed"] = deepspeed_file(case)
+    if job.hardware is not None:
+        values["hardware"] = job.hardware
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + list(job.extra)
+
+
+def deepspeed_file(case: Case) -> Path | None:
+    """The shipped DeepSpeed settings of a stage."""
+    if case.zero_stage == 0:
+        return None
+    return REPOSITORY / "ds_configs" / f"zero{case.zero_stage}{'_offload' if case.offload else ''}.json"
+
+
+def peer_job(job: Job) -> dict[str, Any]:
+    """What `throughput_peer.py` takes; names are those of `packing_worker.py`."""
+    case = job.case
+    return {
+        "name": "peer",
+        "folder": str(job.output),
+        "model": str(job.model),
+        "data": str(job.data),
+        "steps": job.steps + job.warmup,
+        "micro_batch": job.micro_batch,
+        "batch": case.global_batch_size,
+        "max_length": case.max_length,
+        "learning_rate": 1e-6,
+        "optim": "adamw_torch",
+        "lora": case.method != "full",
+        "qlora": case.method == "qlora",
+        "checkpointing": case.gradient_checkpointing,
+        "deepspeed": str(deepspeed_file(case)) if deepspeed_file(case) else None,
+        "dtype": "bfloat16" if case.method == "qlora" else "float32",
+    }
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case's process ended."""
+
+    status: Status
+    reason: str
+    seconds: float
+
+
+def run_case(job: Job) -> Record:
+    """Run the case and give its record, whatever came of it."""
+    shutil.rmtree(job.work, ignore_errors=True)
+    job.output.mkdir(parents=True)
+    words, load = command(job), os.getloadavg()
+    if job.case.system == "rm_scale":
+        job.output.rmdir()  # the run makes it
+    outcome = watched(words, job)
+    record = record_of(job, outcome)
+    protocol = {
+        "command": public_command(words, job),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average_at_start": [round(value, 2) for value in load],
+        "seconds_in_all": round(outcome.seconds, 1),
+        "warm_up_steps": job.warmup,
+        "timed_steps": job.steps,
+    }
+    return record.model_copy(update={"protocol": protocol})
+
+
+def watched(words: Sequence[str], job: Job) -> Outcome:
+    """Run a command until it ends, takes too long, or the host runs out of memory."""
+    started = time.monotonic()
+    log = job.work / "log.txt"
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            words,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            env=environment(job),
+            start_new_session=True,
+        )
+        why = ""
+        while process.poll() is None:
+            if psutil.virtual_memory().available < MINIMAL_FREE_BYTES:
+                why = f"ended when less than {MINIMAL_FREE_BYTES / 1e6:.0f} MB of the host's memory were left"
+            elif time.monotonic() - started > job.time_limit:
+                why = f"not done after {job.time_limit:.0f} s"
+            if why:
+                _end(process)
+                break
+            time.sleep(0.1)
+        code = process.wait()
+    return judge(code, why, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - started)
+
+
+def judge(code: int, why: str, log: str, seconds: float) -> Outcome:
+    """What an exit code and a log's end mean."""
+    if code == 0 and not why:
+        return Outcome("ok", "", seconds)
+    if why:
+        return Outcome("out_of_memory" if "memory" in why else "killed", why, seconds)
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    told = next((line for line in reversed(lines) if any(word in line for word in _OUT_OF_MEMORY)), None)
+    if told is not None:
+        return Outcome("out_of_memory", told[:400], seconds)
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "exits with return code = -9" in log:
+        return Outcome("killed", "SIGKILL, which the kernel sends when memory runs out", seconds)
+    error = next((line for line in reversed(lines) if "Error" in line or "Fix:" in line), lines[-1] if lines else "")
+    return Outcome("failed", f"exit code {code}: {error[:400]}", seconds)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The whole group: a launcher has children."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+            process.wait(3 if kind == signal.SIGTERM else None)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def environment(job: Job) -> dict[str, str]:
+    """All cores for the case, no traces of another launcher, the package of this checkout."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"}
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    threads = str(max(1, len(os.sched_getaffinity(0)) * job.case.num_nodes // job.case.num_ranks))
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    logs = {"RM_SCALE_LOGS": str(job.work / "logs")} if job.launcher == "slurm" else {}
+    return {"OMP_NUM_THREADS": threads, **kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **logs}
+
+
+def public_command(words: Sequence[str], job: Job) -> str:
+    """The command without this machine's folders."""
+    text = " ".join(words)
+    places = [(str(job.work), "WORK"), (str(job.work.parent), "WORK/.."), (str(job.model), "MODEL")]
+    places += [(str(job.hardware), "HARDWARE")] if job.hardware is not None else []
+    for place, name in ((sys.executable, "python"), *places, (str(job.data), "DATA"), (str(REPOSITORY) + "/", "")):
+        text = text.replace(place, name)
+    return text
+
+
+# --- The record ------------------------------------------------------------------------------------------------------
+
+
+def record_of(job: Job, outcome: Outcome) -> Record:
+    """What the run left behind, as a record."""
+    folder = job.output / "run" if job.case.system == "rm_scale" else job.output
+    shape = shape_from_config(read_model_config(str(job.model)))
+    hardware = yaml.safe_load(job.hardware.read_text(encoding="utf-8")) if job.hardware is not None else {}
+    device = next(iter((hardware or {}).get("devices", {}).values()), {})
+    env = read_json(folder / "environment.json")
+    gpus = env.get("gpus") or []
+    timing = read_json(folder / "timing.json")
+    steps = read_steps(folder, job, shape)
+    status, reason = outcome.status, outcome.reason
+    if status == "ok" and len(steps) <= job.warmup:
+        status, reason = "failed", f"only {len(steps)} steps were recorded"
+    return Record(
+        status=status,
+        reason=reason,
+        case=job.case,
+        warmup_steps=job.warmup,
+        steps=steps,
+        memory=Memory(**timing.get("peak_memory", {})),
+        load_seconds=timing.get("load_seconds"),
+        load_peak_memory_bytes=timing.get("load_peak_memory_bytes"),
+        seconds_to_training=timing.get("seconds_to_training"),
+        predicted=read_prediction(folder),
+        peak_flops_per_device=peak_flops(gpus[0]) if gpus else None,
+        matmul_flops_per_device=device.get("matmul_flops"),
+        energy_source=timing.get("energy", ""),
+        data_statistics=data_statistics(steps),
+        config=without_folders(read_yaml(folder / "run_config.yaml"), job),
+        plan=read_json(folder / "plan.json"),
+        environment=env,
+        hardware=hardware,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, as many as are whole."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(dict(json.loads(line)))
+        except ValueError:
+            break
+    return found
+
+
+def read_steps(folder: Path, job: Job, shape: ModelShape) -> list[Step]:
+    """Times of each step joined with its counts."""
+    counts = {line["step"]: line for line in read_lines(folder / "metrics.jsonl") if "num_tokens" in line}
+    flops = FlopCounter(job.case, shape)
+    steps = []
+    for line in read_lines(folder / "steps.jsonl"):
+        metrics = counts.get(line["step"])
+        if metrics is None:
+            continue  # it ended between the two files
+        tokens = metrics["num_tokens"]
+        loss = metrics.get("loss")
+        steps.append(
+            Step(
+                **line,
+                pairs=metrics.get("num_pairs", 0),
+                real_tokens=tokens["real"],
+                processed_tokens=tokens["processed"],
+                effective_tokens=tokens["effective"],
+                useful_flops=flops.useful(tokens["effective"], tokens["squares"]),
+                executed_flops=flops.executed(tokens["processed"], tokens["attended_pairs"]),
+                loss=loss if isinstance(loss, float | int) else None,
+            )
+        )
+    return steps
+
+
+class FlopCounter:
+    """FLOPs of a step from its counts, by the definitions of `rm_scale.planning.compute`."""
+
+    def __init__(self, case: Case, shape: ModelShape) -> None:
+        self.shape = shape
+        self.rank = None if case.method == "full" else LORA_RANK
+        self.checkpointing = case.gradient_checkpointing
+        linear = linear_parameters(shape)
+        if self.rank is None:
+            self.flops = step_flops(shape, linear, 0)
+        else:
+            adapters = total(adapter_tensors(backbone_tensors(shape), self.rank, None))
+            self.flops = step_flops(shape, adapters, linear)
+
+    def useful(self, tokens: float, squares: float) -> float:
+        """Of unshared real tokens."""
+        return self.flops.of(tokens, squares)
+
+    def executed(self, tokens: float, attended_pairs: float) -> float:
+        """Of everything that was computed."""
+        return executed_flops(self.shape, tokens, attended_pairs, checkpointing=self.checkpointing, lora_rank=self.rank)
+
+
+def read_prediction(folder: Path) -> Prediction | None:
+    """What the planner said when training began."""
+    found = read_json(folder / "plan_check.json").get("predicted")
+    if not found:
+        return None
+    return Prediction(
+        peak_memory_bytes=int(found["peak_memory_bytes"]),
+        memory={name: int(size) for name, size in found["memory"].items()},
+        step_seconds=found["step_seconds"],
+    )
+
+
+def data_statistics(steps: Sequence[Step]) -> dict[str, float]:
+    """What the steps' data was like."""
+    pairs = sum(step.pairs for step in steps)
+    if not pairs:
+        return {}
+    real, processed, effective = (
+        sum(getattr(step, f"{name}_tokens") for step in steps) for name in ("real", "processed", "effective")
+    )
+    return {
+        "mean_tokens_per_pair_unshared": round(effective / pairs, 2),
+        "padding_share": round(1 - real / processed, 4),
+        "shared_share": round(1 - real / effective, 4),
+    }
+
+
+def without_folders(config: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Settings without this machine's folders."""
+    names = {str(job.model): "MODEL", str(job.data): "DATA", str(job.output): "OUTPUT"}
+    names[str(job.hardware)] = "HARDWARE"
+    places = [str(job.work.parent), str(REPOSITORY)]
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(one) for one in value]
+        if isinstance(value, str):
+            value = names.get(value, value)
+            for place in places:
+                value = value.replace(place, "...")
+        return value
+
+    return {key: clean(value) for key, value in config.items()}
