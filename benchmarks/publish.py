@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.pictures import Point, save, scatter, start_pyplot  # noqa: E402
-from rm_scale.reporting.benchmark_page import machine, table  # noqa: E402
+from rm_scale.reporting.benchmark_page import table  # noqa: E402
 from rm_scale.reporting.record_tables import (  # noqa: E402
     DETAIL_HEADER,
     PREDICTED_HEADER,
@@ -24,6 +24,7 @@ from rm_scale.reporting.record_tables import (  # noqa: E402
     Row,
     detail_cells,
     label,
+    machine,
     predicted_cells,
     repetitions,
     rows_of,
@@ -48,6 +49,11 @@ def section(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def slug(name: str) -> str:
+    """Good in a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(R\)|Processor", "", name).lower()).strip("_")
+
+
 def tier(model: str, device: str, rows: Sequence[Row]) -> str:
     """Tables of one size, the long ones folded away."""
     case = rows[0].record.case
@@ -56,10 +62,10 @@ def tier(model: str, device: str, rows: Sequence[Row]) -> str:
     steps = sorted({len(row.record.counted) for row in rows if row.found is not None})
     told = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]) if steps else "no"
     parts = [
-        f"### {model}{size}",
+        f"### {model}{size}, on {device}",
         f"Measured on {device} with {case.global_batch_size} pairs per step of {data}, {told} timed steps.",
     ]
-    picture = draw_speed(model, rows)
+    picture = draw_speed(model, device, rows)
     if picture is not None:
         parts.append(f"![Pairs per second of each method, stage and layout]({picture})")
     parts.append(table(THROUGHPUT_HEADER, [throughput_cells(row) for row in rows]))
@@ -82,7 +88,7 @@ def folded(title: str, content: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
-def draw_speed(model: str, rows: Sequence[Row]) -> str | None:
+def draw_speed(model: str, device: str, rows: Sequence[Row]) -> str | None:
     """Bars by method, stage and ranks, a colour per layout."""
     values: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -101,9 +107,9 @@ def draw_speed(model: str, rows: Sequence[Row]) -> str | None:
         axes.bar(x, [found.get(layout, 0.0) for found in values.values()], width, label=name)
     axes.set_xticks(range(len(values)), list(values), fontsize=7)
     axes.set(ylabel="pairs/s per rank")
-    axes.set_title(f"{model}: method, ZeRO stage, ranks (measured)", fontsize=9)
+    axes.set_title(f"{model} on {device}: method, ZeRO stage, ranks (measured)", fontsize=9)
     axes.legend(fontsize=7)
-    file = PICTURES / f"throughput_{model}.svg"
+    file = PICTURES / f"throughput_{slug(device)}_{model}.svg"
     save(pyplot, figure, file)
     return f"pictures/{file.name}"
 

@@ -17,6 +17,7 @@ from rm_scale.reporting.record_tables import (
     changes,
     detail_cells,
     label,
+    machine,
     percent,
     predicted_cells,
     repetitions,
@@ -75,13 +76,6 @@ def build_page(
 
 def _place(record: Record) -> tuple[str, str, str]:
     return record.case.model, record.case.data, machine(record)
-
-
-def machine(record: Record) -> str:
-    """The device by its name."""
-    gpus = record.environment.get("gpus")
-    name = gpus[0] if gpus else record.environment.get("cpu")
-    return str(name or "machine unknown")
 
 
 def _headline(page: Page, rows: Sequence[Row], found: RecordSet) -> None:

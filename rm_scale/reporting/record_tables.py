@@ -49,13 +49,21 @@ def identity(case: Case) -> Key:
     )
 
 
+def machine(record: Record) -> str:
+    """The device by its name."""
+    gpus = record.environment.get("gpus")
+    name = gpus[0] if gpus else record.environment.get("cpu")
+    return str(name or "machine unknown")
+
+
 def rows_of(records: Iterable[Record]) -> list[Row]:
-    """All records with their figures, ordered as one reads them."""
+    """All records with their figures, ordered as one reads them. A peer counts on the same machine only."""
     records = sorted(records, key=lambda record: _order(record.case))
-    peers = {setting(r.case): r for r in records if r.case.system != "rm_scale" and r.status == "ok"}
+    others = [record for record in records if record.case.system != "rm_scale" and record.status == "ok"]
+    peers = {(machine(record), setting(record.case)): record for record in others}
     rows = []
     for record in records:
-        peer = peers.get(setting(record.case)) if record.case.system == "rm_scale" else None
+        peer = peers.get((machine(record), setting(record.case))) if record.case.system == "rm_scale" else None
         ratio = ratio_of(peer, record) if peer is not None else None
         rows.append(Row(record, measures(record), ratio, peer.case.system if peer is not None and ratio else ""))
     return rows
@@ -116,12 +124,26 @@ class Change:
 
 
 def changes(before: Iterable[Record], after: Iterable[Record]) -> tuple[list[Change], list[Case], list[Case]]:
-    """Cases of both sets, those only of the first, and those only of the second."""
-    old, new = ({(identity(r.case), r.case.repeat): r for r in records} for records in (before, after))
-    both = [_change(old[key], new[key]) for key in new if key in old]
-    gone = [old[key].case for key in old if key not in new]
-    added = [new[key].case for key in new if key not in old]
+    """Cases of both sets, those only of the first, and those only of the second.
+
+    A case meets its own measurement on the same machine; one that the first set has on another machine only meets that.
+    """
+    old = {(machine(record), _case_key(record)): record for record in before}
+    anywhere = {_case_key(record): record for record in old.values()}
+    both, added, met = [], [], set()
+    for record in after:
+        earlier = old.get((machine(record), _case_key(record))) or anywhere.get(_case_key(record))
+        if earlier is None:
+            added.append(record.case)
+        else:
+            both.append(_change(earlier, record))
+            met.add(_case_key(record))
+    gone = [record.case for record in old.values() if _case_key(record) not in met]
     return sorted(both, key=lambda change: _order(change.case)), gone, added
+
+
+def _case_key(record: Record) -> Key:
+    return (*identity(record.case), record.case.repeat)
 
 
 def _change(before: Record, after: Record) -> Change:
@@ -138,9 +160,7 @@ def _verdict(before: Record, after: Record, ratio: Ratio | None) -> str:
         return f"runs now (was {before.status})"
     if ratio is None:
         return "no figures on both sides"
-    if before.environment.get("cpu") != after.environment.get("cpu") or before.environment.get(
-        "gpus"
-    ) != after.environment.get("gpus"):
+    if machine(before) != machine(after):
         return "other hardware: not judged"
     if ratio.high < 1 and ratio.value < 1 - REGRESSION:
         return "regression"
@@ -177,7 +197,7 @@ def repetitions(rows: Iterable[Row]) -> list[Repeated]:
     found: dict[Key, list[Row]] = {}
     for row in rows:
         if row.to_peer is not None:
-            found.setdefault(identity(row.record.case), []).append(row)
+            found.setdefault((machine(row.record), *identity(row.record.case)), []).append(row)
     return [
         Repeated(group[0].record.case, group[0].peer, tuple(row.to_peer.value for row in group if row.to_peer))
         for group in found.values()

@@ -46,6 +46,23 @@ def test_ours_stands_beside_the_peer_of_its_setting() -> None:
     assert rows[1].peer == "trl" and rows[1].record.case.packing == "none"
 
 
+def on(cpu: str, one: Record) -> Record:
+    return one.model_copy(update={"environment": {"cpu": cpu}})
+
+
+def test_a_peer_counts_on_its_own_machine_only() -> None:
+    rows = rows_of([record(), trl([9, 6, 12, 9]), on("Another", record()), on("Another", trl([2, 4, 8, 6]))])
+    ratios = [(row.record.environment["cpu"], row.to_peer.value) for row in rows if row.to_peer is not None]
+    assert dict(ratios)["Another"] == 2.0 and sorted(ratio for _, ratio in ratios) == [2.0, 3.0]
+    assert repetitions(rows) == [], "the same case on two machines is no repetition"
+
+
+def test_sets_of_two_machines_are_compared_machine_by_machine() -> None:
+    before = [record(), on("Another", record([1, 20, 40, 30]))]
+    both, gone, added = changes(before, [on("Another", record([1, 20, 40, 30])), record()])
+    assert [change.verdict for change in both] == ["same", "same"] and not gone and not added
+
+
 def test_bootstrap_interval_holds_the_median_and_narrows() -> None:
     few, many = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0] * 40
     low, high = bootstrap_median(few)
