@@ -1,4 +1,4 @@
-"""What it costs a run to be measured: the share of its steps spent in meters, callbacks and the watch on collectives.
+"""What it costs a run to be measured: the share of its steps spent in meters and callbacks, on one rank.
 
     python benchmarks/metering.py [--model MODEL_DIR] [--steps 20]
 

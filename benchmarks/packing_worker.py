@@ -84,6 +84,7 @@ def build_ours(job: Job, world: Any) -> Any:
 
 def trl_arguments(job: Job, world_size: int) -> Any:
     """TRL's arguments with the same batch, optimizer, schedule and precision as ours."""
+    import torch
     from trl import RewardConfig
 
     return RewardConfig(
@@ -96,8 +97,8 @@ def trl_arguments(job: Job, world_size: int) -> Any:
         lr_scheduler_type="linear",
         warmup_steps=0,
         weight_decay=0.0,
-        bf16=True,
-        use_cpu=True,
+        bf16=job.get("bf16", True),
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         report_to="none",
         gradient_checkpointing=job.get("checkpointing", False),
@@ -120,7 +121,7 @@ def _four_bits(job: Job) -> dict[str, Any]:
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=False,  # as this package's default, and TRL's
         bnb_4bit_compute_dtype="bfloat16",
         bnb_4bit_quant_storage="bfloat16",
         llm_int8_skip_modules=["score"],

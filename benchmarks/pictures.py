@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ def scatter(points: Sequence[Point], unit: str, band: float, title: str, file: P
     """
     pyplot = start_pyplot(title)
     figure, axes = pyplot.subplots(figsize=(6, 5))
-    for kind, marker in zip(sorted({point.kind for point in points}), "osv^D<>ph*", strict=False):
+    for kind, marker in zip(sorted({point.kind for point in points}), itertools.cycle("osv^D<>ph*"), strict=False):
         chosen = [point for point in points if point.kind == kind]
         x, y = [point.measured for point in chosen], [point.predicted for point in chosen]
         axes.plot(x, y, marker, markersize=4, alpha=0.7, label=kind)

@@ -62,7 +62,6 @@ def predictions() -> Iterator[list[object]]:
                     choice = recommend(read_request(parser.parse_args([*words, "--seq", str(LENGTH)])))
                     found = choice.estimate
                     slow, fast = found.pairs_per_second
-                    tokens = found.tokens_per_second_per_device
                     yield [
                         f"{tier} {method}, {nodes} x 8 {name}",
                         f"ZeRO-{choice.zero_stage}" if choice.zero_stage else "no ZeRO",
@@ -70,7 +69,7 @@ def predictions() -> Iterator[list[object]]:
                         f"{found.peak_memory_bytes / 1e9:.0f}",
                         "yes" if found.fits else "NO",
                         _band(slow, fast, 1),
-                        _band(*tokens, 0),
+                        _band(*(2 * LENGTH * pairs / (8 * nodes) for pairs in (slow, fast)), 0),
                     ]
 
 

@@ -16,17 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.pictures import Point, save, scatter, start_pyplot  # noqa: E402
-from rm_scale.reporting.benchmark_page import table  # noqa: E402
+from rm_scale.reporting.benchmark_page import derived_tables, table  # noqa: E402
 from rm_scale.reporting.record_tables import (  # noqa: E402
     DETAIL_HEADER,
-    PREDICTED_HEADER,
     THROUGHPUT_HEADER,
+    Place,
     Row,
+    by_place,
     detail_cells,
     label,
-    machine,
-    predicted_cells,
-    repetitions,
     rows_of,
     throughput_cells,
 )
@@ -36,17 +34,15 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = REPOSITORY / "docs" / "results.md"
 PICTURES = REPOSITORY / "docs" / "pictures"
 BEGIN, END = "<!-- throughput: written by benchmarks/publish.py -->", "<!-- end of throughput -->"
+SHOWN_ROWS = 24
+"""A longer table is folded away."""
 LAYOUTS = {"padding": "TRL, padded", "none": "padded", "padding_free": "padding-free", "prefix_shared": "prompts once"}
 
 
 def section(rows: Sequence[Row]) -> str:
     """All tiers of all machines."""
-    parts = []
-    for device in dict.fromkeys(machine(row.record) for row in rows):
-        here = [row for row in rows if machine(row.record) == device]
-        for model in dict.fromkeys(row.record.case.model for row in here):
-            parts.append(tier(model, device, [row for row in here if row.record.case.model == model]))
-    return "\n\n".join(parts)
+    places = sorted(by_place(rows), key=lambda one: one[0].device)
+    return "\n\n".join(tier(place, here) for place, here in places)
 
 
 def slug(name: str) -> str:
@@ -54,32 +50,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(R\)|Processor", "", name).lower()).strip("_")
 
 
-def tier(model: str, device: str, rows: Sequence[Row]) -> str:
+def tier(place: Place, rows: Sequence[Row]) -> str:
     """Tables of one size, the long ones folded away."""
     case = rows[0].record.case
     size = f", {case.num_parameters / 1e6:,.0f} M backbone parameters" if case.num_parameters else ""
-    data = " and ".join(dict.fromkeys(row.record.case.data for row in rows))
     steps = sorted({len(row.record.counted) for row in rows if row.found is not None})
     told = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]) if steps else "no"
-    parts = [
-        f"### {model}{size}, on {device}",
-        f"Measured on {device} with {case.global_batch_size} pairs per step of {data}, {told} timed steps.",
-    ]
-    picture = draw_speed(model, device, rows)
+    parts = [f"### {place.model}{size}, on {place.device}", f"Measured: {place.words}; timed steps: {told}."]
+    picture = draw_speed(place, rows)
     if picture is not None:
         parts.append(f"![Pairs per second of each method, stage and layout]({picture})")
-    parts.append(table(THROUGHPUT_HEADER, [throughput_cells(row) for row in rows]))
-    empty = [row.record for row in rows if row.found is None]
-    if empty:
-        parts.append(table(["without figures", "", "why"], [[label(r.case), r.status, r.reason] for r in empty]))
+    main = table(THROUGHPUT_HEADER, [throughput_cells(row) for row in rows])
+    parts.append(main if len(rows) <= SHOWN_ROWS else folded(f"All {len(rows)} cases", main))
+    noted = [row.record for row in rows if row.found is None or row.record.reason]
+    if noted:
+        parts.append(table(["case", "", "note"], [[label(r.case), r.status, r.reason] for r in noted]))
     parts.append(folded("Utilisation, waiting, loading", table(DETAIL_HEADER, [detail_cells(row) for row in rows])))
-    cells = [found for row in rows if (found := predicted_cells(row)) is not None]
-    if cells:
-        parts.append(folded("Predicted beside measured", table(PREDICTED_HEADER, cells)))
-    again = repetitions(rows)
-    if again:
-        found = [[label(one.case), ", ".join(f"{r:.2f}" for r in one.ratios), f"{one.spread:.1%}"] for one in again]
-        parts.append(table(["repeated", "ratios to TRL", "spread"], found))
+    parts += [folded(*derived.split(":\n\n", 1)) for derived in derived_tables(rows)]
     return "\n\n".join(parts)
 
 
@@ -88,7 +75,7 @@ def folded(title: str, content: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
-def draw_speed(model: str, device: str, rows: Sequence[Row]) -> str | None:
+def draw_speed(place: Place, rows: Sequence[Row]) -> str | None:
     """Bars by method, stage and ranks, a colour per layout."""
     values: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -99,7 +86,7 @@ def draw_speed(model: str, device: str, rows: Sequence[Row]) -> str | None:
             values.setdefault(group, {})[case.packing] = row.found.pairs_per_second
     if len(values) < 2:
         return None
-    pyplot = start_pyplot(model)
+    pyplot = start_pyplot(place.model)
     figure, axes = pyplot.subplots(figsize=(max(6.0, 0.62 * len(values)), 3.4))
     width = 0.8 / len(LAYOUTS)
     for number, (layout, name) in enumerate(LAYOUTS.items()):
@@ -107,22 +94,23 @@ def draw_speed(model: str, device: str, rows: Sequence[Row]) -> str | None:
         axes.bar(x, [found.get(layout, 0.0) for found in values.values()], width, label=name)
     axes.set_xticks(range(len(values)), list(values), fontsize=7)
     axes.set(ylabel="pairs/s per rank")
-    axes.set_title(f"{model} on {device}: method, ZeRO stage, ranks (measured)", fontsize=9)
+    axes.set_title(f"{place.model} on {place.device}: method, ZeRO stage, ranks (measured)", fontsize=9)
     axes.legend(fontsize=7)
-    file = PICTURES / f"throughput_{slug(device)}_{model}.svg"
+    file = PICTURES / f"throughput_{slug(place.device)}_{place.model}.svg"
     save(pyplot, figure, file)
     return f"pictures/{file.name}"
 
 
-def draw_predictions(records: Sequence[Record]) -> None:
-    """Peak memory of all cases, predicted over measured."""
+def draw_predictions(records: Sequence[Record]) -> str:
+    """Peak memory of all cases, predicted over measured; gives what links to it."""
     points = [
-        Point(size / 1e9, record.predicted.peak_memory_bytes / 1e9, f"{record.case.model} {record.case.method}")
+        Point(size / 1e9, record.predicted.peak_memory_bytes / 1e9, record.case.model)
         for record in records
         if record.status == "ok" and record.predicted is not None and (size := peak_memory_bytes(record))
     ]
     title = f"Peak memory of {len(points)} cases, grey: 20 % off"
     scatter(points, "GB per rank", 0.2, title, PICTURES / "throughput_memory.svg")
+    return "![Peak memory of all cases, predicted over measured](pictures/throughput_memory.svg)"
 
 
 def main() -> None:
@@ -131,12 +119,11 @@ def main() -> None:
     for file, reason in found.refused:
         raise SystemExit(f"{file}: {reason}")
     rows = rows_of(found.records)
-    draw_predictions(found.records)
     text = PAGE.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.S)
     if not pattern.search(text):
         raise SystemExit(f"{PAGE.name}: the markers are not there. Fix: put {BEGIN} and {END} where the tables belong.")
-    body = f"{BEGIN}\n\n{section(rows)}\n\n{END}"
+    body = f"{BEGIN}\n\n{draw_predictions(found.records)}\n\n{section(rows)}\n\n{END}"
     PAGE.write_text(pattern.sub(lambda _: body, text), encoding="utf-8")
     print(f"{len(rows)} records: {PAGE.relative_to(REPOSITORY)}")
 

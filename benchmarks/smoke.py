@@ -70,8 +70,10 @@ def main() -> int:
         REFERENCE.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         return 0
     problems = compare(now, reference)
+    if not reference:
+        problems.append(f"{REFERENCE.name}: not there. Fix: --write makes one")
     for problem in problems:
-        print(f"slower: {problem}")
+        print(f"failed: {problem}")
     return 1 if problems else 0
 
 

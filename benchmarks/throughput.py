@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidia0").exists() else None
 
-from throughput_case import Job, run_case  # noqa: E402
+from throughput_case import Job, environment_here, run_case, without_host  # noqa: E402
 from workloads import MIXES, make_data, make_model  # noqa: E402
 
 from rm_scale.planning.parameters import backbone_tensors, total  # noqa: E402
@@ -79,7 +80,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     where.add_argument("--hardware", type=Path, help="figures of this machine; default: measured once, kept with them")
     where.add_argument("--again", action="store_true", help="run cases that have a record")
     where.add_argument("--keep", action="store_true", help="keep each run's output directory")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.work = options.work.resolve()
+    for ranks in options.ranks if options.launcher == "local" else []:
+        if options.global_batch_size % (options.micro_batch * int(ranks)) and (
+            options.peers or "none" in options.packing
+        ):
+            parser.error(
+                f"--global_batch_size {options.global_batch_size}: padded rows need a multiple of --micro_batch "
+                f"{options.micro_batch} x {ranks} ranks. Fix: change one of them."
+            )
+    return options
 
 
 def _words(known: Sequence[str] | None):  # type: ignore[no-untyped-def]
@@ -100,12 +111,28 @@ def measured_hardware(options: argparse.Namespace, ranks: int) -> Path:
     ranks //= options.num_nodes
     folder: Path = options.results.parent if options.results is not None else options.work
     file = folder.resolve() / f"hardware-{ranks}.yaml"
-    if not file.is_file():
+    if not file.is_file() or not is_of_this_machine(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         print(f"measuring this machine with {ranks} ranks (half a minute)", flush=True)
         command = [sys.executable, "-m", "rm_scale.cli", "bench", "hardware", "--nproc", str(ranks)]
         subprocess.run([*command, "--output", str(file)], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     return file
+
+
+def is_of_this_machine(file: Path) -> bool:
+    """Whether figures were measured on this machine; a folder may be shared by several."""
+    measured = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("measured", {})
+    here = environment_here()
+    name = here["gpus"][0] if here["gpus"] else here["cpu"]
+    return measured.get("device_name") == name and measured.get("host", socket.gethostname()) == socket.gethostname()
+
+
+def keep_hardware(file: Path, folder: Path) -> None:
+    """Put the machine's figures beside the records, without its name."""
+    if not (folder / file.name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = without_host(yaml.safe_load(file.read_text(encoding="utf-8")))
+        (folder / file.name).write_text(yaml.safe_dump(figures, sort_keys=False), encoding="utf-8")
 
 
 def allocation() -> tuple[int, int]:
@@ -145,6 +172,7 @@ def grid(options: argparse.Namespace, label: str, parameters: int) -> Iterator[C
                 gradient_checkpointing=options.gradient_checkpointing,
                 compute_dtype="float32" if options.float32 else "bfloat16",
                 data=options.data if options.data in MIXES else Path(options.data).name,
+                further=" ".join(options.train),
                 repeat=repeat,
             )
             for peer in options.peers:
@@ -168,13 +196,15 @@ def missing_peer(case: Case) -> str | None:
     return None if PEERS[case.system] else f"there is no runner for {case.system} in benchmarks/"
 
 
-def finished(case: Case, folder: Path) -> Record | None:
-    """The record of an earlier call, if it is sound. A failed case is tried again."""
+def finished(case: Case, folder: Path, steps: int, warmup: int) -> Record | None:
+    """The record of an earlier call, if it is sound and holds as many steps. A failed case is tried again."""
     try:
         record = read_record(folder / f"{case_name(case)}.json")
     except RecordError:
         return None
-    return record if record.status in {"ok", "out_of_memory"} else None
+    if record.status == "ok":
+        return record if record.warmup_steps == warmup and len(record.counted) >= steps else None
+    return record if record.status == "out_of_memory" else None
 
 
 def line(record: Record) -> str:
@@ -196,7 +226,6 @@ def line(record: Record) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the grid; gives 0 when every case has a result, be it that memory ran out."""
     options = parse_arguments(arguments)
-    options.work = options.work.resolve()
     options.num_nodes = 1
     if options.launcher == "slurm":
         options.num_nodes, ranks = allocation()
@@ -204,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hardware = {int(ranks): measured_hardware(options, int(ranks)) for ranks in options.ranks}
     first = next(iter(hardware.values()))
     folder = options.results or RESULTS / hardware_name(first) / Path(options.tier).name
+    for file in hardware.values():
+        keep_hardware(file, folder.parent)
     model, label = make_model(options.tier, options.work / "models")
     shape = shape_from_config(read_model_config(str(model)))
     wanted = options.global_batch_size * (options.steps + options.warmup + 1)
@@ -225,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     failed = 0
     for case in grid(options, label, total(backbone_tensors(shape))):
-        record = None if options.again else finished(case, folder)
+        record = None if options.again else finished(case, folder, options.steps, options.warmup)
         if record is not None:
             print(f"(have it) {line(record)}", flush=True)
             continue
@@ -244,7 +275,9 @@ def measure(job: Job, keep: bool) -> Record:
 
     reason = missing_peer(job.case)
     if reason is not None:
-        return Record(status="skipped", reason=reason, case=job.case, warmup_steps=job.warmup)
+        return Record(
+            status="skipped", reason=reason, case=job.case, warmup_steps=job.warmup, environment=environment_here()
+        )
     record = run_case(job)
     if not keep and record.status == "ok":
         shutil.rmtree(job.work, ignore_errors=True)

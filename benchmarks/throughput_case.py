@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 from rm_scale.planning.compute import executed_flops, linear_parameters, peak_flops, step_flops
 from rm_scale.planning.parameters import adapter_tensors, backbone_tensors, total
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
-from rm_scale.reporting.records import Case, Memory, Prediction, Record, Status, Step
+from rm_scale.reporting.records import Case, Memory, Prediction, Record, Saved, Status, Step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PEER = Path(__file__).with_name("throughput_peer.py")
@@ -152,7 +153,9 @@ def peer_job(job: Job) -> dict[str, Any]:
         "qlora": case.method == "qlora",
         "checkpointing": case.gradient_checkpointing,
         "deepspeed": str(deepspeed_file(case)) if deepspeed_file(case) else None,
-        "dtype": "bfloat16" if case.method == "qlora" else "float32",
+        "bf16": case.compute_dtype == "bfloat16",
+        # As ours: masters in fp32 where all weights are trained, a frozen backbone in the type that it computes in.
+        "dtype": "float32" if case.method == "full" else case.compute_dtype,
     }
 
 
@@ -161,11 +164,12 @@ def peer_job(job: Job) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case's process ended."""
+    """How a case's process ended, and the most bytes that were seen resident in one of its processes."""
 
     status: Status
     reason: str
     seconds: float
+    seen_bytes: int = 0
 
 
 def run_case(job: Job) -> Record:
@@ -190,8 +194,9 @@ def run_case(job: Job) -> Record:
 
 def watched(words: Sequence[str], job: Job) -> Outcome:
     """Run a command until it ends, takes too long, or the host runs out of memory."""
-    started = time.monotonic()
+    started, kills = time.monotonic(), kernel_kills()
     log = job.work / "log.txt"
+    seen, turn = 0, 0
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             words,
@@ -202,17 +207,49 @@ def watched(words: Sequence[str], job: Job) -> Outcome:
             start_new_session=True,
         )
         why = ""
-        while process.poll() is None:
-            if psutil.virtual_memory().available < MINIMAL_FREE_BYTES:
-                why = f"ended when less than {MINIMAL_FREE_BYTES / 1e6:.0f} MB of the host's memory were left"
-            elif time.monotonic() - started > job.time_limit:
-                why = f"not done after {job.time_limit:.0f} s"
-            if why:
+        try:
+            while process.poll() is None:
+                if psutil.virtual_memory().available < MINIMAL_FREE_BYTES:
+                    why = f"ended when less than {MINIMAL_FREE_BYTES / 1e6:.0f} MB of the host's memory were left"
+                elif time.monotonic() - started > job.time_limit:
+                    why = f"not done after {job.time_limit:.0f} s"
+                if why:
+                    seen = max(seen, resident(process.pid))
+                    break
+                if turn % 10 == 0:  # once a second: this looks at every process of the case
+                    seen = max(seen, resident(process.pid))
+                turn += 1
+                time.sleep(0.1)
+        finally:  # also when this program is interrupted
+            if process.poll() is None:
                 _end(process)
-                break
-            time.sleep(0.1)
         code = process.wait()
-    return judge(code, why, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - started)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if not why and code != 0 and kernel_kills() > kills:
+        why = "ended by the kernel, which had run out of memory"
+    return replace(judge(code, why, text, time.monotonic() - started), seen_bytes=seen)
+
+
+def resident(process: int) -> int:
+    """Most bytes resident in one process of a case."""
+    try:
+        first = psutil.Process(process)
+        members = [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    sizes = [0]
+    for member in members:
+        with contextlib.suppress(psutil.Error):
+            sizes.append(int(member.memory_info().rss))
+    return max(sizes)
+
+
+def kernel_kills() -> int:
+    """How many processes the kernel has ended for memory since it started, as far as it says."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    return 0
 
 
 def judge(code: int, why: str, log: str, seconds: float) -> Outcome:
@@ -226,7 +263,7 @@ def judge(code: int, why: str, log: str, seconds: float) -> Outcome:
     if told is not None:
         return Outcome("out_of_memory", told[:400], seconds)
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "exits with return code = -9" in log:
-        return Outcome("killed", "SIGKILL, which the kernel sends when memory runs out", seconds)
+        return Outcome("killed", "SIGKILL, and not the kernel's for want of memory, as far as it says", seconds)
     error = next((line for line in reversed(lines) if "Error" in line or "Fix:" in line), lines[-1] if lines else "")
     return Outcome("failed", f"exit code {code}: {error[:400]}", seconds)
 
@@ -253,7 +290,11 @@ def environment(job: Job) -> dict[str, str]:
 
 def public_command(words: Sequence[str], job: Job) -> str:
     """The command without this machine's folders."""
-    text = " ".join(words)
+    return without_places(" ".join(words), job)
+
+
+def without_places(text: str, job: Job) -> str:
+    """A text without this machine's folders."""
     places = [(str(job.work), "WORK"), (str(job.work.parent), "WORK/.."), (str(job.model), "MODEL")]
     places += [(str(job.hardware), "HARDWARE")] if job.hardware is not None else []
     for place, name in ((sys.executable, "python"), *places, (str(job.data), "DATA"), (str(REPOSITORY) + "/", "")):
@@ -270,33 +311,65 @@ def record_of(job: Job, outcome: Outcome) -> Record:
     shape = shape_from_config(read_model_config(str(job.model)))
     hardware = yaml.safe_load(job.hardware.read_text(encoding="utf-8")) if job.hardware is not None else {}
     device = next(iter((hardware or {}).get("devices", {}).values()), {})
-    env = read_json(folder / "environment.json")
+    env = read_json(folder / "environment.json") or environment_here()
     gpus = env.get("gpus") or []
     timing = read_json(folder / "timing.json")
     steps = read_steps(folder, job, shape)
     status, reason = outcome.status, outcome.reason
     if status == "ok" and len(steps) <= job.warmup:
         status, reason = "failed", f"only {len(steps)} steps were recorded"
+    lost = [step.step for step in steps if step.loss is None]
+    if status == "ok" and lost:
+        reason = f"the loss was not finite in {len(lost)} steps, first in step {lost[0]}"
+    memory = Memory(**timing.get("peak_memory", {}))
+    if memory.host_bytes is None and outcome.seen_bytes:
+        memory = Memory(host_bytes=outcome.seen_bytes)
+    config = read_yaml(folder / "run_config.yaml")
     return Record(
         status=status,
-        reason=reason,
+        reason=without_places(reason, job),
         case=job.case,
         warmup_steps=job.warmup,
         steps=steps,
-        memory=Memory(**timing.get("peak_memory", {})),
+        memory=memory,
+        saved=saved(job) if status == "ok" else None,
         load_seconds=timing.get("load_seconds"),
         load_peak_memory_bytes=timing.get("load_peak_memory_bytes"),
         seconds_to_training=timing.get("seconds_to_training"),
         predicted=read_prediction(folder),
-        peak_flops_per_device=peak_flops(gpus[0]) if gpus else None,
+        # The makers' figures that are known here are for bf16.
+        peak_flops_per_device=peak_flops(gpus[0]) if gpus and job.case.compute_dtype == "bfloat16" else None,
         matmul_flops_per_device=device.get("matmul_flops"),
         energy_source=timing.get("energy", ""),
+        energy_scope=timing.get("energy_scope", ""),
         data_statistics=data_statistics(steps),
-        config=without_folders(read_yaml(folder / "run_config.yaml"), job),
+        config=without_folders(config, job),
         plan=read_json(folder / "plan.json"),
         environment=env,
-        hardware=hardware,
+        hardware=without_host(hardware),
     )
+
+
+def environment_here() -> dict[str, Any]:
+    """Versions and hardware, for cases that ended before they wrote them."""
+    from rm_scale.reporting.run_directory import environment
+
+    return environment()
+
+
+def saved(job: Job) -> Saved | None:
+    """What a run of ours left as its model: it has this name only if it scored the same when it was loaded again."""
+    if job.case.system != "rm_scale" or not (job.output / "scoring_contract.json").is_file():
+        return None
+    sizes = [file.stat().st_size for file in job.output.glob("*.safetensors")]
+    return Saved(files=len(sizes), bytes=sum(sizes), verified=True) if sizes else None
+
+
+def without_host(hardware: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a machine without its name."""
+    measured = {key: value for key, value in hardware.get("measured", {}).items() if key != "host"}
+    devices = {f"device-{number}": entry for number, entry in enumerate(hardware.get("devices", {}).values())}
+    return {**hardware, "devices": devices, "measured": measured} if hardware else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -326,7 +399,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_steps(folder: Path, job: Job, shape: ModelShape) -> list[Step]:
     """Times of each step joined with its counts."""
     counts = {line["step"]: line for line in read_lines(folder / "metrics.jsonl") if "num_tokens" in line}
-    flops = FlopCounter(job.case, shape)
+    flops = FlopCounter(job.case, shape, read_yaml(folder / "run_config.yaml").get("lora_r", LORA_RANK))
     steps = []
     for line in read_lines(folder / "steps.jsonl"):
         metrics = counts.get(line["step"])
@@ -352,9 +425,9 @@ def read_steps(folder: Path, job: Job, shape: ModelShape) -> list[Step]:
 class FlopCounter:
     """FLOPs of a step from its counts, by the definitions of `rm_scale.planning.compute`."""
 
-    def __init__(self, case: Case, shape: ModelShape) -> None:
+    def __init__(self, case: Case, shape: ModelShape, lora_rank: int = LORA_RANK) -> None:
         self.shape = shape
-        self.rank = None if case.method == "full" else LORA_RANK
+        self.rank = None if case.method == "full" else lora_rank
         self.checkpointing = case.gradient_checkpointing
         linear = linear_parameters(shape)
         if self.rank is None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import yaml
 from packing_worker import build_trl
 
 Counts = dict[str, int]
@@ -81,6 +81,12 @@ def write_metrics(ranks: list[list[Counts]], losses: dict[int, float], path: Pat
             file.write(json.dumps({**line, "num_tokens": {**total, "effective": total["real"]}}) + "\n")
 
 
+def write_settings(trainer: Any, job: dict[str, Any], path: Path) -> None:
+    """All of TRL's arguments, and those that it was made with."""
+    settings = json.loads(json.dumps({**trainer.args.to_dict(), "job": job}, default=str))
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
 def main() -> None:
     """Train as told."""
     job = json.loads(next(word for word in sys.argv[1:] if word.startswith("{")))
@@ -93,13 +99,14 @@ def main() -> None:
     if job["deepspeed"]:
         prepare_environment(world)
         prepare_extensions(world.local_rank)
-    started = time.perf_counter()
     trainer = build_trl(job, world)
     folder = Path(job["folder"])
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "environment.json").write_text(json.dumps(environment()), encoding="utf-8")
-    watch(trainer, folder, load_record(time.perf_counter() - started), world)
+        write_settings(trainer, job, folder / "run_config.yaml")
+    # TRL loads and tokenises in one call: a time for loading alone, as ours is, can't be told apart.
+    watch(trainer, folder, {**load_record(0.0), "load_seconds": None}, world)
     trainer.train()
     barrier()
     sys.stdout.flush()

@@ -23,7 +23,7 @@ EXIT_REGRESSION = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rm-scale report`."""
     parser.add_argument("path", nargs="+", type=Path, metavar="RUN_DIR|RECORDS", help="an output directory, or records")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="where to write the page")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the run, or here")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE.md", help="the tables of benchmark records as Markdown too"
     )
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page; gives the exit code: 1 when --baseline shows a regression."""
+    if options.output is None:
+        options.output = (options.path[0] if _is_run(options.path[0]) else Path()) / "report.html"
     _check(options)
     if _is_run(options.path[0]):
         return _report_run(options)

@@ -6,22 +6,28 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rm_scale.reporting.charts import Axis, Bar, Series, bars, lines, stacked
+from rm_scale.reporting.charts import Axis, Bar, Series, bars, lines, nothing, stacked
 from rm_scale.reporting.page import Mark, Page, number
 from rm_scale.reporting.record_tables import (
     DETAIL_HEADER,
     PREDICTED_HEADER,
+    REPEATED_HEADER,
+    SCALING_HEADER,
     THROUGHPUT_HEADER,
     Change,
+    Place,
     Row,
+    by_place,
     changes,
     detail_cells,
     label,
     machine,
-    percent,
     predicted_cells,
+    repeated_cells,
     repetitions,
     rows_of,
+    scaling_cells,
+    setting,
     signed,
     tag,
     throughput_cells,
@@ -29,6 +35,9 @@ from rm_scale.reporting.record_tables import (
 from rm_scale.reporting.records import Record, RecordSet, measures, peak_memory_bytes
 
 _MAX_BARS = 40
+_MAX_PARTS = 5
+"""So that no colour stands for two parts."""
+_MAX_LINES = 6
 _PARTS = {
     "weights": "weights",
     "gathered_weights": "gathered weights",
@@ -66,16 +75,12 @@ def build_page(
     _headline(page, rows, found)
     if baseline is not None:
         _comparison(page, baseline, found)
-    for place in dict.fromkeys(_place(row.record) for row in rows):
-        _one_place(page, [row for row in rows if _place(row.record) == place], place)
+    for place, here in by_place(rows):
+        _one_place(page, here, place)
     _without_figures(page, rows, found)
     _environment(page, found.records)
     _reproduce(page, found.records)
     return page
-
-
-def _place(record: Record) -> tuple[str, str, str]:
-    return record.case.model, record.case.data, machine(record)
 
 
 def _headline(page: Page, rows: Sequence[Row], found: RecordSet) -> None:
@@ -94,58 +99,79 @@ def _headline(page: Page, rows: Sequence[Row], found: RecordSet) -> None:
     page.paragraph(DEFINITIONS, faint=True)
 
 
-def _one_place(page: Page, rows: Sequence[Row], place: tuple[str, str, str]) -> None:
-    model, data, device = place
+def _one_place(page: Page, rows: Sequence[Row], place: Place) -> None:
     case = rows[0].record.case
-    page.section(f"{model} on {device}")
+    page.section(f"{place.model} on {place.device}")
     parameters = f"{case.num_parameters / 1e6:,.0f} M backbone parameters, " if case.num_parameters else ""
-    page.paragraph(
-        f"{parameters}data {data}, {case.global_batch_size} groups per step, at most {case.max_length} tokens, "
-        f"{case.compute_dtype}.",
-        kind="measured",
-    )
+    page.paragraph(f"{parameters}{place.words}.", kind="measured")
     page.table(THROUGHPUT_HEADER, [throughput_cells(row) for row in rows], digits=3)
-    page.figures([chart for chart in (_speed(rows), _memory(rows), _scaling(rows), _losses(rows)) if chart is not None])
+    charts = [
+        drawn
+        for ranks in sorted({row.record.case.num_ranks for row in rows})
+        for draw in (_speed, _memory)
+        for drawn in [draw([row for row in rows if row.record.case.num_ranks == ranks], ranks)]
+    ]
+    page.figures([*charts, _scaling(rows), _losses(rows)])
     page.details(
         "Utilisation, waiting, loading, memory of each case", DETAIL_HEADER, [detail_cells(row) for row in rows]
     )
+    scaling = scaling_cells(rows)
+    if scaling:
+        page.details("Scaling over ranks", SCALING_HEADER, scaling)
     _predicted(page, rows)
     again = repetitions(rows)
     if again:
         page.heading("Repetitions")
-        header = ["case", "ratios to the peer", "spread"]
-        cells = [[label(one.case), ", ".join(f"{r:.2f}" for r in one.ratios), percent(one.spread)] for one in again]
-        page.table(header, cells)
+        page.table(REPEATED_HEADER, [repeated_cells(one) for one in again])
 
 
-def _speed(rows: Sequence[Row]) -> tuple[str, str] | None:
-    good = [row for row in rows if row.found is not None][:_MAX_BARS]
-    values = [Bar(tag(row.record.case), row.found.pairs_per_second) for row in good if row.found is not None]
-    if not values:
-        return None
-    return bars(
-        "Throughput", values, Axis("pairs/s per device")
-    ), "Pairs per second and device, by case; z: ZeRO stage, o: offload, r: ranks. Measured."
+Drawing = tuple[str, str]
 
 
-def _memory(rows: Sequence[Row]) -> tuple[str, str] | None:
-    """The planner's parts, since nothing measures parts; the measured whole stands in the table below."""
-    known = [row for row in rows if row.record.predicted is not None][:_MAX_BARS]
-    if not known:
-        return None
-    names = list(dict.fromkeys(name for row in known if row.record.predicted for name in row.record.predicted.memory))
-    parts = [
-        (_PARTS.get(name, name), [_part(row.record, name) for row in known])
-        for name in names
-        if any(_part(row.record, name) for row in known)
+def _not_drawn(title: str, why: str) -> Drawing:
+    return nothing(title), f"{title}: not drawn, {why}."
+
+
+def _more(count: int) -> str:
+    return f" {count} more are in the table." if count > 0 else ""
+
+
+def _speed(rows: Sequence[Row], ranks: int) -> Drawing:
+    title = f"Throughput, {ranks} rank{'s' if ranks > 1 else ''}"
+    good = [row for row in rows if row.found is not None]
+    values = [
+        Bar(tag(row.record.case), row.found.pairs_per_second) for row in good[:_MAX_BARS] if row.found is not None
     ]
+    if not values:
+        return _not_drawn(title, "no case has figures")
+    chart = bars(title, values, Axis("pairs/s per device"))
+    caption = "Pairs per second and device, by case; z: ZeRO stage, o: offload, r: ranks. Measured."
+    return chart, caption + _more(len(good) - _MAX_BARS)
+
+
+def _memory(rows: Sequence[Row], ranks: int) -> Drawing:
+    """The planner's parts, since nothing measures parts; the measured whole stands in the table below."""
+    title = f"Memory by part, {ranks} rank{'s' if ranks > 1 else ''}"
+    all_known = [row for row in rows if row.record.predicted is not None]
+    known = all_known[:_MAX_BARS]
+    if not known:
+        return _not_drawn(title, "no case has a prediction")
+    sums: Counter[str] = Counter()
+    for row in known:
+        sums.update(row.record.predicted.memory if row.record.predicted else {})
+    names = [name for name, size in sums.most_common() if size > 0]
+    parts = [(_PARTS.get(name, name), [_part(row.record, name) for row in known]) for name in names[:_MAX_PARTS]]
+    if names[_MAX_PARTS:]:
+        others = [sum(_part(row.record, name) for name in names[_MAX_PARTS:]) for row in known]
+        parts.append(("others", others))
     limit = _limit(known[0].record)
     highest = max(sum(values[place] for _, values in parts) for place in range(len(known)))
     # A limit far above all bars would squeeze them.
     shown = limit if limit is not None and limit < 4 * highest else None
     axis = Axis("GB per rank" + (", dashed: the device's memory" if shown else ""), high=shown)
-    chart = stacked("Memory by part", [tag(row.record.case) for row in known], parts, axis)
-    return chart, "Peak memory by part. Predicted; measured wholes are in the table of predictions."
+    chart = stacked(title, [tag(row.record.case) for row in known], parts, axis)
+    caption = "Peak memory by part. Predicted; measured wholes are in the table of predictions."
+    return chart, caption + _more(len(all_known) - _MAX_BARS)
 
 
 def _part(record: Record, name: str) -> float:
@@ -158,11 +184,11 @@ def _limit(record: Record) -> float | None:
     return float(size) / 1e9 if size else None
 
 
-def _scaling(rows: Sequence[Row]) -> tuple[str, str] | None:
+def _scaling(rows: Sequence[Row]) -> Drawing:
     """World throughput over ranks, for cases measured on several numbers of them."""
     groups: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row.found is not None:
+        if row.found is not None and row.record.case.repeat == 1:
             case = row.record.case.model_copy(update={"num_ranks": 1, "num_nodes": 1})
             ranks = row.record.case.num_ranks
             groups.setdefault(tag(case), {})[ranks] = row.found.pairs_per_second * ranks
@@ -172,29 +198,26 @@ def _scaling(rows: Sequence[Row]) -> tuple[str, str] | None:
         if len(points) > 1
     ]
     if not series:
-        return None
-    best = max(series, key=lambda one: max(float(value or 0) for value in one.y))
-    ends = [float(value or 0) for value in best.y]
-    efficiency = ends[-1] / ends[0] * best.x[0] / best.x[-1]
-    chart = lines("Scaling", series[:6], Axis("ranks"), Axis("pairs/s, all ranks", low=0))
-    caption = f"Scaling over ranks, measured. {best.name}: efficiency {efficiency:.0%} at {best.x[-1]:.0f} ranks."
+        return _not_drawn("Scaling", "no case was measured on several numbers of ranks")
+    series.sort(key=lambda one: -max(float(value or 0) for value in one.y))
+    chart = lines("Scaling", series[:_MAX_LINES], Axis("ranks"), Axis("pairs/s, all ranks", low=0))
+    caption = "Scaling over ranks, measured; the fastest cases. Efficiencies of all are in the table below."
     if machine(rows[0].record) == rows[0].record.environment.get("cpu"):
         caption += " Ranks share this machine's cores, so the same throughput is the most that can be had."
     return chart, caption
 
 
-def _losses(rows: Sequence[Row]) -> tuple[str, str] | None:
+def _losses(rows: Sequence[Row]) -> Drawing:
     """Loss over wall time of a peer and of ours in the same setting, where there is one."""
     chosen = next((row for row in rows if row.to_peer is not None and row.record.case.packing == "prefix_shared"), None)
     if chosen is None:
-        return None
+        return _not_drawn("Loss over time", "no case has a peer in the same setting")
+    same = setting(chosen.record.case)
     peer = next(
-        row.record
-        for row in rows
-        if row.record.case.system == chosen.peer
-        and row.record.case.model_copy(update={"system": "", "packing": "", "micro_batch": ""})
-        == chosen.record.case.model_copy(update={"system": "", "packing": "", "micro_batch": ""})
+        (r.record for r in rows if r.record.case.system == chosen.peer and setting(r.record.case) == same), None
     )
+    if peer is None:
+        return _not_drawn("Loss over time", "the peer's record is not among these")
     series = [_loss_line(chosen.record, "rm_scale"), _loss_line(peer, peer.case.system.upper())]
     chart = lines("Loss over time", series, Axis("seconds of training"), Axis("loss"))
     return chart, f"The same steps on the same groups, {label(chosen.record.case)}: what differs is the time. Measured."
@@ -243,19 +266,24 @@ def _against(points: Sequence[tuple[float, float]], unit: str, title: str) -> st
     return lines(title, series, Axis(f"measured, {unit}", log=True), Axis(f"predicted, {unit}", log=True))
 
 
+def _noted(rows: Sequence[Row]) -> list[list[object]]:
+    """Cases without figures, and those with a word to say."""
+    noted = [row.record for row in rows if row.found is None or row.record.reason]
+    return [[f"{r.case.model}: {label(r.case)}", r.status.replace("_", " "), r.reason] for r in noted]
+
+
 def _without_figures(page: Page, rows: Sequence[Row], found: RecordSet) -> None:
-    empty = [row.record for row in rows if row.found is None]
-    if empty:
-        page.section("Cases without figures")
-        cells = [[f"{r.case.model}: {label(r.case)}", r.status.replace("_", " "), r.reason] for r in empty]
-        page.table(["case", "", "why"], cells)
+    noted = _noted(rows)
+    if noted:
+        page.section("Cases without figures, or with a note")
+        page.table(["case", "", "why"], noted)
     if found.refused:
         page.section("Records that were refused")
         page.table(["file", "why"], [list(one) for one in found.refused])
 
 
-def _environment(page: Page, records: Sequence[Record]) -> None:
-    page.section("Environment")
+def _facts(records: Sequence[Record]) -> list[list[object]]:
+    """What the records say of machines and versions, and how many say so."""
     facts: dict[tuple[str, str], int] = Counter()
     for record in records:
         env = record.environment
@@ -265,15 +293,20 @@ def _environment(page: Page, records: Sequence[Record]) -> None:
             for name in ("torch", "transformers", "trl", "peft", "deepspeed")
             if packages.get(name)
         )
+        changed = " with uncommitted changes" if env.get("uncommitted_changes") else ""
+        rate = record.matmul_flops_per_device
         facts["device", machine(record)] += 1
         facts["processor cores", str(env.get("num_cpus"))] += 1
         facts["versions", versions] += 1
-        facts["rm_scale", f"{env.get('rm_scale')} at {str(env.get('commit'))[:12]}"] += 1
-        facts[
-            "large matrix products", f"{number((record.matmul_flops_per_device or 0) / 1e12, 3)} TFLOP/s per rank"
-        ] += 1
+        facts["rm_scale", f"{env.get('rm_scale')} at {str(env.get('commit'))[:12]}{changed}"] += 1
+        facts["large matrix products", f"{number(rate / 1e12, 3)} TFLOP/s per rank" if rate else "not measured"] += 1
         facts["energy", record.energy_source or "not read"] += 1
-    page.table(["", "", "records"], [[what, value, count] for (what, value), count in facts.items()])
+    return [[what, value, count] for (what, value), count in facts.items()]
+
+
+def _environment(page: Page, records: Sequence[Record]) -> None:
+    page.section("Environment")
+    page.table(["", "", "records"], _facts(records))
     page.details(
         "All records",
         ["file", "status", "date", "load of the machine", "checksum"],
@@ -284,14 +317,24 @@ def _environment(page: Page, records: Sequence[Record]) -> None:
     )
 
 
+def _commands(records: Sequence[Record]) -> str:
+    """One command of each system."""
+    first: dict[str, str] = {}
+    for record in records:
+        if record.protocol.get("command"):
+            first.setdefault(record.case.system, str(record.protocol["command"]))
+    return "\n\n".join(first.values()) or "no record holds a command"
+
+
+_REPRODUCE = "Every record holds its exact command and all settings. One of each system:"
+_WHOLE_GRID = "The whole grid: python benchmarks/throughput.py; see benchmarks/README.md."
+
+
 def _reproduce(page: Page, records: Sequence[Record]) -> None:
     page.section("How to reproduce")
-    page.paragraph("Every record holds its exact command and all settings. The first of each kind of case:")
-    commands = dict.fromkeys(
-        str(record.protocol.get("command")) for record in records if record.protocol.get("command")
-    )
-    page.code("\n\n".join(list(commands)[:2]) or "no record holds a command")
-    page.paragraph("The whole grid: python benchmarks/throughput.py; see benchmarks/README.md.")
+    page.paragraph(_REPRODUCE)
+    page.code(_commands(records))
+    page.paragraph(_WHOLE_GRID)
 
 
 # --- Two sets --------------------------------------------------------------------------------------------------------
@@ -347,24 +390,34 @@ def markdown(found: RecordSet, baseline: RecordSet | None = None) -> str:
         parts.append("### Against the baseline\n\n" + table(CHANGE_HEADER, [change_cells(one) for one in both]))
         parts += [f"Only in the baseline: {case.model}: {label(case)}" for case in gone]
         parts += [f"Only here: {case.model}: {label(case)}" for case in added]
-    for place in dict.fromkeys(_place(row.record) for row in rows):
-        here = [row for row in rows if _place(row.record) == place]
-        parts.append(f"### {place[0]}, {place[1]}, on {place[2]}\n\nMeasured; rates per device.")
+    parts.append(DEFINITIONS)
+    for place, here in by_place(rows):
+        parts.append(f"### {place.model} on {place.device}\n\nMeasured; {place.words}.")
         parts.append(table(THROUGHPUT_HEADER, [throughput_cells(row) for row in here]))
         parts.append(
             "Utilisation, waiting, loading, memory:\n\n" + table(DETAIL_HEADER, [detail_cells(row) for row in here])
         )
-        cells = [cell for row in here if (cell := predicted_cells(row)) is not None]
-        if cells:
-            parts.append("Predicted beside measured:\n\n" + table(PREDICTED_HEADER, cells))
-    empty = [row.record for row in rows if row.found is None]
-    if empty:
-        parts.append(
-            "Without figures:\n\n" + table(["case", "", "why"], [[label(r.case), r.status, r.reason] for r in empty])
-        )
+        parts += derived_tables(here)
+    noted = _noted(rows)
+    if noted:
+        parts.append("### Cases without figures, or with a note\n\n" + table(["case", "", "why"], noted))
     if found.refused:
-        parts.append("Refused records:\n\n" + table(["file", "why"], [list(one) for one in found.refused]))
+        parts.append("### Refused records\n\n" + table(["file", "why"], [list(one) for one in found.refused]))
+    parts.append("### Environment\n\n" + table(["what", "", "records"], _facts(found.records)))
+    parts.append(f"### How to reproduce\n\n{_REPRODUCE}\n\n```\n{_commands(found.records)}\n```\n\n{_WHOLE_GRID}")
     return "\n\n".join(parts) + "\n"
+
+
+def derived_tables(rows: Sequence[Row]) -> list[str]:
+    """Scaling, predictions and repetitions, as far as there are any."""
+    parts = []
+    if scaling := scaling_cells(rows):
+        parts.append("Scaling over ranks:\n\n" + table(SCALING_HEADER, scaling))
+    if cells := [cell for row in rows if (cell := predicted_cells(row)) is not None]:
+        parts.append("Predicted beside measured:\n\n" + table(PREDICTED_HEADER, cells))
+    if again := repetitions(rows):
+        parts.append("Repetitions:\n\n" + table(REPEATED_HEADER, [repeated_cells(one) for one in again]))
+    return parts
 
 
 def _markdown_cell(cell: object) -> str:

@@ -6,12 +6,15 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 from rm_scale.reporting.records import Case, Measures, Record, measures, peak_memory_bytes
 
 NUM_RESAMPLES = 2000
 REGRESSION = 0.05
 """A case that is slower by more than this, with its whole interval below 1, is a regression."""
+MIN_STEPS = 3
+"""With fewer common steps an interval means nothing."""
 
 Key = tuple[object, ...]
 
@@ -47,6 +50,42 @@ def identity(case: Case) -> Key:
     return tuple(
         sorted((name, value) for name, value in case.model_dump().items() if name not in {"repeat", "num_parameters"})
     )
+
+
+class Place(NamedTuple):
+    """What the rows of one table have in common."""
+
+    model: str
+    data: str
+    device: str
+    global_batch_size: int
+    max_length: int
+    gradient_checkpointing: bool
+    compute_dtype: str
+
+    @property
+    def words(self) -> str:
+        """The settings, as a sentence's end."""
+        recomputed = ", activations recomputed" if self.gradient_checkpointing else ""
+        return (
+            f"data {self.data}, {self.global_batch_size} groups per step, at most {self.max_length} tokens, "
+            f"{self.compute_dtype}{recomputed}"
+        )
+
+
+def place_of(record: Record) -> Place:
+    """The table that a record belongs to."""
+    case = record.case
+    settings = (case.global_batch_size, case.max_length, case.gradient_checkpointing, case.compute_dtype)
+    return Place(case.model, case.data, machine(record), *settings)
+
+
+def by_place(rows: Sequence[Row]) -> list[tuple[Place, list[Row]]]:
+    """Rows put into their tables, in the order of the first of each."""
+    places: dict[Place, list[Row]] = {}
+    for row in rows:
+        places.setdefault(place_of(row.record), []).append(row)
+    return list(places.items())
 
 
 def machine(record: Record) -> str:
@@ -86,7 +125,7 @@ def ratio_of(slow: Record, fast: Record, seed: int = 0) -> Ratio | None:
     """
     first = {step.step: step for step in slow.counted}
     pairs = [(first[step.step], step) for step in fast.counted if step.step in first]
-    if not pairs or any(a.pairs != b.pairs for a, b in pairs):
+    if not pairs or any((a.pairs, a.effective_tokens) != (b.pairs, b.effective_tokens) for a, b in pairs):
         return None
     ratios = [a.seconds / b.seconds for a, b in pairs]
     low, high = bootstrap_median(ratios, seed)
@@ -154,14 +193,18 @@ def _change(before: Record, after: Record) -> Change:
 
 
 def _verdict(before: Record, after: Record, ratio: Ratio | None) -> str:
+    if machine(before) != machine(after):
+        return "other hardware: not judged"
+    if "skipped" in (before.status, after.status):
+        return "skipped: not judged"
     if before.status == "ok" and after.status != "ok":
         return f"regression: {after.status}"
     if after.status == "ok" and before.status != "ok":
         return f"runs now (was {before.status})"
     if ratio is None:
         return "no figures on both sides"
-    if machine(before) != machine(after):
-        return "other hardware: not judged"
+    if ratio.num_steps < MIN_STEPS:
+        return f"too few steps: {ratio.num_steps}"
     if ratio.high < 1 and ratio.value < 1 - REGRESSION:
         return "regression"
     if ratio.low > 1 and ratio.value > 1 + REGRESSION:
@@ -194,15 +237,48 @@ class Repeated:
 
 def repetitions(rows: Iterable[Row]) -> list[Repeated]:
     """Cases whose ratio to a peer was measured more than once."""
-    found: dict[Key, list[Row]] = {}
+    found: dict[Key, dict[int, Row]] = {}
     for row in rows:
         if row.to_peer is not None:
-            found.setdefault((machine(row.record), *identity(row.record.case)), []).append(row)
+            group = found.setdefault((machine(row.record), *identity(row.record.case)), {})
+            group[row.record.case.repeat] = row
     return [
-        Repeated(group[0].record.case, group[0].peer, tuple(row.to_peer.value for row in group if row.to_peer))
+        Repeated(first.record.case, first.peer, tuple(row.to_peer.value for row in group.values() if row.to_peer))
         for group in found.values()
         if len(group) > 1
+        for first in [next(iter(group.values()))]
     ]
+
+
+REPEATED_HEADER = ("repeated case", "ratios to the peer", "spread")
+
+
+def repeated_cells(one: Repeated) -> list[object]:
+    """A repeated case's ratios."""
+    return [label(one.case), ", ".join(f"{ratio:.2f}" for ratio in one.ratios), percent(one.spread)]
+
+
+# --- Scaling ---------------------------------------------------------------------------------------------------------
+
+SCALING_HEADER = ("case", "ranks", "pairs/s, all ranks", "fewest ranks", "pairs/s, all of them", "efficiency")
+
+
+def scaling_cells(rows: Iterable[Row]) -> list[list[object]]:
+    """Throughput over that with the fewest ranks, over what as many times the ranks would give."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        case = row.record.case.model_copy(update={"num_ranks": 1, "num_nodes": 1})
+        if row.found is not None and row.record.case.repeat == 1:
+            groups.setdefault((machine(row.record), *identity(case)), []).append(row)
+    cells: list[list[object]] = []
+    for group in groups.values():
+        first, *more = sorted(group, key=lambda row: row.record.case.num_ranks)
+        for row in more:
+            ranks, fewest = row.record.case.num_ranks, first.record.case.num_ranks
+            ends = [one.found.pairs_per_second for one in (row, first) if one.found is not None]
+            name = label(row.record.case.model_copy(update={"num_ranks": 1})).removesuffix(", 1 rank")
+            cells.append([name, ranks, ends[0] * ranks, fewest, ends[1] * fewest, percent(ends[0] / ends[1])])
+    return cells
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
@@ -303,8 +379,9 @@ def label(case: Case) -> str:
     zero = "no ZeRO" if case.zero_stage == 0 else f"ZeRO-{case.zero_stage}{' offload' if case.offload else ''}"
     ranks = f"{case.num_ranks} rank{'s' if case.num_ranks > 1 else ''}"
     nodes = f" on {case.num_nodes} nodes" if case.num_nodes > 1 else ""
+    further = f", {case.further}" if case.further else ""
     repeat = f", repeat {case.repeat}" if case.repeat > 1 else ""
-    return f"{system}{case.method}, {case.packing}, {zero}, {ranks}{nodes}{repeat}"
+    return f"{system}{case.method}, {case.packing}, {zero}, {ranks}{nodes}{further}{repeat}"
 
 
 def tag(case: Case) -> str:

@@ -50,6 +50,7 @@ class Case(_Strict):
     gradient_checkpointing: bool
     compute_dtype: str
     data: str = Field(description="file's name, or the synthetic length mix")
+    further: str = Field("", description="further settings that the run was given")
     repeat: int = Field(1, description="number of the repetition")
 
 
@@ -78,6 +79,14 @@ class Memory(_Strict):
     host_bytes: int | None = None
 
 
+class Saved(_Strict):
+    """The model that a run left behind."""
+
+    files: int = Field(description="of weights")
+    bytes: int
+    verified: bool = Field(description="it was loaded again and scored the same")
+
+
 class Prediction(_Strict):
     """What the planner said of this case. Never a measurement."""
 
@@ -103,6 +112,10 @@ class Record(_Strict):
     peak_flops_per_device: float | None = Field(None, description="maker's figure, dense; MFU and HFU need it")
     matmul_flops_per_device: float | None = Field(None, description="measured on large products")
     energy_source: str = ""
+    energy_scope: str = Field(
+        "", description="whose energy the steps hold: the main rank's (rank), its machine's (node)"
+    )
+    saved: Saved | None = None
     data_statistics: dict[str, float] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict, description="all settings of the run")
     plan: dict[str, Any] = Field(default_factory=dict)
@@ -137,7 +150,8 @@ def case_name(case: Case) -> str:
     words = [case.system, case.model, case.method, case.packing, f"zero{case.zero_stage}"]
     words += ["offload"] if case.offload else []
     words += [f"{case.num_nodes}n{case.num_ranks}r"]
-    rest = json.dumps(case.model_dump(exclude={"num_parameters"}), sort_keys=True)
+    fields = case.model_dump(exclude={"num_parameters"} if case.further else {"num_parameters", "further"})
+    rest = json.dumps(fields, sort_keys=True)
     words += [f"r{case.repeat}", hashlib.sha256(rest.encode()).hexdigest()[:8]]
     return "-".join(str(word).replace("/", "_").replace(" ", "_") for word in words)
 
@@ -175,7 +189,11 @@ def read_record(path: Path) -> Record:
             f"{path}: schema {schema!r}, and this version reads {SCHEMA!r}. Fix: run the case again, or read it with "
             "the version of rm_scale that wrote it."
         )
-    if content.get("checksum") != checksum(content):
+    try:
+        sound = content.get("checksum") == checksum(content)
+    except ValueError:  # NaN, which no record holds
+        sound = False
+    if not sound:
         raise RecordError(
             f"{path}: the checksum does not fit the content, so it was changed after it was measured. "
             "Fix: run the case again; records are not edited."
@@ -211,7 +229,7 @@ def read_records(paths: Iterable[Path]) -> RecordSet:
         if not path.exists():
             raise RecordError(f"{path}: no such file or folder. Fix: give a folder of records.")
         for file in [path] if path.is_file() else sorted(path.rglob("*.json")):
-            if path.is_dir() and not _claims_to_be_one(file):
+            if path.is_dir() and _is_something_else(file):
                 continue
             try:
                 records.append(read_record(file))
@@ -220,12 +238,16 @@ def read_records(paths: Iterable[Path]) -> RecordSet:
     return RecordSet(tuple(records), tuple(refused))
 
 
-def _claims_to_be_one(file: Path) -> bool:
+def _is_something_else(file: Path) -> bool:
+    """Whole JSON of another kind. What can't be read is refused by name rather than passed over."""
     try:
-        with file.open(encoding="utf-8") as stream:
-            return '"rm_scale.benchmark/' in stream.read(200)
-    except (OSError, UnicodeDecodeError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    if not isinstance(content, dict):
+        return True
+    claims = str(content.get("schema", "")).startswith("rm_scale.benchmark/")
+    return not claims and not {"case", "steps"} <= set(content)
 
 
 # --- What is derived -------------------------------------------------------------------------------------------------
@@ -246,7 +268,7 @@ class Measures:
         hfu: executed FLOPs (padding, recomputation and adapters in, a shared prompt once) over the same.
         useful_share, executed_share: the same over the rate that was measured on large products.
         data_wait_share, communication_share: of the steps' time on the main rank.
-        joules_per_pair: of what the record's energy source counts.
+        joules_per_pair: of what the record's energy source counts, others taken to draw as much as the main rank's.
     """
 
     pairs_per_second: float
@@ -273,6 +295,7 @@ def measures(record: Record) -> Measures | None:
     if record.status != "ok" or not steps:
         return None
     devices = record.case.num_ranks
+    counting = devices if record.energy_scope == "rank" else record.case.num_nodes
     seconds = [step.seconds for step in steps]
 
     def rate(name: str) -> float | None:
@@ -303,7 +326,9 @@ def measures(record: Record) -> Measures | None:
         executed_share=over(executed, record.matmul_flops_per_device),
         data_wait_share=share("data_wait_seconds"),
         communication_share=share("communication_seconds"),
-        joules_per_pair=None if joules is None else joules * sum(seconds) / max(1, sum(step.pairs for step in steps)),
+        joules_per_pair=None
+        if joules is None
+        else joules * sum(seconds) * counting / max(1, sum(step.pairs for step in steps)),
     )
 
 

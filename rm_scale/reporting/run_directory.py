@@ -20,6 +20,7 @@ from rm_scale.planning.plan import Plan
 
 logger = get_logger(__name__)
 
+_CODE = ("rm_scale", "ds_configs", "benchmarks/*.py")
 _PACKAGES = (
     "torch",
     "transformers",
@@ -105,10 +106,12 @@ def environment() -> dict[str, Any]:
     """Versions and hardware of this machine. Environment variables are left out: they may hold tokens."""
     import torch
 
+    changes = _git("status", "--porcelain", "--", *_CODE)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "rm_scale": rm_scale.__version__,
-        "commit": _commit(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
@@ -126,13 +129,16 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, `None` for an installed one."""
+def _git(*words: str) -> str | None:
+    """What git says of the checkout this package runs from; `None` for an installed one, or without git."""
     root = Path(rm_scale.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
+    try:
+        answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _cpu_name() -> str:

@@ -18,14 +18,23 @@ class EnergyMeter:
 
     Attributes:
         source: what is counted, or why nothing is.
+        scope: whose joules they are: "rank" (its GPU alone) or "node" (all of a machine's processors).
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self._read, self.source = _gpu_counter() if torch.cuda.is_available() else _processor_counter(powercap)
+        has_gpu = torch.cuda.is_available()
+        self.scope = "rank" if has_gpu else "node"
+        self._read, self.source = _gpu_counter() if has_gpu else _processor_counter(powercap)
 
     def joules(self) -> float | None:
-        """Since some moment in the past; differences count. `None` where nothing can be read."""
-        return self._read() if self._read is not None else None
+        """Since some moment in the past; differences count. `None` where nothing can be read, or no longer."""
+        if self._read is None:
+            return None
+        try:
+            return self._read()
+        except Exception as error:  # a driver's own errors; a run doesn't end for a figure
+            self._read, self.source = None, f"not read to the end: {type(error).__name__}"
+            return None
 
 
 Counter = tuple[Callable[[], float] | None, str]
@@ -49,9 +58,12 @@ def _processor_counter(powercap: Path) -> Counter:
     files = [file for file in files if file.parent.name.count(":") == 1 and os.access(file, os.R_OK)]
     if not files:
         return None, f"not read: no readable energy_uj below {powercap} (a virtual machine, or only root may read it)"
-    wraps = [_number(file.with_name("max_energy_range_uj")) for file in files]
+    try:
+        wraps = [_number(file.with_name("max_energy_range_uj")) for file in files]
+        last = [_number(file) for file in files]
+    except (OSError, ValueError) as error:
+        return None, f"not read: {type(error).__name__} below {powercap}"
     total = [0.0] * len(files)
-    last = [_number(file) for file in files]
 
     def read() -> float:
         for place, file in enumerate(files):

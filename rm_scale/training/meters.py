@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,4 +167,18 @@ def peak_memory_bytes() -> int:
     """Most memory this rank has held: allocated on its GPU, or resident in the process on a CPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak_bytes()
+
+
+def resident_peak_bytes() -> int:
+    """Most bytes that were resident in this process, since its start or since the peak was last forgotten.
+
+    Not `ru_maxrss` where the kernel tells more: that figure is inherited from the process that started this one, and
+    can't be forgotten.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rm_scale.distributed import gather_from_ranks
 from rm_scale.training.energy import EnergyMeter
+from rm_scale.training.meters import resident_peak_bytes
 
 
 class CollectiveClock:
@@ -140,7 +140,8 @@ class StepTimes(TrainerCallback):
             highest = {
                 name: max((rank[name] for rank in ranks if rank[name] is not None), default=None) for name in ranks[0]
             }
-            self._write({**self.load, "peak_memory": highest, "energy": self.energy.source})
+            energy = {"energy": self.energy.source, "energy_scope": self.energy.scope}
+            self._write({**self.load, "peak_memory": highest, **energy})
 
     def _write(self, record: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,5 +171,5 @@ def memory_peaks() -> dict[str, int | None]:
     return {
         "allocated_bytes": int(torch.cuda.max_memory_allocated()) if has_gpu else None,
         "reserved_bytes": int(torch.cuda.max_memory_reserved()) if has_gpu else None,
-        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_bytes": resident_peak_bytes(),
     }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks import predicted, smoke, workloads
 from rm_scale.modeling.assets import make_tiny_model
@@ -65,10 +68,49 @@ def test_only_sound_results_count_as_finished(tmp_path: Path) -> None:
     for status, expected in (("ok", True), ("out_of_memory", True), ("failed", False), ("killed", False)):
         written = record(status=status, reason="r")
         write_record(written, tmp_path)
-        assert (throughput.finished(written.case, tmp_path) is not None) == expected
+        assert (throughput.finished(written.case, tmp_path, 3, 1) is not None) == expected
     path = write_record(record(), tmp_path)
     path.write_text(path.read_text().replace("8000000000", "1"))
-    assert throughput.finished(record().case, tmp_path) is None, "an edited record is measured again"
+    assert throughput.finished(record().case, tmp_path, 3, 1) is None, "an edited record is measured again"
+
+
+def test_a_record_of_fewer_steps_does_not_count_as_finished(tmp_path: Path) -> None:
+    write_record(record(), tmp_path)
+    assert throughput.finished(record().case, tmp_path, 2, 1) is not None
+    assert throughput.finished(record().case, tmp_path, 4, 1) is None, "more steps were asked for"
+    assert throughput.finished(record().case, tmp_path, 3, 2) is None, "another warm-up"
+    assert throughput.finished(case(further="--lora_r 64"), tmp_path, 3, 1) is None, "other settings"
+
+
+def test_padded_rows_need_a_batch_that_can_be_split(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--global_batch_size", "6", "--micro_batch", "4", "--peers", "trl")
+    assert "needs a multiple" in (said := capsys.readouterr().err) or "need a multiple" in said
+    assert options("--global_batch_size", "6", "--packing", "prefix_shared").global_batch_size == 6
+
+
+def test_records_name_no_host() -> None:
+    figures = {"devices": {"cpu-secret": {"title": "A"}}, "measured": {"host": "secret", "links": {}}}
+    assert throughput_case.without_host(figures) == {"devices": {"device-0": {"title": "A"}}, "measured": {"links": {}}}
+    assert throughput_case.without_host({}) == {}
+
+
+def test_figures_of_another_machine_are_not_taken(tmp_path: Path) -> None:
+    here = throughput_case.environment_here()
+    file, name = tmp_path / "hardware-1.yaml", here["gpus"][0] if here["gpus"] else here["cpu"]
+    for device, host, expected in ((name, None, True), (name, "elsewhere", False), ("Other", None, False)):
+        file.write_text(yaml.safe_dump({"measured": {"device_name": device} | ({"host": host} if host else {})}))
+        assert throughput.is_of_this_machine(file) == expected
+
+
+def test_the_watch_sees_how_much_a_process_holds() -> None:
+    with subprocess.Popen([sys.executable, "-c", "x = b'1' * 300_000_000; input()"], stdin=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 20
+        while throughput_case.resident(process.pid) < 300e6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert 300e6 <= throughput_case.resident(process.pid) < 900e6
+        process.kill()
+    assert throughput_case.resident(process.pid) == 0, "it has ended"
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,23 @@ def test_markdown_holds_the_same_figures() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| full, prefix_shared, no ZeRO, 1 rank |"))
     assert "| 2.67 | 3.00 (3.00–3.00) |" in row
     assert "a \\| b" in text and "openrlhf is not installed" in text
-    widths = {block.count("|") for block in re.findall(r"^\|.*\|$", text.split("\n\n")[2], flags=re.M)}
-    assert len(widths) == 1, "all rows of a table have its columns"
+    tables = [part.splitlines() for part in re.split(r"\n\n", text) if part.startswith("|")]
+    assert len(tables) >= 6, "figures, details, scaling, predictions, notes, environment, refused"
+    for lines in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, "all rows have the table's columns"
+    assert "MFU and HFU are over the maker's peak" in text and "How to reproduce" in text and "A Processor" in text
+
+
+def test_nothing_is_left_out_silently() -> None:
+    many = [record(max_length=length) for length in (512, 1024)]
+    html = build_page(RecordSet(tuple(many), ())).html()
+    assert html.count("135m on A Processor") >= 2 and "at most 512 tokens" in html, "other settings, another table"
+    assert "Scaling: not drawn, no case was measured on several numbers of ranks" in html
+    assert "Loss over time: not drawn, no case has a peer" in html
+    noted = record(reason="the loss was not finite in 1 steps, first in step 2")
+    assert "the loss was not finite" in build_page(RecordSet((noted,), ())).html()
+    crowd = [record(micro_batch=f"{number} tokens") for number in range(45)]
+    assert "5 more are in the table." in build_page(RecordSet(tuple(crowd), ())).html()
 
 
 def test_hostile_names_do_no_harm() -> None:

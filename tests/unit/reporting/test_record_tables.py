@@ -13,6 +13,7 @@ from rm_scale.reporting.record_tables import (
     ratio_of,
     repetitions,
     rows_of,
+    scaling_cells,
     tag,
     throughput_cells,
 )
@@ -61,6 +62,30 @@ def test_sets_of_two_machines_are_compared_machine_by_machine() -> None:
     before = [record(), on("Another", record([1, 20, 40, 30]))]
     both, gone, added = changes(before, [on("Another", record([1, 20, 40, 30])), record()])
     assert [change.verdict for change in both] == ["same", "same"] and not gone and not added
+
+
+def test_what_can_not_be_judged_is_no_regression() -> None:
+    def verdict(before: Record, after: Record) -> str:
+        (change,), _, _ = changes([before], [after])
+        return change.verdict
+
+    assert verdict(record(), on("Another", record(status="out_of_memory", reason="r"))) == "other hardware: not judged"
+    assert verdict(record(), record(status="skipped", reason="not installed")) == "skipped: not judged"
+    assert verdict(record([9, 2]), record([9, 4])) == "too few steps: 1"
+
+
+def test_scaling_is_over_the_fewest_ranks() -> None:
+    rows = rows_of([record(), record([9, 1.25, 2.5, 1.875], num_ranks=2), record(method="lora")])
+    ((name, ranks, all_ranks, fewest, alone, efficiency),) = scaling_cells(rows)
+    assert name == "full, prefix_shared, no ZeRO" and (ranks, fewest) == (2, 1)
+    assert (round(float(str(all_ranks)), 3), round(float(str(alone)), 3)) == (4.267, 2.667) and efficiency == "80.0%"
+
+
+def test_a_record_given_twice_is_no_repetition() -> None:
+    peers = [trl([9, 6, 12, 9]), trl([9, 6, 12, 9], repeat=2)]
+    assert repetitions(rows_of([*peers, record(), record()])) == []
+    ((again),) = repetitions(rows_of([*peers, record(), record([9, 2, 4, 3.0], repeat=2)]))
+    assert again.ratios == (3.0, 3.0) and again.spread == 0.0
 
 
 def test_bootstrap_interval_holds_the_median_and_narrows() -> None:

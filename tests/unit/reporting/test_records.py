@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,30 @@ def test_a_folder_gives_records_and_names_what_it_refused(tmp_path: Path) -> Non
         read_records([tmp_path / "nowhere"])
     alone = read_records([tmp_path / "packing.json"])
     assert not alone.records and "schema None" in alone.refused[0][1], "a file that was named is not passed over"
+
+
+def test_what_can_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    content = record().as_dict()
+    reordered = {key: content[key] for key in sorted(content)}
+    (tmp_path / "reordered.json").write_text(json.dumps({**reordered, "warmup_steps": 0}, indent=1))
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "half.json").write_text(json.dumps(content)[:60])
+    steps = [{**content["steps"][0], "loss": math.nan}, *content["steps"][1:]]
+    (tmp_path / "nan.json").write_text(json.dumps({**content, "steps": steps}))
+    (tmp_path / "unnamed.json").write_text(json.dumps({key: content[key] for key in content if key != "schema"}))
+    found = read_records([tmp_path])
+    assert not found.records
+    assert [name for name, _ in found.refused] == [
+        f"{n}.json" for n in ("empty", "half", "nan", "reordered", "unnamed")
+    ]
+
+
+def test_energy_is_over_the_pairs_of_what_was_counted() -> None:
+    four = record(num_ranks=4)
+    of_a_rank = measures(four.model_copy(update={"energy_scope": "rank"}))
+    of_a_node = measures(four.model_copy(update={"energy_scope": "node"}))
+    assert of_a_node is not None and of_a_node.joules_per_pair == pytest.approx(5.0), "40 J, 8 pairs"
+    assert of_a_rank is not None and of_a_rank.joules_per_pair == pytest.approx(20.0), "three more GPUs drew as much"
 
 
 def test_measures_by_hand() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,31 @@ def test_a_run_leaves_its_times(full_run: Path) -> None:
         assert line["communication_seconds"] == 0.0, "there is nobody to wait for"
     timing = json.loads((full_run / "run" / "timing.json").read_text())
     assert timing["load_seconds"] > 0 and timing["seconds_to_training"] > timing["load_seconds"]
-    assert 0 < timing["load_peak_memory_bytes"] <= timing["peak_memory"]["host_bytes"]
+    assert timing["load_peak_memory_bytes"] > 0 and timing["peak_memory"]["host_bytes"] > 0
     assert timing["peak_memory"]["allocated_bytes"] is None and timing["energy"]
+
+
+def test_a_process_has_a_peak_of_its_own() -> None:
+    """`ru_maxrss` goes from parent to child, and can't be forgotten."""
+    code = (
+        "from rm_scale.training.meters import resident_peak_bytes as peak; from rm_scale.training.timing import *;"
+        "x = b'1' * 800_000_000; high = peak(); del x; forget_peaks(); print(high, peak())"
+    )
+    held = b"1" * 1_500_000_000
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    high, low = map(int, run.stdout.split())
+    assert len(held) > high > 800e6 and low < high - 500e6
+
+
+def test_a_counter_that_breaks_ends_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "intel-rapl:0"
+    folder.mkdir()
+    for name in ("energy_uj", "max_energy_range_uj"):
+        (folder / name).write_text("5\n")
+    meter = EnergyMeter(tmp_path)
+    assert meter.joules() == 0.0 and meter.scope == "node"
+    (folder / "energy_uj").unlink()
+    assert meter.joules() is None and "FileNotFoundError" in meter.source
 
 
 def test_counts_of_a_step_are_logged(full_run: Path) -> None:
