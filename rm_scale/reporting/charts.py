@@ -238,6 +238,10 @@ def nothing(title: str) -> str:
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
+_LEAST = 1e-290
+"""Below this a float loses digits, and its half may be zero; numbers above its inverse are as good as infinite."""
+
+
 def ticks(low: float, high: float, wanted: int = _NUM_TICKS) -> list[float]:
     """Round numbers between two ends: multiples of 1, 2 or 5 times a power of ten."""
     if not high > low:
@@ -257,14 +261,15 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _is_good(value: Number, log: bool = False) -> bool:
-    return value is not None and math.isfinite(value) and (value > 0 or not log)
+    return value is not None and abs(value) < 1 / _LEAST and (value > _LEAST or not log)
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    """Apart from each other, also when all values are the same."""
-    if high > low:
+    """Apart from each other, also when all values are the same, or so near that there is no number between them."""
+    largest = max(abs(low), abs(high))
+    if high - low > max(1e-12 * largest, _LEAST):
         return low, high
-    margin = abs(low) * 0.1 or 1.0
+    margin = largest * 0.1 if largest > _LEAST else 1.0
     return low - margin, high + margin
 
 
@@ -315,7 +320,7 @@ def _ends(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
     low = axis.low if axis.low is not None else min(values)
     high = axis.high if axis.high is not None else max(values)
     if axis.log:
-        return (low, high) if high > low else (low / 2, high * 2)
+        return (low, high) if high > low * (1 + 1e-12) else (low / 2, high * 2)
     return _spread(low, high)
 
 

@@ -126,6 +126,16 @@ def test_names_are_escaped() -> None:
         parsed(chart)
 
 
+@pytest.mark.parametrize(
+    "values", [[5e-324, 5e-324], [0.0, 5e-324], [1e-310, 2e-310], [1.0, 1.0 + 2e-16], [-1e308, 1e308], [-1e280, 1e280]]
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_numbers_at_the_ends_of_what_floats_can_hold(values: list[float], log: bool) -> None:
+    chart = lines("t", [Series("s", values, [1.0, 2.0])], Axis("x", log=log), Axis("y", log=log))
+    assert chart == '<p class="nothing">t: no data.</p>' or parsed(chart) is not None
+    parsed(lines("t", [Series("s", [1.0, 2.0], values)], Axis("x"), Axis("y")))
+
+
 numbers = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=32))
 
 
