@@ -113,19 +113,26 @@ def draw_predictions(records: Sequence[Record]) -> str:
     return "![Peak memory of all cases, predicted over measured](pictures/throughput_memory.svg)"
 
 
+def written(text: str, records: Sequence[Record]) -> str:
+    """The page with what the records say between its markers; draws the pictures.
+
+    Raises:
+        SystemExit: the markers are not there.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.S)
+    if not pattern.search(text):
+        raise SystemExit(f"{PAGE.name}: the markers are not there. Fix: put {BEGIN} and {END} where the tables belong.")
+    body = f"{BEGIN}\n\n{draw_predictions(records)}\n\n{section(rows_of(records))}\n\n{END}"
+    return pattern.sub(lambda _: body, text)
+
+
 def main() -> None:
     """Write section and pictures."""
     found = read_records(sorted(path for path in RESULTS.iterdir() if path.is_dir()))
     for file, reason in found.refused:
         raise SystemExit(f"{file}: {reason}")
-    rows = rows_of(found.records)
-    text = PAGE.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.S)
-    if not pattern.search(text):
-        raise SystemExit(f"{PAGE.name}: the markers are not there. Fix: put {BEGIN} and {END} where the tables belong.")
-    body = f"{BEGIN}\n\n{draw_predictions(found.records)}\n\n{section(rows)}\n\n{END}"
-    PAGE.write_text(pattern.sub(lambda _: body, text), encoding="utf-8")
-    print(f"{len(rows)} records: {PAGE.relative_to(REPOSITORY)}")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found.records), encoding="utf-8")
+    print(f"{len(found.records)} records: {PAGE.relative_to(REPOSITORY)}")
 
 
 if __name__ == "__main__":
