@@ -26,6 +26,7 @@ from rm_scale.reporting.record_tables import (  # noqa: E402
     detail_cells,
     label,
     rows_of,
+    size_words,
     throughput_cells,
 )
 from rm_scale.reporting.records import Record, peak_memory_bytes, read_records  # noqa: E402
@@ -53,7 +54,7 @@ def slug(name: str) -> str:
 def tier(place: Place, rows: Sequence[Row]) -> str:
     """Tables of one size, the long ones folded away."""
     case = rows[0].record.case
-    size = f", {case.num_parameters / 1e6:,.0f} M backbone parameters" if case.num_parameters else ""
+    size = f", {size_words(case.num_parameters)}" if case.num_parameters else ""
     steps = sorted({len(row.record.counted) for row in rows if row.found is not None})
     told = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]) if steps else "no"
     parts = [f"### {place.model}{size}, on {place.device}", f"Measured: {place.words}; timed steps: {told}."]

@@ -29,6 +29,7 @@ from rm_scale.reporting.record_tables import (
     scaling_cells,
     setting,
     signed,
+    size_words,
     tag,
     throughput_cells,
 )
@@ -102,7 +103,7 @@ def _headline(page: Page, rows: Sequence[Row], found: RecordSet) -> None:
 def _one_place(page: Page, rows: Sequence[Row], place: Place) -> None:
     case = rows[0].record.case
     page.section(f"{place.model} on {place.device}")
-    parameters = f"{case.num_parameters / 1e6:,.0f} M backbone parameters, " if case.num_parameters else ""
+    parameters = f"{size_words(case.num_parameters)}, " if case.num_parameters else ""
     page.paragraph(f"{parameters}{place.words}.", kind="measured")
     page.table(THROUGHPUT_HEADER, [throughput_cells(row) for row in rows], digits=3)
     charts = [

@@ -19,10 +19,10 @@ _STYLE = """
 --good:#56d364;--bad:#ff8a80;--series-1:#6ea8e6;--series-2:#f0936b;--series-3:#74c690;--series-4:#bd95e6;--series-5:#dcb84a;
 --series-6:#9fb4c0}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.2rem;max-width:62rem;background:var(--back);color:var(--fore);
+body{margin:0 auto;padding:1.2rem;max-width:74rem;background:var(--back);color:var(--fore);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.6rem;margin:.2rem 0 .6rem}h2{font-size:1.2rem;margin:2rem 0 .6rem;border-bottom:1px solid var(--line)}
-h3{font-size:1rem;margin:1.2rem 0 .4rem}p{margin:.4rem 0}code{font-size:.9em;overflow-wrap:anywhere}
+h3{font-size:1rem;margin:1.2rem 0 .4rem}p{margin:.4rem 0;max-width:56rem}code{font-size:.9em;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1rem 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .tile b{display:block;font-size:1.45rem;line-height:1.25;font-variant-numeric:tabular-nums}

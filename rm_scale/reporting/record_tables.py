@@ -398,6 +398,12 @@ def short(record: Record) -> str:
     return record.checksum.removeprefix("sha256:")[:8]
 
 
+def size_words(num_parameters: int) -> str:
+    """A model's size as one says it."""
+    unit, name = (1e6, "M") if num_parameters >= 1e6 else (1e3, "k")
+    return f"{num_parameters / unit:,.0f} {name} backbone parameters"
+
+
 def gigabytes(size: int | None) -> float | None:
     """10^9 bytes."""
     return None if size is None else round(size / 1e9, 2)

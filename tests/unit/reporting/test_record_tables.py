@@ -14,6 +14,7 @@ from rm_scale.reporting.record_tables import (
     repetitions,
     rows_of,
     scaling_cells,
+    size_words,
     tag,
     throughput_cells,
 )
@@ -86,6 +87,10 @@ def test_a_record_given_twice_is_no_repetition() -> None:
     assert repetitions(rows_of([*peers, record(), record()])) == []
     ((again),) = repetitions(rows_of([*peers, record(), record([9, 2, 4, 3.0], repeat=2)]))
     assert again.ratios == (3.0, 3.0) and again.spread == 0.0
+
+
+def test_sizes_in_words() -> None:
+    assert size_words(134_515_008) == "135 M backbone parameters" and size_words(81_408) == "81 k backbone parameters"
 
 
 def test_bootstrap_interval_holds_the_median_and_narrows() -> None:
