@@ -481,6 +481,8 @@ def without_folders(config: dict[str, Any], job: Job) -> dict[str, Any]:
     def clean(value: Any) -> Any:
         if isinstance(value, list):
             return [clean(one) for one in value]
+        if isinstance(value, dict):
+            return {key: clean(one) for key, one in value.items()}
         if isinstance(value, str):
             value = names.get(value, value)
             for place in places:

@@ -89,6 +89,15 @@ def test_padded_rows_need_a_batch_that_can_be_split(capsys: pytest.CaptureFixtur
     assert options("--global_batch_size", "6", "--packing", "prefix_shared").global_batch_size == 6
 
 
+def test_records_name_no_folder_however_deep_it_stands() -> None:
+    job = throughput_case.Job(
+        case(), Path("/m/model"), Path("/d/x"), "auto", Path("/w/runs/a"), None, 1, 1, None, 4, 9.0
+    )
+    config = {"job": {"model": "/m/model", "places": ["/w/runs/a/run", {"data": "/d/x"}]}, "steps": 3}
+    clean = throughput_case.without_folders(config, job)
+    assert clean == {"job": {"model": "MODEL", "places": ["OUTPUT", {"data": "DATA"}]}, "steps": 3}
+
+
 def test_records_name_no_host() -> None:
     figures = {"devices": {"cpu-secret": {"title": "A"}}, "measured": {"host": "secret", "links": {}}}
     assert throughput_case.without_host(figures) == {"devices": {"device-0": {"title": "A"}}, "measured": {"links": {}}}
