@@ -219,7 +219,20 @@ def _load_sequence_classifier(
             f"{sorted(missing)[0]}; they would "
             "be random. Fix: download the model again, or check that config.json belongs to these weights."
         )
+    if "quantization_config" in kwargs:
+        _let_go_of_the_files(model)
     return model
+
+
+def _let_go_of_the_files(model: PreTrainedModel) -> None:
+    """Copy what was not quantised out of the mapped files.
+
+    A few norms and embeddings that still point there keep all of the files mapped, and a process would seem to hold
+    the unquantised model: 13 GB more for 7B. Parameters that ZeRO-3 shards are copies already.
+    """
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu" and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.clone()
 
 
 def _looks_like_a_head(key: str) -> bool:

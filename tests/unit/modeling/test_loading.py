@@ -128,6 +128,13 @@ def test_qlora_quantises_the_backbone_and_not_the_head(tiny_model: Path) -> None
     assert active_head(loaded.model).weight.dtype == torch.float32
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_4bit_weights_need_the_files_no_longer(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "alone"))  # other tests may hold the shared one
+    loaded, _ = load(folder, use_peft=True, load_in_4bit=True, force=["qlora_fp32"])
+    assert loaded.model is not None and str(folder) not in Path("/proc/self/maps").read_text()
+
+
 def test_unknown_target_module_names_the_choices(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"lora_target_modules=\['nothing'\].*Fix: choose among .*q_proj"):
         load(tiny_model, use_peft=True, lora_target_modules=["nothing"])
