@@ -57,11 +57,14 @@ def test_records_hold_what_a_reader_needs(measured: list[Record]) -> None:
         assert found.communication_share is not None and 0 < found.communication_share < 1
         assert [step.pairs for step in record.steps] == [4, 4, 4]
         assert all(step.loss is not None for step in record.steps)
-        assert record.memory.host_bytes and record.load_seconds and record.environment["packages"]["torch"]
+        assert record.memory.host_bytes and record.environment["packages"]["torch"]
+        assert bool(record.load_seconds) == (record.case.system == "rm_scale"), "a peer's load can't be told apart"
         text = json.dumps(record.as_dict())
         assert str(REPOSITORY) not in text and "pytest" not in text
     ours = of(measured, "rm_scale")
     assert ours.predicted is not None and ours.plan["zero_stage"] == 2 and ours.config["use_peft"] is True
+    assert ours.saved is not None and ours.saved.verified and ours.saved.bytes > 0
+    assert of(measured, "trl").config["max_steps"] == 3, "all of the peer's own settings"
     assert of(measured, "openrlhf").status == "skipped"
 
 
