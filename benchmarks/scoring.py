@@ -314,7 +314,8 @@ def main() -> None:
         encoder = save_reward_model(options.model, model, options.max_length)
         size = max(options.pairs, options.prompts)
         pairs = hh_pairs(options.data, encoder, size, options.steps + options.warmup)
-        found["settings"] = {name: str(value) for name, value in vars(options).items() if name not in {"work", "output"}}
+        left_out = {"work", "output"}
+        found["settings"] = {name: str(value) for name, value in vars(options).items() if name not in left_out}
         found["cases"] = {
             f"{case} {dtype}": compare(options, model, case, dtype, pairs)
             for dtype in options.dtypes
