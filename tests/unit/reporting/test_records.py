@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -177,5 +178,5 @@ def test_all_committed_records_are_sound() -> None:
     assert found.refused == ()
     assert {one.case.system for one in found.records} >= {"rm_scale", "trl"}
     for one in found.records:
-        text = json.dumps(one.as_dict())
-        assert "/home/" not in text and "/work/" not in text and "/tmp/" not in text, one.name
+        # Folders of the kernel's are the same on every machine; any other absolute one is somebody's.
+        assert not re.findall(r"(?<![\w.:/-])/(?!sys/|proc/|dev/)\w[\w.-]*/", json.dumps(one.as_dict())), one.name
