@@ -12,12 +12,20 @@ STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q --durations=15
 SHELL_SCRIPTS = .ci/run $(shell find tools slurm benchmarks tests examples -name '*.sh' -type f 2>/dev/null | sort)
 
-.PHONY: help venv demo test test-gpu test-slurm quality format bench-smoke clean
+.PHONY: help venv demo test test-all test-compat test-gpu gpu-proof test-slurm quality docs format bench-smoke clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## Set up .venv with the pinned versions and nothing else
+
+# An environment made where there was no GPU holds torch's CPU build: where there is one it is looked at again.
+GPU_DEVICE := /dev/nvidia0
+CPU_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch-*+cpu.dist-info)
+ifneq ($(RM_SCALE_TORCH_INDEX)$(and $(wildcard $(GPU_DEVICE)),$(CPU_TORCH)),)
+$(STAMP): again
+endif
+.PHONY: again
 
 # Installed again only when the pins or the package's description change; a failed installation leaves no stamp.
 $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh tools/install_torch.py
@@ -26,26 +34,47 @@ $(STAMP): pyproject.toml constraints.txt tools/make_venv.sh tools/install_torch.
 	@touch $@
 
 demo: $(STAMP) ## Train, evaluate and use a small reward model here, without downloads (outputs/demo)
-	@$(PY) -m rm_scale.launch.demo --output_dir outputs/demo
+	@$(PY) -m rm_scale.demo --output_dir outputs/demo
 
-test: $(STAMP) ## Run all tests that need no GPU and no cluster
-	@$(PYTEST) -m "not gpu and not slurm" tests
+# One process per core: each test process and each rank that it starts computes on one thread (tests/conftest.py).
+TEST_PROCESSES ?= auto
+# In the order of the files: tests/distributed and tests/e2e take longest, and must not come last.
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP) ## Run the tests of every promise, in about 10 minutes on 2 cores; no GPU, no cluster
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not long and not gpu and not slurm" tests
+
+test-all: test ## Run those, then the long ones: true shapes, every stage and method, many kills
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "long and not gpu and not slurm" tests
+
+test-compat: $(STAMP) ## Run PPO with a model of ours under the last TRL that has it (makes an environment of its own)
+	@tests/compat/ppo.sh
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(PYTEST) -m gpu tests
 
+# No setting up: the machine may have no network. Of the Pythons there, one whose torch sees a GPU is chosen.
+gpu-proof: ## Prove and measure on a machine with CUDA in 12 minutes (ARGS="--help"; PYTHON=...; .wheels/)
+	@$(or $(PYTHON),$(firstword $(wildcard $(PY)) python3)) -m benchmarks.gpu_proof $(ARGS)
+
 test-slurm: $(STAMP) ## Run the tests on a Slurm cluster, by default one of 4 nodes made here (RM_SCALE_SLURM_CLUSTER)
 	@tests/slurm/run.sh $(PYTEST)
 
-quality: $(STAMP) ## Lint, check formatting and types, check shell scripts
+quality: $(STAMP) ## Lint, check formatting, types, declared dependencies and shell scripts
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/deptry rm_scale
 	@$(VENV)/bin/shellcheck --external-sources $(SHELL_SCRIPTS)
 
-format: $(STAMP) ## Fix what ruff can fix, and format
+docs: $(STAMP) ## Build the documentation as a site (outputs/site); a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "docs: outputs/site/index.html (its search needs a server: $(PY) -m http.server -d outputs/site)"
+
+format: $(STAMP) ## Fix what ruff can fix, format, and renew the list of modules in docs/architecture.md
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+	@$(PY) tools/module_map.py
 
 bench-smoke: $(STAMP) ## Run a small training benchmark, and compare its ratios to TRL with the last ones (5 minutes)
 	@$(PY) -m benchmarks.smoke

@@ -55,12 +55,12 @@ def main() -> None:
     options = parser.parse_args()
     from workloads import MIXES, synthetic_pairs, tokens_per_word, write_rows
 
-    from rm_scale.modeling.assets import make_tiny_model
+    from rm_scale.demo.assets import make_tiny_model
     from rm_scale.train import main as train
     from rm_scale.training.callbacks import MetricsFile, StepInLogs
     from rm_scale.training.meters import StepMeter
     from rm_scale.training.plan_check import PlanCheck
-    from rm_scale.training.timing import StepTimes
+    from rm_scale.training.step_timing import StepTimes
 
     clocks = Clocks()
     for owner, names in {
@@ -78,10 +78,10 @@ def main() -> None:
             Path(options.model) if options.model else make_tiny_model(work / "m", hidden_size=256, layers=6, heads=4)
         )
         rows = synthetic_pairs(MIXES["hh-like"], tokens_per_word(model), 16 * (options.steps + 1), 1024)
-        words = ["--model_name_or_path", str(model), "--dataset_path", write_rows(rows, work / "pairs.jsonl")]
-        words += ["--output_dir", str(work / "run"), "--max_steps", str(options.steps), "--global_batch_size", "16"]
-        words += ["--max_length", "1024", "--logging_steps", "1", "--save_strategy", "no", "--sample_scores", "0"]
-        train([*words, "--disable_tqdm", "true"])
+        arguments = ["--model_name_or_path", str(model), "--dataset_path", write_rows(rows, work / "pairs.jsonl")]
+        arguments += ["--output_dir", str(work / "run"), "--max_steps", str(options.steps), "--global_batch_size", "16"]
+        arguments += ["--max_length", "1024", "--logging_steps", "1", "--save_strategy", "no", "--sample_scores", "0"]
+        train([*arguments, "--disable_tqdm", "true"])
         lines = (work / "run" / "run" / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     total = sum(json.loads(line)["seconds"] for line in lines)
     share = sum(clocks.seconds.values()) / total

@@ -28,7 +28,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.pictures import save, start_pyplot  # noqa: E402
-from rm_scale.launch.bench_hardware import Measured, device_entry  # noqa: E402
+from rm_scale.hardware_bench.device_file import device_entry  # noqa: E402
+from rm_scale.hardware_bench.measured import Measured  # noqa: E402
 
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "cpu" / "network.json"
 PICTURE = REPOSITORY / "docs" / "pictures" / "network.svg"
@@ -62,7 +63,7 @@ class Cluster:
         subprocess.run(["bash", str(self.script), "down"], check=True)
 
     def namespaces(self) -> dict[str, str]:
-        """Network namespaces of this cluster by node, the head's included."""
+        """Return the network namespaces of this cluster by node, the head's included."""
         checksum = subprocess.run(
             ["cksum"], input=self.environment["SLURM_CLUSTER_DIR"], capture_output=True, text=True, check=True
         ).stdout[:5]
@@ -82,29 +83,29 @@ class Cluster:
                     ["ip", "netns", "exec", where, "tc", "qdisc", "del", "dev", link, "root"], stderr=subprocess.DEVNULL
                 )
                 if mbit is not None:
-                    words = ["tbf", "rate", f"{mbit:g}mbit", "burst", "256kb", "latency", "100ms"]
-                    command = ["ip", "netns", "exec", where, "tc", "qdisc", "add", "dev", link, "root", *words]
+                    arguments = ["tbf", "rate", f"{mbit:g}mbit", "burst", "256kb", "latency", "100ms"]
+                    command = ["ip", "netns", "exec", where, "tc", "qdisc", "add", "dev", link, "root", *arguments]
                     subprocess.run(command, check=True)
 
     def sent_bytes(self) -> int:
-        """Bytes that node 1 has sent since its link came up."""
+        """Return the bytes that node 1 has sent since its link came up."""
         counter = "/sys/class/net/eth0/statistics/tx_bytes"
         command = ["ip", "netns", "exec", self.namespaces()["node1"], "cat", counter]
         # A namespace's /sys shows its own links only when mounted in it, which `ip netns exec` does.
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def srun(self, nodes: int, command: Sequence[str], threads: int) -> None:
-        """One rank on each node, with the node's share of the real cores."""
+        """Return the command that starts one rank on each node, with the node's share of the real cores."""
         own = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu"}
-        words = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--time=30"]
-        words += ["--cpus-per-task=4", f"--chdir={REPOSITORY}", *command]
-        done = subprocess.run(words, env={**self.environment, **own}, capture_output=True, text=True)
+        arguments = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--time=30"]
+        arguments += ["--cpus-per-task=4", f"--chdir={REPOSITORY}", *command]
+        done = subprocess.run(arguments, env={**self.environment, **own}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
 def even_pairs(source: Path, target: Path) -> Path:
-    """The pairs of about the mean length: every step is then as long as the mean one, on every rank."""
+    """Return the pairs of about the mean length: every step is then as long as the mean one, on every rank."""
     chosen = []
     with gzip.open(source, "rt", encoding="utf-8") as file:
         for line in file:
@@ -118,13 +119,13 @@ def even_pairs(source: Path, target: Path) -> Path:
 
 
 def measure_rates(cluster: Cluster, nodes: int, threads: int, folder: Path) -> dict[str, Any]:
-    """What each rank reaches while all of them work, links unlimited; the planner's figures of such a device."""
+    """Measure what each rank reaches while all work, links unlimited; return the planner's figures of such a device."""
     cluster.limit(None)
     found = []
     for look in range(LOOKS):
         answer = folder / f"rates_{nodes}_{look}.json"
         job = json.dumps({"answer": str(answer), "seconds": 6})
-        cluster.srun(nodes, [sys.executable, "-m", "rm_scale.launch.bench_worker", job], threads)
+        cluster.srun(nodes, [sys.executable, "-m", "rm_scale.hardware_bench.worker", job], threads)
         found.append(device_entry(Measured.from_dict(json.loads(answer.read_text(encoding="utf-8")))))
     best = max(found, key=lambda entry: float(entry["matmul_flops"]))
     return {**best, "devices_per_node": 1}
@@ -133,32 +134,32 @@ def measure_rates(cluster: Cluster, nodes: int, threads: int, folder: Path) -> d
 def train(
     cluster: Cluster, options: argparse.Namespace, case: tuple[int, str, float], rates: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """A few steps under ZeRO-3; what the run said of its plan, and bytes per step."""
+    """Train a few steps under ZeRO-3; return what the run said of its plan, and bytes per step."""
     nodes, method, mbit = case
     hardware = folder / "hardware.yaml"
     figures = {"devices": {"cpu-node": {**rates, "node_bandwidth": mbit * 1e6 / 8}}}
     folder.mkdir(parents=True)
     hardware.write_text(json.dumps(figures), encoding="utf-8")
     cluster.limit(mbit)
-    words = ["--model_name_or_path", options.model, "--dataset_path", options.data, "--hardware", str(hardware)]
-    words += ["--output_dir", str(folder / "run"), "--max_length", "512", "--max_rejected_share", "1"]
-    words += ["--global_batch_size", str(GROUPS_PER_RANK * nodes), "--max_tokens_per_device", str(MAX_TOKENS)]
-    words += ["--max_steps", str(options.steps), "--logging_steps", "1", "--disable_tqdm", "true"]
-    words += ["--sample_scores", "0", "--deepspeed", "zero3", "--gradient_checkpointing", "false", *METHODS[method]]
+    arguments = ["--model_name_or_path", options.model, "--dataset_path", options.data, "--hardware", str(hardware)]
+    arguments += ["--output_dir", str(folder / "run"), "--max_length", "512", "--max_rejected_share", "1"]
+    arguments += ["--global_batch_size", str(GROUPS_PER_RANK * nodes), "--max_tokens_per_device", str(MAX_TOKENS)]
+    arguments += ["--max_steps", str(options.steps), "--logging_steps", "1", "--disable_tqdm", "true"]
+    arguments += ["--sample_scores", "0", "--deepspeed", "zero3", "--gradient_checkpointing", "false", *METHODS[method]]
     sent = cluster.sent_bytes()
-    cluster.srun(nodes, [sys.executable, str(REPOSITORY / "rm_scale" / "train.py"), *words], options.threads[nodes])
+    cluster.srun(nodes, [sys.executable, str(REPOSITORY / "rm_scale" / "train.py"), *arguments], options.threads[nodes])
     record = json.loads((folder / "run" / "run" / "plan_check.json").read_text(encoding="utf-8"))
     return {"nodes": nodes, "method": method, "mbit": mbit, "sent_bytes": cluster.sent_bytes() - sent, **record}
 
 
 def inside(record: dict[str, Any]) -> float:
-    """How far the measured time lies outside the band: 0 within it, else relative to the nearer end."""
+    """Return how far the measured time lies outside the band: 0 within it, else relative to the nearer end."""
     band, seconds = record["predicted"]["step_seconds"], record["measured"]["step_seconds"]
     return float(seconds / min(max(seconds, band["low"]), band["high"]) - 1)
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line per case."""
+    """Return Markdown with a line per case."""
     lines = [
         "| method | nodes | link, Mbit/s | predicted, s | measured, s | outside the band |",
         "|---|---|---|---|---|---|",
@@ -173,7 +174,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Bands and measured times over link speed, a panel per method and number of nodes."""
+    """Draw bands and measured times over link speed, a panel per method and number of nodes."""
     pyplot = start_pyplot("network")
     kinds = sorted({(record["method"], record["nodes"]) for record in records})
     figure, panels = pyplot.subplots(1, len(kinds), figsize=(3 * len(kinds), 3.2), sharey=True, squeeze=False)

@@ -63,7 +63,7 @@ class Side:
         )
 
     def hear(self) -> dict[str, Any]:
-        """The worker's next message.
+        """Return the worker's next message.
 
         Raises:
             RuntimeError: it has ended instead; the end of its log is in the message.
@@ -77,7 +77,7 @@ class Side:
         raise RuntimeError(f"{self.name} ended early:\n{self.log_path.read_text()[-4000:]}")
 
     def step(self) -> float:
-        """Let it do one step; gives the seconds."""
+        """Let it do one step; return the seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -109,7 +109,7 @@ def _command(ranks: int, job: str) -> list[str]:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """The same cores for each side, no GPU, no hub, no traces of another launcher."""
+    """Return the environment of a side: the same cores for each, no GPU, no hub, no traces of another launcher."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"}
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -119,7 +119,7 @@ def _environment(ranks: int) -> dict[str, str]:
 
 
 def take_turns(jobs: list[dict[str, Any]], steps: int, ranks: int) -> list[dict[str, Any]]:
-    """Run all jobs with their steps interleaved; gives each one's seconds, losses, tokens and memory."""
+    """Run all jobs with their steps interleaved; return each one's seconds, losses, tokens and memory."""
     sides: list[Side] = []
     try:
         for job in jobs:  # one after the other, so that none waits for another's start
@@ -145,7 +145,7 @@ def _answers(side: Side, final: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_reward_model(model: str, folder: Path) -> Any:
-    """Write a reward model with a fixed head, so that all sides start alike; gives its tokenizer."""
+    """Write a reward model with a fixed head, so that all sides start alike; return its tokenizer."""
     import torch
     from transformers import AutoModelForSequenceClassification, set_seed
 
@@ -164,13 +164,13 @@ def save_reward_model(model: str, folder: Path) -> Any:
 
 
 def _text(tokenizer: Any, tokens: int, source: random.Random) -> str:
-    """Random common words of about this many tokens."""
+    """Return random common words of about this many tokens."""
     ids = tokenizer(" ".join(source.choices(WORDS, k=tokens + 8)), add_special_tokens=False)["input_ids"]
     return str(tokenizer.decode(ids[:tokens], skip_special_tokens=True)).strip()
 
 
 def synthetic_rows(tokenizer: Any, groups: int, prompt: int, response: int, size: int) -> list[dict[str, Any]]:
-    """Groups of `size` ranked responses to one prompt, in random words."""
+    """Return groups of `size` ranked responses to one prompt, in random words."""
     source = random.Random(0)
     return [
         {
@@ -183,7 +183,7 @@ def synthetic_rows(tokenizer: Any, groups: int, prompt: int, response: int, size
 
 
 def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The comparisons of ranked groups, written out as pairs."""
+    """Return the comparisons of ranked groups, written out as pairs."""
     return [
         {"prompt": row["prompt"], "chosen": row["responses"][a], "rejected": row["responses"][b]}
         for row in rows
@@ -206,7 +206,7 @@ class Bench:
     made: dict[str, Any] = field(default_factory=dict)
 
     def job(self, name: str, side: str, data: str, **more: Any) -> dict[str, Any]:
-        """A worker's job with this run's settings."""
+        """Return a worker's job with this run's settings."""
         args = self.args
         base: dict[str, Any] = {
             "name": name,
@@ -245,7 +245,7 @@ def compare(bench: Bench, jobs: list[dict[str, Any]], pairs_per_step: int, ranks
 
 
 def _add_rate(mine: dict[str, Any], products: dict[str, Any], bench: Bench, job: dict[str, Any]) -> None:
-    """The arithmetic that the linear layers need for the real tokens, per second, and its share of what is possible."""
+    """Add the FLOP/s that the linear layers need for the real tokens, and their share of what is possible."""
     parameters = sum(a * b * count for (a, b), count in linear_shapes(bench.model).items())
     factor, skip = (4 if job["lora"] else 6), bench.args.warmup
     rates = [
@@ -258,7 +258,7 @@ def _add_rate(mine: dict[str, Any], products: dict[str, Any], bench: Bench, job:
 
 
 def against_trl(bench: Bench, case: str) -> dict[str, Any]:
-    """Ours against TRL, once per TRL micro-batch."""
+    """Measure ours against TRL, once per TRL micro-batch."""
     args, ranks = bench.args, 2 if case == "zero3" else 1
     wanted = args.global_batch_size * (args.steps + args.warmup + 1)
     if "hh" not in bench.made:
@@ -285,7 +285,7 @@ def against_trl(bench: Bench, case: str) -> dict[str, Any]:
 
 
 def prompt_case(bench: Bench, case: str) -> dict[str, Any]:
-    """Shared prompts against repeated ones, both ours, where prompts are long or short."""
+    """Measure shared prompts against repeated ones, both ours, where prompts are long or short."""
     args, long = bench.args, case == "long_prompt"
     prompt, response = (1024, 64) if long else (4, 60)
     steps = min(args.long_steps, args.steps) if long else args.steps
@@ -305,7 +305,7 @@ def prompt_case(bench: Bench, case: str) -> dict[str, Any]:
 
 
 def k4_case(bench: Bench, case: str) -> dict[str, Any]:
-    """Groups of four responses against the same six comparisons as pairs, with and without shared prompts."""
+    """Measure groups of four against the same six comparisons as pairs, with and without shared prompts."""
     args = bench.args
     groups = max(1, args.global_batch_size // 2)
     rows = synthetic_rows(bench.tokenizer, groups * (args.steps + args.warmup + 1), 150, 45, 4)
@@ -323,7 +323,7 @@ def k4_case(bench: Bench, case: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Return where the numbers come from."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -338,7 +338,7 @@ def environment() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """All sides of all cases as text."""
+    """Return all sides of all cases as text."""
     head = f"{'case':13} {'run':19} {'side':20} {'s/step':>8} {'pairs/s':>8} {'ours/it':>8} {'of med.':>8} {'GB':>6}"
     lines = [head]
     for case, result in results.items():
@@ -361,7 +361,7 @@ def _side_line(side: dict[str, Any]) -> str:
 
 
 def losses_table(results: dict[str, Any]) -> str:
-    """The losses of each step on each side; those of one run should agree to bf16's precision."""
+    """Return each side's loss at each step; those of one run should agree to bf16's precision."""
     lines = ["losses"]
     for case, result in results.items():
         for run_name, run in result["runs"].items():
@@ -372,7 +372,7 @@ def losses_table(results: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a causal language model")
     parser.add_argument("--data", type=Path, help="JSONL[.gz] of HH texts; needed by hh, lora and zero3")
@@ -396,7 +396,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings as they go into the result; of paths only the last part."""
+    """Return the settings as they go into the result; of paths only the last part."""
     return {name: Path(value).name if name in {"model", "data", "output"} and value else value
             for name, value in vars(args).items()}  # fmt: skip
 

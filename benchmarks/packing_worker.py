@@ -29,7 +29,7 @@ def wait_for_go() -> None:
 
 
 def flags(job: Job) -> list[str]:
-    """Our settings as `rm_scale/train.py` takes them."""
+    """Return our settings as `rm_scale/train.py` takes them."""
     values: dict[str, Any] = {
         "model_name_or_path": job["model"],
         "dataset_path": job["data"],
@@ -62,28 +62,28 @@ def flags(job: Job) -> list[str]:
 
 
 def build_ours(job: Job, world: Any) -> Any:
-    """Our trainer, through the same steps as `rm_scale/train.py`."""
-    from rm_scale.config import parse_config
+    """Build our trainer, through the same steps as `rm_scale/train.py`."""
+    from rm_scale.config_parsing import parse_config
     from rm_scale.distributed import init_process_group
     from rm_scale.planning.plan import make_plan
 
     parsed = parse_config(flags(job))
     plan = make_plan(parsed, world.size, "cpu", check_output=False)
     init_process_group(world, plan.deepspeed_config is not None, parsed.config.ddp_timeout)
-    from rm_scale.launch import steps
+    from rm_scale import training_run
 
     config = parsed.config
-    tokenizer, encoder = steps.load_text_encoder(config)
-    data = steps.load_data(config, encoder)
-    plan = steps.count_steps(plan, data, config)
-    arguments = steps.build_arguments(config, plan)
-    loaded = steps.load_model(config, plan, tokenizer)
-    steps.open_run_directory(config, plan, data, world)
-    return steps.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data)
+    tokenizer, encoder = training_run.load_text_encoder(config)
+    data = training_run.load_data(config, encoder)
+    plan = training_run.count_steps(plan, data, config)
+    arguments = training_run.build_arguments(config, plan)
+    loaded = training_run.load_model(config, plan, tokenizer)
+    training_run.open_run_directory(config, plan, data, world)
+    return training_run.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data)
 
 
 def trl_arguments(job: Job, world_size: int) -> Any:
-    """TRL's arguments with the same batch, optimizer, schedule and precision as ours."""
+    """Return TRL's arguments with the same batch, optimizer, schedule and precision as ours."""
     import torch
     from trl import RewardConfig
 
@@ -113,7 +113,7 @@ def trl_arguments(job: Job, world_size: int) -> Any:
 
 
 def _four_bits(job: Job) -> dict[str, Any]:
-    """How TRL is told of QLoRA; the head is kept out by hand, or it would be quantised."""
+    """Return how TRL is told of QLoRA; the head is kept out by hand, or it would be quantised."""
     if not job.get("qlora"):
         return {}
     from transformers import BitsAndBytesConfig
@@ -130,7 +130,7 @@ def _four_bits(job: Job) -> dict[str, Any]:
 
 
 def build_trl(job: Job, world: Any) -> Any:
-    """Plain `trl.RewardTrainer` on the same file."""
+    """Build a plain `trl.RewardTrainer` on the same file."""
     if job["deepspeed"]:
         from rm_scale.distributed import init_process_group
 
@@ -155,7 +155,7 @@ def build_trl(job: Job, world: Any) -> Any:
 
 
 def count_tokens(batches: list[dict[str, Any]]) -> tuple[int, int]:
-    """Tokens the model computes in a step on this rank, and how many of them are not padding."""
+    """Count the tokens that the model computes in a step on this rank, and those that are not padding."""
     computed = real = 0
     for batch in batches:
         for part in batch.get("micro_batches", [batch]):
@@ -165,7 +165,7 @@ def count_tokens(batches: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def record_tokens(trainer: Any) -> list[tuple[int, int]]:
-    """Count the tokens of each step as its batches are taken; gives the list that will hold the counts."""
+    """Count the tokens of each step as its batches are taken; return the list that will hold the counts."""
     counts: list[tuple[int, int]] = []
     take = trainer.get_batch_samples
 
@@ -180,7 +180,7 @@ def record_tokens(trainer: Any) -> list[tuple[int, int]]:
 
 
 def clock(trainer: Any, is_main: bool) -> Any:
-    """A callback that holds the trainer between steps, and times a step from the driver's word to its end.
+    """Return a callback that holds the trainer between steps, and times a step from the driver's message to its end.
 
     Loading the step's data lies inside. The loss of a step is logged after its end, so losses come with the last
     message.
@@ -229,7 +229,7 @@ def clock(trainer: Any, is_main: bool) -> Any:
 
 
 def linear_shapes(model: str) -> dict[tuple[int, int], int]:
-    """(inputs, outputs) of the linear layers of a Llama-like model, with how many there are; no embedding, no head."""
+    """Return (inputs, outputs) and the count of a Llama-like model's linear layers; no embedding, no head."""
     with open(os.path.join(model, "config.json"), encoding="utf-8") as stream:
         config = json.load(stream)
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
@@ -243,7 +243,7 @@ def linear_shapes(model: str) -> dict[tuple[int, int], int]:
 
 
 def shape_seconds(inputs: int, outputs: int, tokens: int, repeats: int, backward_weight: bool) -> float:
-    """Shortest seconds of a linear layer's matrix products in bf16: forward, input and weight gradient."""
+    """Time a linear layer's matrix products in bf16, the shortest of several: forward, input and weight gradient."""
     import torch
 
     x, grad = (torch.randn(tokens, size).bfloat16() for size in (inputs, outputs))

@@ -1,4 +1,7 @@
-"""Pictures of predicted against measured figures, for docs/pictures/."""
+"""Pictures for docs/pictures/: predicted against measured figures, and pairs per second against TRL.
+
+python -m benchmarks.pictures      writes the picture of the README, docs/pictures/throughput_against_trl.svg
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rm_scale.reporting.benchmarks.peer_comparison import layouts_chart, settings_of
+from rm_scale.reporting.benchmarks.record_tables import Row, rows_of
+from rm_scale.reporting.benchmarks.sealed_records import read_records
+from rm_scale.reporting.chart_parts import standalone
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+AGAINST_TRL = REPOSITORY / "docs" / "pictures" / "throughput_against_trl.svg"
+RECORDS = REPOSITORY / "benchmarks" / "results" / "amd-epyc-2cores" / "135m.jsonl"
+SHOWN = ((0, 1), (3, 1))
+"""ZeRO stage and ranks of the settings that the README shows; docs/results.md shows all."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class Point:
 
 
 def scatter(points: Sequence[Point], unit: str, band: float, title: str, file: Path) -> None:
-    """Predicted against measured, on logarithmic axes, a colour per kind.
+    """Draw predicted against measured, on logarithmic axes, a colour per kind.
 
     Args:
         points: what to draw.
@@ -44,7 +58,7 @@ def scatter(points: Sequence[Point], unit: str, band: float, title: str, file: P
 
 
 def start_pyplot(salt: str) -> Any:
-    """matplotlib without a screen, whose files are the same for the same picture."""
+    """Import matplotlib without a screen, so that its files are the same for the same picture."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -59,3 +73,25 @@ def save(pyplot: Any, figure: Any, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def against_trl(rows: Sequence[Row]) -> str:
+    """Return the README's picture as SVG: pairs per second of TRL and of our packed layouts.
+
+    Args:
+        rows: of one model and machine.
+    """
+    shown = [row for row in rows if (row.record.case.zero_stage, row.record.case.num_ranks) in SHOWN]
+    heading = "Training a 135M reward model on two CPU cores: pairs per second, more is better"
+    chart = layouts_chart(heading, settings_of(shown), ["padding_free", "prefix_shared"])
+    return standalone(chart, heading)
+
+
+def main() -> None:
+    """Write the README's picture from the committed records."""
+    AGAINST_TRL.write_text(against_trl(rows_of(read_records([RECORDS]).records)), encoding="utf-8")
+    print(AGAINST_TRL.relative_to(REPOSITORY))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,10 +15,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from rm_scale.launch.plan_command import add_arguments, read_request  # noqa: E402
+from rm_scale.commands.plan import add_arguments, read_request  # noqa: E402
 from rm_scale.planning.advise import recommend  # noqa: E402
-from rm_scale.planning.published import Row, predict_row, read_cases  # noqa: E402
-from rm_scale.reporting.benchmark_page import table  # noqa: E402
+from rm_scale.planning.published.predict import predict_row, read_cases  # noqa: E402
+from rm_scale.planning.published.scenario_of_row import Row  # noqa: E402
+from rm_scale.reporting.benchmarks.benchmark_page import table  # noqa: E402
 
 CASES = REPOSITORY / "benchmarks" / "data" / "published_measurements.csv"
 OUTPUT = REPOSITORY / "docs" / "predicted_throughput.md"
@@ -51,15 +52,15 @@ settings by `rm-scale plan --cases`.
 
 
 def predictions() -> Iterator[list[object]]:
-    """A row per tier, device, nodes and method."""
+    """Yield a row per tier, device, nodes and method."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     for tier in TIERS:
         for gpu, name in GPUS.items():
             for nodes in NODES:
                 for method in METHODS:
-                    words = ["--tier", tier, "--method", method, "--gpu", gpu, "--gpus", str(8 * nodes)]
-                    choice = recommend(read_request(parser.parse_args([*words, "--seq", str(LENGTH)])))
+                    arguments = ["--tier", tier, "--method", method, "--gpu", gpu, "--gpus", str(8 * nodes)]
+                    choice = recommend(read_request(parser.parse_args([*arguments, "--seq", str(LENGTH)])))
                     found = choice.estimate
                     slow, fast = found.pairs_per_second
                     yield [
@@ -69,7 +70,7 @@ def predictions() -> Iterator[list[object]]:
                         f"{found.peak_memory_bytes / 1e9:.0f}",
                         "yes" if found.fits else "NO",
                         _band(slow, fast, 1),
-                        _band(*(2 * LENGTH * pairs / (8 * nodes) for pairs in (slow, fast)), 0),
+                        _band(2 * LENGTH * slow / (8 * nodes), 2 * LENGTH * fast / (8 * nodes), 0),
                     ]
 
 
@@ -79,7 +80,7 @@ def _band(low: float, high: float, digits: int) -> str:
 
 
 def quoted() -> Iterator[list[object]]:
-    """Published rows of these sizes and devices that the planner can model."""
+    """Yield published rows of these sizes and devices that the planner can model."""
     for row in sorted(read_cases(str(CASES)), key=lambda row: (row["model"], row["gpu"], row["id"])):
         if not _is_near(row):
             continue
@@ -105,7 +106,7 @@ def _cell(text: str) -> float | None:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     header = [
         "predicted",
         "ZeRO",

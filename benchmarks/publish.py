@@ -2,7 +2,8 @@
 
     python benchmarks/publish.py
 
-Rewrites what stands between the two markers there, and docs/pictures/throughput_*.svg. Nothing is typed by hand.
+Rewrites what stands between the two markers there, and docs/pictures/throughput_*.svg, the README's among them. Nothing
+is typed by hand.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks import pictures  # noqa: E402
 from benchmarks.pictures import Point, save, scatter, start_pyplot  # noqa: E402
-from rm_scale.reporting.benchmark_page import derived_tables, table  # noqa: E402
-from rm_scale.reporting.record_tables import (  # noqa: E402
+from rm_scale.reporting.benchmarks.benchmark_page import derived_tables, table  # noqa: E402
+from rm_scale.reporting.benchmarks.record_tables import (  # noqa: E402
     DETAIL_HEADER,
     THROUGHPUT_HEADER,
     Place,
@@ -25,11 +27,11 @@ from rm_scale.reporting.record_tables import (  # noqa: E402
     by_place,
     detail_cells,
     label,
+    model_size_text,
     rows_of,
-    size_words,
     throughput_cells,
 )
-from rm_scale.reporting.records import Record, peak_memory_bytes, read_records  # noqa: E402
+from rm_scale.reporting.benchmarks.sealed_records import Record, peak_memory_bytes, read_records  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = REPOSITORY / "docs" / "results.md"
@@ -41,23 +43,23 @@ LAYOUTS = {"padding": "TRL, padded", "none": "padded", "padding_free": "padding-
 
 
 def section(rows: Sequence[Row]) -> str:
-    """All tiers of all machines."""
+    """Return all tiers of all machines."""
     places = sorted(by_place(rows), key=lambda one: one[0].device)
     return "\n\n".join(tier(place, here) for place, here in places)
 
 
 def slug(name: str) -> str:
-    """Good in a file's name."""
+    """Return a name as it is good in a file's name."""
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(R\)|Processor", "", name).lower()).strip("_")
 
 
 def tier(place: Place, rows: Sequence[Row]) -> str:
-    """Tables of one size, the long ones folded away."""
+    """Return the tables of one size, the long ones folded away."""
     case = rows[0].record.case
-    size = f", {size_words(case.num_parameters)}" if case.num_parameters else ""
+    size = f", {model_size_text(case.num_parameters)}" if case.num_parameters else ""
     steps = sorted({len(row.record.counted) for row in rows if row.found is not None})
     told = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0]) if steps else "no"
-    parts = [f"### {place.model}{size}, on {place.device}", f"Measured: {place.words}; timed steps: {told}."]
+    parts = [f"### {place.model}{size}, on {place.device}", f"Measured: {place.settings_text}; timed steps: {told}."]
     picture = draw_speed(place, rows)
     if picture is not None:
         parts.append(f"![Pairs per second of each method, stage and layout]({picture})")
@@ -72,12 +74,12 @@ def tier(place: Place, rows: Sequence[Row]) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    """Shown when asked for."""
+    """Return content that is shown when asked for."""
     return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
 def draw_speed(place: Place, rows: Sequence[Row]) -> str | None:
-    """Bars by method, stage and ranks, a colour per layout."""
+    """Draw bars by method, stage and ranks, a colour per layout."""
     values: dict[str, dict[str, float]] = {}
     for row in rows:
         case = row.record.case
@@ -103,7 +105,7 @@ def draw_speed(place: Place, rows: Sequence[Row]) -> str | None:
 
 
 def draw_predictions(records: Sequence[Record]) -> str:
-    """Peak memory of all cases, predicted over measured; gives what links to it."""
+    """Draw the peak memory of all cases, predicted over measured; return what links to the picture."""
     points = [
         Point(size / 1e9, record.predicted.peak_memory_bytes / 1e9, record.case.model)
         for record in records
@@ -115,7 +117,7 @@ def draw_predictions(records: Sequence[Record]) -> str:
 
 
 def written(text: str, records: Sequence[Record]) -> str:
-    """The page with what the records say between its markers; draws the pictures.
+    """Return the page with what the records say between its markers; draw the pictures.
 
     Raises:
         SystemExit: the markers are not there.
@@ -133,6 +135,7 @@ def main() -> None:
     for file, reason in found.refused:
         raise SystemExit(f"{file}: {reason}")
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found.records), encoding="utf-8")
+    pictures.main()
     print(f"{len(found.records)} records: {PAGE.relative_to(REPOSITORY)}")
 
 

@@ -24,9 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.pictures import Point, scatter  # noqa: E402
-from rm_scale.planning.published import Row, predict_row, read_cases  # noqa: E402
-from rm_scale.planning.published_setup import scenario_of_row  # noqa: E402
-from rm_scale.planning.timing import step_time  # noqa: E402
+from rm_scale.planning.published.predict import predict_row, read_cases  # noqa: E402
+from rm_scale.planning.published.scenario_of_row import Row, scenario_of_row  # noqa: E402
+from rm_scale.planning.step_time import step_time  # noqa: E402
 
 CASES = REPOSITORY / "benchmarks" / "data" / "published_measurements.csv"
 SPEED, MEMORY = "tokens/s", "memory"
@@ -55,7 +55,7 @@ class Compared:
 
 
 def number(text: str) -> float | None:
-    """The cell's figure, if it is one."""
+    """Return the cell's figure, if it is one."""
     try:
         return float(text)
     except ValueError:
@@ -63,7 +63,7 @@ def number(text: str) -> float | None:
 
 
 def compare(rows: Iterable[Row]) -> tuple[list[Compared], list[tuple[str, str, str]]]:
-    """Everything that is measured: what was predicted too, and (id, what, reason) of what wasn't."""
+    """Return everything that is measured and was predicted too, and (id, what, reason) of what wasn't."""
     found, left_out = [], []
     for row in rows:
         answer = predict_row(row)
@@ -80,13 +80,13 @@ def compare(rows: Iterable[Row]) -> tuple[list[Compared], list[tuple[str, str, s
 
 
 def method_of(row: Row) -> str:
-    """full, lora, qlora, or qlora with GPTQ's weights."""
+    """Return full, lora, qlora, or qlora with GPTQ's weights."""
     name = row["method"].split()[0]
     return f"{name} GPTQ" if "GPTQ" in row["precision"] else name
 
 
 def table(found: Sequence[Compared], key: Callable[[Compared], str], title: str) -> str:
-    """Errors by some property of a row."""
+    """Return the errors by some property of a row."""
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for item in found:
         groups[item.what, key(item)].append(item.error)
@@ -121,7 +121,7 @@ class Speeds:
                 )
 
     def best(self, ids: Iterable[str]) -> dict[str, float]:
-        """The efficiency of each kind with the smallest mean error on these rows."""
+        """Return the efficiency of each kind with the smallest mean error on these rows."""
         groups = defaultdict(list)
         for row_id in ids:
             groups[self.devices[row_id]].append(row_id)
@@ -131,7 +131,7 @@ class Speeds:
         }
 
     def mean_error(self, ids: Iterable[str], chosen: dict[str, float]) -> float | None:
-        """On rows whose device has an efficiency."""
+        """Return the mean error on rows whose device has an efficiency."""
         errors = [
             abs(self.errors[row_id, chosen[self.devices[row_id]]]) for row_id in ids if self.devices[row_id] in chosen
         ]
@@ -139,7 +139,7 @@ class Speeds:
 
 
 def halves(speeds: Speeds, times: int = 50) -> tuple[float, float]:
-    """Mean error on the half that efficiencies were set on, and on the other; over random halves."""
+    """Return the mean error on the half that efficiencies were set on, and on the other; over random halves."""
     ids, inside, outside = [item.row["id"] for item in speeds.items], [], []
     draw = random.Random(0)
     for _ in range(times):
@@ -151,7 +151,7 @@ def halves(speeds: Speeds, times: int = 50) -> tuple[float, float]:
 
 
 def without_each_source(speeds: Speeds) -> list[tuple[str, int, float]]:
-    """Source, rows and their mean error with the efficiencies that all others give, where they have the device."""
+    """Return each source's mean error with the efficiencies that all others give, where they have the device."""
     sources = sorted({item.row["source"] for item in speeds.items})
     result = []
     for source in sources:
@@ -167,7 +167,7 @@ def without_each_source(speeds: Speeds) -> list[tuple[str, int, float]]:
 
 
 def write_errors(found: Sequence[Compared], file: Path) -> None:
-    """One line per compared figure."""
+    """Write one line per compared figure."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
@@ -179,7 +179,7 @@ def write_errors(found: Sequence[Compared], file: Path) -> None:
 
 
 def draw(found: Sequence[Compared], what: str, unit: str, file: Path) -> None:
-    """Predicted against measured, a colour per source."""
+    """Draw predicted against measured, a colour per source."""
     points = [Point(item.measured, item.predicted, item.row["source"]) for item in found if item.what == what]
     scatter(points, unit, 0.2, f"{what}: {len(points)} published rows, grey: 20 % off", file)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from rm_scale.reporting.records import Record  # noqa: E402
+from rm_scale.reporting.benchmarks.sealed_records import Record  # noqa: E402
 
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "record.schema.json"
 

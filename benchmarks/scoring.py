@@ -49,16 +49,16 @@ def work(job: dict[str, Any]) -> None:
 
 
 def build_ours(job: dict[str, Any]) -> tuple[Any, Any]:
-    """What `rm-scale score` and `rm-scale rank` run for a chunk of a file: read, encode, pack, score, write."""
+    """Return what `rm-scale score` and `rm-scale rank` run for a chunk of a file: read, encode, pack, score, write."""
     from rm_scale.distributed import World, prepare_environment
 
     prepare_environment(World())
+    from rm_scale.commands.scoring_options import MAX_TOKENS
     from rm_scale.data.sources import local_sources
-    from rm_scale.inference.batch_scoring import ScoringJob, score_rows
-    from rm_scale.inference.ensemble import Ensemble
-    from rm_scale.inference.rows import RowFile
-    from rm_scale.inference.scorer import RewardScorer
-    from rm_scale.launch.score_command import MAX_TOKENS
+    from rm_scale.inference.scoring.batch_scoring import ScoringJob, score_rows
+    from rm_scale.inference.scoring.ensemble import Ensemble
+    from rm_scale.inference.scoring.row_files import RowFile
+    from rm_scale.inference.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(job["model"], "cpu", job["dtype"])
     ensemble = Ensemble([scorer])
@@ -75,7 +75,7 @@ def build_ours(job: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def build_pipeline(job: dict[str, Any]) -> tuple[Any, Any]:
-    """The pipeline on whole texts that wait in memory, with end-of-sequence written behind each."""
+    """Return the pipeline on whole texts that wait in memory, with end-of-sequence written behind each."""
     import torch
     from transformers import pipeline
 
@@ -123,7 +123,7 @@ class Side:
         raise SystemExit(f"a side ended early:\n{self.log.read()[-3000:]}")
 
     def step(self, number: int) -> float:
-        """Score one slice; gives the seconds."""
+        """Score one slice; return the seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
@@ -142,13 +142,13 @@ class Side:
 
 
 def save_reward_model(model: str, folder: Path, max_length: int) -> Any:
-    """A reward model with a fixed random head and its scoring contract; gives its encoder."""
+    """Save a reward model with a fixed random head and its scoring contract; return its encoder."""
     import torch
     from transformers import AutoModelForSequenceClassification, set_seed
 
     from rm_scale.data.encoding import EncodingRules, TextEncoder
-    from rm_scale.modeling.contract import BaseModel, ScoringContract
     from rm_scale.modeling.loading import describe_as_reward_model
+    from rm_scale.modeling.scoring_contract import BaseModel, ScoringContract
     from rm_scale.modeling.tokenizers import load_tokenizer
 
     set_seed(0)
@@ -165,7 +165,7 @@ def save_reward_model(model: str, folder: Path, max_length: int) -> Any:
 
 
 def hh_pairs(path: Path, encoder: Any, size: int, slices: int) -> list[dict[str, str]]:
-    """Pairs of an HH file whose texts share all but the last answer: `slices` runs of neighbours, evenly spread."""
+    """Return HH pairs whose texts share all but the last answer: `slices` runs of neighbours, evenly spread."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     pairs: list[dict[str, str]] = []
@@ -180,7 +180,7 @@ def hh_pairs(path: Path, encoder: Any, size: int, slices: int) -> list[dict[str,
 
 
 def _usable_pair(row: dict[str, str], encoder: Any) -> list[dict[str, str]]:
-    """The row as prompt, chosen and rejected; nothing when its prompts differ or a text is too long."""
+    """Return the row as prompt, chosen and rejected; nothing when its prompts differ or a text is too long."""
     (prompt, mark, chosen), (other, _, rejected) = (
         row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")
     )
@@ -194,7 +194,7 @@ def _batched(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def texts_to_score(case: str, pairs: list[dict[str, str]], size: int) -> list[list[dict[str, str]]]:
-    """Rows with a prompt and a completion, one list per slice."""
+    """Return rows with a prompt and a completion, one list per slice."""
     if case == "score":
         each = [[{"prompt": p["prompt"], "completion": p[side]} for side in ("chosen", "rejected")] for p in pairs]
         return [[row for rows in part for row in rows] for part in _batched(each, size)]
@@ -208,7 +208,7 @@ def texts_to_score(case: str, pairs: list[dict[str, str]], size: int) -> list[li
 
 
 def write_slices(slices: list[list[dict[str, str]]], path: Path) -> list[int]:
-    """One file for all slices, each as long as the first; gives the rows of each."""
+    """Write one file for all slices, each as long as the first; return the rows of each."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for rows in slices for row in rows))
     return [len(rows) for rows in slices]
 
@@ -219,7 +219,7 @@ def write_slices(slices: list[list[dict[str, str]]], path: Path) -> list[int]:
 def compare(
     options: argparse.Namespace, model: Path, case: str, dtype: str, pairs: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """Both sides in turns on the same slices."""
+    """Measure both sides in turns on the same slices."""
     size = options.pairs if case == "score" else options.prompts
     with tempfile.TemporaryDirectory() as folder:
         # Each slice from a run of its own.
@@ -240,7 +240,7 @@ def compare(
 
 
 def summarize(options: argparse.Namespace, size: int, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Rates and ratios from the slices behind the warm-up; scores are compared in all of them."""
+    """Return rates and ratios from the slices behind the warm-up; scores are compared in all of them."""
     timed = {name: [answer["seconds"] for answer in found[options.warmup :]] for name, found in answers.items()}
     differences = [
         abs(a - b)
@@ -266,7 +266,7 @@ def _deviation(values: list[float]) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured with."""
+    """Return what the figures were measured with."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -280,7 +280,7 @@ def environment() -> dict[str, Any]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """The table."""
+    """Print the table."""
     print(f"{'case':16} {'ours/s':>8} {'pipe/s':>8} {'ratio':>6} {'tokens':>7} {'largest difference':>19}")
     for name, found in results.items():
         rates, tokens = found["prompts_per_second"], found["tokens"]

@@ -52,7 +52,7 @@ class Text:
 
 
 def read_texts(path: Path, count: int) -> list[Text]:
-    """Completions of HH pairs, each with its prompt."""
+    """Return completions of HH pairs, each with its prompt."""
     texts = []
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         for line in stream:
@@ -64,13 +64,13 @@ def read_texts(path: Path, count: int) -> list[Text]:
 
 
 @contextmanager
-def server(model: str, *words: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`rm-scale serve` on a free port of this machine, ready."""
+def server(model: str, *arguments: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start `rm-scale serve` on a free port of this machine, and wait until it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "rm_scale.cli", "serve", "--model", model, "--port", str(port)]
-    process = subprocess.Popen([*command, "--max_tokens_per_batch", str(MAX_TOKENS), *words], cwd=REPOSITORY)
+    process = subprocess.Popen([*command, "--max_tokens_per_batch", str(MAX_TOKENS), *arguments], cwd=REPOSITORY)
     url = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + 300
@@ -91,15 +91,15 @@ def server(model: str, *words: str) -> Iterator[tuple[str, subprocess.Popen[byte
 
 
 def offline(model: str, texts: list[Text], dtype: str | None = None) -> tuple[Any, list[float]]:
-    """The model in this process, and its scores."""
-    from rm_scale.inference.scorer import RewardScorer
+    """Return the model in this process, and its scores."""
+    from rm_scale.inference.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(model, dtype=dtype, device="cpu")
     return scorer, scorer.score([t.prompt for t in texts], [t.completion for t in texts], max_tokens=MAX_TOKENS)
 
 
 def ask(client: httpx.Client, url: str, text: Text) -> httpx.Response:
-    """One text."""
+    """Ask for the score of one text."""
     return client.post(f"{url}/score", json={"prompt": text.prompt, "completion": text.completion}, timeout=120)
 
 
@@ -107,7 +107,7 @@ def ask(client: httpx.Client, url: str, text: Text) -> httpx.Response:
 
 
 def over_http(url: str, texts: list[Text], num_clients: int) -> tuple[float, list[float]]:
-    """Seconds and scores of all texts, shared out among so many clients."""
+    """Return seconds and scores of all texts, shared out among so many clients."""
     scores = [0.0] * len(texts)
 
     def client(number: int) -> None:
@@ -124,12 +124,12 @@ def over_http(url: str, texts: list[Text], num_clients: int) -> tuple[float, lis
 
 
 def measure_throughput(options: argparse.Namespace, texts: list[Text]) -> dict[str, Any]:
-    """Offline and over HTTP in turns; the first round warms both up."""
+    """Measure offline and over HTTP in turns; the first round warms both up."""
     scorer, expected = offline(options.model, texts, options.dtype)
-    words = ["--dtype", options.dtype] if options.dtype else []
+    arguments = ["--dtype", options.dtype] if options.dtype else []
     prompts, completions = [text.prompt for text in texts], [text.completion for text in texts]
     rounds = []
-    with server(options.model, *words) as (url, _):
+    with server(options.model, *arguments) as (url, _):
         over_http(url, texts, options.clients)
         for _ in range(options.rounds):
             started = time.perf_counter()
@@ -162,7 +162,7 @@ class Tally:
 
 
 def good_client(url: str, texts: list[Text], expected: list[float], tally: Tally, until: float, seed: int) -> None:
-    """Every answer must be this text's score; a refusal for lack of room is an answer, silence is a loss."""
+    """Require that every answer is this text's score; a refusal for lack of room is an answer, silence is a loss."""
     chance = random.Random(seed)
     with httpx.Client(verify=False) as connection:
         while time.monotonic() < until:
@@ -180,7 +180,7 @@ def good_client(url: str, texts: list[Text], expected: list[float], tally: Tally
 
 
 def bad_client(url: str, texts: list[Text], tally: Tally, until: float, seed: int) -> None:
-    """Over-long and malformed requests, half-sent bodies, connections closed before the answer."""
+    """Send over-long and malformed requests and half of a body, and close connections before the answer."""
     chance = random.Random(seed)
     host, port = url.removeprefix("http://").split(":")
     bodies = (
@@ -211,7 +211,7 @@ def bad_client(url: str, texts: list[Text], tally: Tally, until: float, seed: in
 
 
 def measure_mixed(options: argparse.Namespace, texts: list[Text]) -> dict[str, Any]:
-    """Minutes of load, memory on the way, and a signal at the end."""
+    """Measure minutes of load, memory on the way, and a signal at the end."""
     _, expected = offline(options.model, texts)
     tally, memory = Tally(), []
     with server(options.model, "--body_timeout", "5") as (url, process):
@@ -246,7 +246,7 @@ def measure_mixed(options: argparse.Namespace, texts: list[Text]) -> dict[str, A
 
 
 def terminate(url: str, process: subprocess.Popen[bytes], texts: list[Text], expected: list[float]) -> dict[str, Any]:
-    """SIGTERM while 16 clients wait: each that was let in gets its score."""
+    """Send SIGTERM while 16 clients wait: each that was let in gets its score."""
     outcomes: Counter[str] = Counter()
     begun = threading.Event()
 

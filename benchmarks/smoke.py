@@ -23,16 +23,16 @@ ALLOWED_LOSS = 1 / 3
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Run the grid; gives the ratios of pairs per second by name."""
-    from rm_scale.modeling.assets import make_tiny_model
-    from rm_scale.reporting.record_tables import ratio_of
-    from rm_scale.reporting.records import read_records
+    """Run the grid; return the ratios of pairs per second by name."""
+    from rm_scale.demo.assets import make_tiny_model
+    from rm_scale.reporting.benchmarks.record_tables import ratio_of
+    from rm_scale.reporting.benchmarks.sealed_records import read_records
 
     model = make_tiny_model(folder / "model", hidden_size=256, layers=6, heads=4)
-    words = ["--tier", str(model), "--methods", "full", "--packing", "all", "--peers", "trl", "--steps", "6"]
-    words += ["--warmup", "2", "--global_batch_size", "16", "--micro_batch", "4", "--work", str(folder / "work")]
-    words += ["--results", str(folder / "results" / "smoke"), "--data", "hh-like", "--time_limit", "240"]
-    subprocess.run([sys.executable, str(BENCHMARKS / "throughput.py"), *words], check=True)
+    arguments = ["--tier", str(model), "--methods", "full", "--packing", "all", "--peers", "trl", "--steps", "6"]
+    arguments += ["--warmup", "2", "--global_batch_size", "16", "--micro_batch", "4", "--work", str(folder / "work")]
+    arguments += ["--results", str(folder / "results"), "--data", "hh-like", "--time_limit", "240"]
+    subprocess.run([sys.executable, str(BENCHMARKS / "throughput.py"), *arguments], check=True)
     found = {(r.case.system, r.case.packing): r for r in read_records([folder / "results"]).records}
     trl, none = found["trl", "padding"], found["rm_scale", "none"]
     free, shared = found["rm_scale", "padding_free"], found["rm_scale", "prefix_shared"]
@@ -47,7 +47,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def compare(now: dict[str, float], reference: dict[str, float]) -> list[str]:
-    """What has fallen too far or is missing, in words."""
+    """Return what has fallen too far or is missing, a sentence each."""
     problems = [f"{name}: not measured any more" for name in reference if name not in now]
     for name, value in now.items():
         before = reference.get(name)

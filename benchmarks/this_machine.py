@@ -44,22 +44,22 @@ def measure_rates(file: Path, times: int = 3) -> None:
 
 
 def train(options: argparse.Namespace, case: str, hardware: Path, folder: Path) -> dict[str, Any]:
-    """A few steps; what the run said of its plan."""
+    """Train a few steps; return what the run said of its plan."""
     method, tokens, *how = case.split(":")
-    words = ["--model_name_or_path", options.model, "--dataset_path", options.data, "--hardware", str(hardware)]
-    words += ["--output_dir", str(folder), "--max_length", "1024", "--max_rejected_share", "1"]
-    words += ["--global_batch_size", "16", "--max_tokens_per_device", tokens, "--logging_steps", "1"]
-    words += ["--max_steps", str(options.steps), "--disable_tqdm", "true", "--sample_scores", "0"]
-    words += ["--gradient_checkpointing", "true" if how == ["checkpointed"] else "false", *METHODS[method]]
+    arguments = ["--model_name_or_path", options.model, "--dataset_path", options.data, "--hardware", str(hardware)]
+    arguments += ["--output_dir", str(folder), "--max_length", "1024", "--max_rejected_share", "1"]
+    arguments += ["--global_batch_size", "16", "--max_tokens_per_device", tokens, "--logging_steps", "1"]
+    arguments += ["--max_steps", str(options.steps), "--disable_tqdm", "true", "--sample_scores", "0"]
+    arguments += ["--gradient_checkpointing", "true" if how == ["checkpointed"] else "false", *METHODS[method]]
     train_file = str(REPOSITORY / "rm_scale" / "train.py")
-    done = subprocess.run([sys.executable, train_file, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, train_file, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return dict(json.loads((folder / "run" / "plan_check.json").read_text(encoding="utf-8")))
 
 
 def errors(record: dict[str, Any]) -> tuple[float, float]:
-    """Relative errors of predicted memory and time; a time within the band has none."""
+    """Return relative errors of predicted memory and time; a time within the band has none."""
     predicted, measured = record["predicted"], record["measured"]
     band, seconds = predicted["step_seconds"], measured["step_seconds"]
     nearest = min(max(seconds, band["low"]), band["high"])
@@ -67,7 +67,7 @@ def errors(record: dict[str, Any]) -> tuple[float, float]:
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line per case."""
+    """Return Markdown with a line per case."""
     lines = ["| case | memory predicted, measured | off | step predicted, measured | off |", "|---|---|---|---|---|"]
     for case, record in records.items():
         memory, seconds = errors(record)
@@ -79,7 +79,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(records: dict[str, dict[str, Any]]) -> None:
-    """Seconds, predicted against measured."""
+    """Draw seconds, predicted against measured."""
     points = [
         Point(record["measured"]["step_seconds"], record["predicted"]["step_seconds"]["high"], case.split(":")[0])
         for case, record in records.items()

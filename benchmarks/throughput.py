@@ -3,8 +3,8 @@
     python benchmarks/throughput.py --tier 135m --methods all --packing all --stages 0,2,3 --ranks 1,2 --peers trl
     python benchmarks/throughput.py --tier 7b --methods qlora --stages 0 --steps 1 --warmup 1
 
-Writes a record per case below `results/<hardware>/`, which `rm-scale report` turns into a page. A case that has its
-record is not run again; running out of memory is a result like any other. Definitions and protocol: README.md here.
+Writes a line per case into `results/<hardware>/<tier>.jsonl`, which `rm-scale report` turns into a page. A case that
+has its record is not run again; running out of memory is a result like any other. Definitions and protocol: README.md.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from workloads import MIXES, make_data, make_model  # noqa: E402
 
 from rm_scale.planning.parameters import backbone_tensors, total  # noqa: E402
 from rm_scale.planning.shape import read_model_config, shape_from_config  # noqa: E402
-from rm_scale.reporting.records import (  # noqa: E402
+from rm_scale.reporting.benchmarks.sealed_records import (  # noqa: E402
     Case,
     Record,
-    RecordError,
     case_name,
+    find_record,
     measures,
     peak_memory_bytes,
-    read_record,
     write_record,
 )
 
@@ -51,15 +50,15 @@ PEERS = {"trl": True, "openrlhf": False, "llamafactory": False}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what")
     what.add_argument("--tier", required=True, help="tiny, 135m, 1b, 3b, 7b, 13b, or a model's folder")
-    what.add_argument("--methods", type=_words(METHODS), default=list(METHODS))
-    what.add_argument("--packing", type=_words(PACKINGS), default=["prefix_shared"], help="all, or some of them")
-    what.add_argument("--stages", type=_words(("0", "2", "3", "offload")), default=["0"], help="ZeRO; offload: of 3")
-    what.add_argument("--ranks", type=_words(None), default=["1"], help="on this machine, e.g. 1,2")
-    what.add_argument("--peers", type=_words(None), default=[], help=f"beside ours: {', '.join(PEERS)}")
+    what.add_argument("--methods", type=_names_of(METHODS), default=list(METHODS))
+    what.add_argument("--packing", type=_names_of(PACKINGS), default=["prefix_shared"], help="all, or some of them")
+    what.add_argument("--stages", type=_names_of(("0", "2", "3", "offload")), default=["0"], help="ZeRO; offload: of 3")
+    what.add_argument("--ranks", type=_names_of(None), default=["1"], help="on this machine, e.g. 1,2")
+    what.add_argument("--peers", type=_names_of(None), default=[], help=f"beside ours: {', '.join(PEERS)}")
     what.add_argument("--data", default="hh-like", help=f"{', '.join(MIXES)}, or a file of HH texts")
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
@@ -72,11 +71,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     how.add_argument("--gradient_checkpointing", action="store_true")
     how.add_argument("--float32", action="store_true", help="compute in fp32 rather than bf16")
     how.add_argument("--time_limit", type=float, default=3600.0, help="seconds of a case")
-    how.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="further words for rm_scale/train.py; last")
+    how.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="settings of rm_scale/train.py; last")
     where = parser.add_argument_group("where")
     where.add_argument("--launcher", choices=["local", "slurm"], default="local", help="slurm: set by slurm/bench.sh")
     where.add_argument("--work", type=Path, default=REPOSITORY / "outputs" / "bench", help="models, data, runs")
-    where.add_argument("--results", type=Path, help="folder of the records; default results/<hardware>/<tier>")
+    where.add_argument("--results", type=Path, help="folder of the records; default results/<hardware>")
     where.add_argument("--hardware", type=Path, help="figures of this machine; default: measured once, kept with them")
     where.add_argument("--again", action="store_true", help="run cases that have a record")
     where.add_argument("--keep", action="store_true", help="keep each run's output directory")
@@ -93,23 +92,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def _words(known: Sequence[str] | None):  # type: ignore[no-untyped-def]
+def _names_of(known: Sequence[str] | None):  # type: ignore[no-untyped-def]
     def parse(text: str) -> list[str]:
-        words = list(known) if known is not None and text == "all" else text.split(",")
-        unknown = [word for word in words if known is not None and word not in known]
+        names = list(known) if known is not None and text == "all" else text.split(",")
+        unknown = [word for word in names if known is not None and word not in known]
         if unknown:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r}: choose from {', '.join(known or ())}, or all")
-        return words
+        return names
 
     return parse
 
 
 def measured_hardware(options: argparse.Namespace, ranks: int) -> Path:
-    """This machine's figures with so many ranks at once, which share what isn't theirs alone: measured once."""
+    """Return this machine's figures with so many ranks at once, which share its memory and cores; measured once."""
     if options.hardware is not None:
         return Path(options.hardware).resolve()
     ranks //= options.num_nodes
-    folder: Path = options.results.parent if options.results is not None else options.work
+    folder: Path = options.results or options.work
     file = folder.resolve() / f"hardware-{ranks}.yaml"
     if not file.is_file() or not is_of_this_machine(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,11 +119,12 @@ def measured_hardware(options: argparse.Namespace, ranks: int) -> Path:
 
 
 def is_of_this_machine(file: Path) -> bool:
-    """Whether figures were measured on this machine; a folder may be shared by several."""
+    """Return whether figures were measured on this machine; a folder may be shared by several."""
     measured = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("measured", {})
     here = environment_here()
     name = here["gpus"][0] if here["gpus"] else here["cpu"]
-    return measured.get("device_name") == name and measured.get("host", socket.gethostname()) == socket.gethostname()
+    host = socket.gethostname()
+    return bool(measured.get("device_name") == name and measured.get("host", host) == host)
 
 
 def keep_hardware(file: Path, folder: Path) -> None:
@@ -136,16 +136,16 @@ def keep_hardware(file: Path, folder: Path) -> None:
 
 
 def allocation() -> tuple[int, int]:
-    """Nodes and ranks of the Slurm job around this process, as a training in it would have them."""
-    from rm_scale.launch.slurm.allocation import read_allocation
-    from rm_scale.launch.slurm.prepare import ranks_per_node
+    """Return nodes and ranks of the Slurm job around this process, as a training in it would have them."""
+    from rm_scale.slurm.allocation import read_allocation
+    from rm_scale.slurm.prepare import ranks_per_node
 
     found = read_allocation(os.environ)
     return len(found.nodes), len(found.nodes) * ranks_per_node(found, os.environ)
 
 
 def hardware_name(file: Path) -> str:
-    """A folder's name for the device: its kind, and nothing else of the machine."""
+    """Return a folder's name for the device: its kind, and nothing else of the machine."""
     device = next(iter(yaml.safe_load(file.read_text(encoding="utf-8"))["devices"].values()))
     name = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", "", str(device.get("title") or "unknown"))
     cores = f"-{os.cpu_count()}cores" if "cpu" in str(device.get("like", "")) else ""
@@ -153,7 +153,7 @@ def hardware_name(file: Path) -> str:
 
 
 def grid(options: argparse.Namespace, label: str, parameters: int) -> Iterator[Case]:
-    """All cases, ours and a peer's of one setting next to each other, so that what the machine does meets both."""
+    """Yield all cases; ours and a peer's of one setting are neighbours, so that what the machine does meets both."""
     for repeat in range(1, options.repeats + 1):
         for ranks, stage, method in itertools.product(options.ranks, options.stages, options.methods):
             shared = Case(
@@ -184,7 +184,7 @@ def grid(options: argparse.Namespace, label: str, parameters: int) -> Iterator[C
 
 
 def missing_peer(case: Case) -> str | None:
-    """Why a peer can't be measured here."""
+    """Return why a peer can't be measured here; `None` where it can."""
     if case.system == "rm_scale":
         return None
     if case.num_nodes > 1:
@@ -197,10 +197,9 @@ def missing_peer(case: Case) -> str | None:
 
 
 def finished(case: Case, folder: Path, steps: int, warmup: int) -> Record | None:
-    """The record of an earlier call, if it is sound and holds as many steps. A failed case is tried again."""
-    try:
-        record = read_record(folder / f"{case_name(case)}.json")
-    except RecordError:
+    """Return the record of an earlier call, if it is sound and holds as many steps. A failed case is tried again."""
+    record = find_record(case, folder)
+    if record is None:
         return None
     if record.status == "ok":
         return record if record.warmup_steps == warmup and len(record.counted) >= steps else None
@@ -208,7 +207,7 @@ def finished(case: Case, folder: Path, steps: int, warmup: int) -> Record | None
 
 
 def line(record: Record) -> str:
-    """A record in a line."""
+    """Return a record in a line."""
     case, found = record.case, measures(record)
     start = (
         f"{case.system:9} {case.method:6} {case.packing:14} zero{case.zero_stage}{' offload' if case.offload else ''}"
@@ -224,7 +223,7 @@ def line(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the grid; gives 0 when every case has a result, be it that memory ran out."""
+    """Run the grid; return 0 when every case has a result, be it that memory ran out."""
     options = parse_arguments(arguments)
     options.num_nodes = 1
     if options.launcher == "slurm":
@@ -232,9 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.ranks = [str(ranks)]
     hardware = {int(ranks): measured_hardware(options, int(ranks)) for ranks in options.ranks}
     first = next(iter(hardware.values()))
-    folder = options.results or RESULTS / hardware_name(first) / Path(options.tier).name
+    folder = options.results or RESULTS / hardware_name(first)
     for file in hardware.values():
-        keep_hardware(file, folder.parent)
+        keep_hardware(file, folder)
     model, label = make_model(options.tier, options.work / "models")
     shape = shape_from_config(read_model_config(str(model)))
     wanted = options.global_batch_size * (options.steps + options.warmup + 1)
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(job: Job, keep: bool) -> Record:
-    """A case's record, also where it can't be run."""
+    """Return a case's record, also where it can't be run."""
     import shutil
 
     reason = missing_peer(job.case)
@@ -278,7 +277,7 @@ def measure(job: Job, keep: bool) -> Record:
         return Record(
             status="skipped", reason=reason, case=job.case, warmup_steps=job.warmup, environment=environment_here()
         )
-    record = run_case(job)
+    record: Record = run_case(job)
     if not keep and record.status == "ok":
         shutil.rmtree(job.work, ignore_errors=True)
     return record

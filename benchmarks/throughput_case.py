@@ -20,10 +20,12 @@ from typing import Any
 import psutil
 import yaml
 
-from rm_scale.planning.compute import executed_flops, linear_parameters, peak_flops, step_flops
+from rm_scale.files import read_json_lines, read_json_object
+from rm_scale.planning.flops import executed_flops, linear_parameters, step_flops
+from rm_scale.planning.hardware import peak_flops
 from rm_scale.planning.parameters import adapter_tensors, backbone_tensors, total
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
-from rm_scale.reporting.records import Case, Memory, Prediction, Record, Saved, Status, Step
+from rm_scale.reporting.benchmarks.sealed_records import Case, Memory, Prediction, Record, Saved, Status, Step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PEER = Path(__file__).with_name("throughput_peer.py")
@@ -73,25 +75,25 @@ class Job:
 
 
 def command(job: Job) -> list[str]:
-    """What starts the case: the real launcher with the real training script, or the peer's."""
+    """Return what starts the case: the real launcher with the real training script, or the peer's."""
     case = job.case
     if case.system == "rm_scale":
-        script, words = REPOSITORY / "rm_scale" / "train.py", settings(job)
+        script, arguments = REPOSITORY / "rm_scale" / "train.py", settings(job)
     else:
-        script, words = PEER, [json.dumps(peer_job(job))]
+        script, arguments = PEER, [json.dumps(peer_job(job))]
     if job.launcher == "slurm" and case.system == "rm_scale":
-        return ["bash", str(REPOSITORY / "slurm" / "bench.sh"), "--one_case", *words]
+        return ["bash", str(REPOSITORY / "slurm" / "bench.sh"), "--one_case", *arguments]
     if case.num_ranks == 1:
-        return [sys.executable, str(script), *words]
+        return [sys.executable, str(script), *arguments]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(case.num_ranks), "--master_port"]
-    return [sys.executable, *launcher, str(port), str(script), *words]
+    return [sys.executable, *launcher, str(port), str(script), *arguments]
 
 
 def settings(job: Job) -> list[str]:
-    """Words for `rm_scale/train.py`."""
+    """Return the command line of `rm_scale/train.py`."""
     case = job.case
     values: dict[str, Any] = {
         "model_name_or_path": job.model,
@@ -129,14 +131,14 @@ def settings(job: Job) -> list[str]:
 
 
 def deepspeed_file(case: Case) -> Path | None:
-    """The shipped DeepSpeed settings of a stage."""
+    """Return the shipped DeepSpeed settings of a stage."""
     if case.zero_stage == 0:
         return None
     return REPOSITORY / "ds_configs" / f"zero{case.zero_stage}{'_offload' if case.offload else ''}.json"
 
 
 def peer_job(job: Job) -> dict[str, Any]:
-    """What `throughput_peer.py` takes; names are those of `packing_worker.py`."""
+    """Return what `throughput_peer.py` takes; names are those of `packing_worker.py`."""
     case = job.case
     return {
         "name": "peer",
@@ -173,16 +175,16 @@ class Outcome:
 
 
 def run_case(job: Job) -> Record:
-    """Run the case and give its record, whatever came of it."""
+    """Run the case; return its record, whatever came of it."""
     shutil.rmtree(job.work, ignore_errors=True)
     job.output.mkdir(parents=True)
-    words, load = command(job), os.getloadavg()
+    arguments, load = command(job), os.getloadavg()
     if job.case.system == "rm_scale":
         job.output.rmdir()  # the run makes it
-    outcome = watched(words, job)
+    outcome = watched(arguments, job)
     record = record_of(job, outcome)
     protocol = {
-        "command": public_command(words, job),
+        "command": public_command(arguments, job),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average_at_start": [round(value, 2) for value in load],
         "seconds_in_all": round(outcome.seconds, 1),
@@ -192,14 +194,14 @@ def run_case(job: Job) -> Record:
     return record.model_copy(update={"protocol": protocol})
 
 
-def watched(words: Sequence[str], job: Job) -> Outcome:
+def watched(arguments: Sequence[str], job: Job) -> Outcome:
     """Run a command until it ends, takes too long, or the host runs out of memory."""
     started, kills = time.monotonic(), kernel_kills()
     log = job.work / "log.txt"
     seen, turn = 0, 0
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            words,
+            arguments,
             stdout=stream,
             stderr=subprocess.STDOUT,
             cwd=REPOSITORY,
@@ -231,7 +233,7 @@ def watched(words: Sequence[str], job: Job) -> Outcome:
 
 
 def resident(process: int) -> int:
-    """Most bytes resident in one process of a case."""
+    """Return the most bytes that are resident in one process of a case."""
     try:
         first = psutil.Process(process)
         members = [first, *first.children(recursive=True)]
@@ -245,7 +247,7 @@ def resident(process: int) -> int:
 
 
 def kernel_kills() -> int:
-    """How many processes the kernel has ended for memory since it started, as far as it says."""
+    """Return how many processes the kernel has ended for memory since it started, as far as it says."""
     with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
@@ -253,7 +255,7 @@ def kernel_kills() -> int:
 
 
 def judge(code: int, why: str, log: str, seconds: float) -> Outcome:
-    """What an exit code and a log's end mean."""
+    """Return what an exit code and a log's end mean."""
     if code == 0 and not why:
         return Outcome("ok", "", seconds)
     if why:
@@ -269,7 +271,7 @@ def judge(code: int, why: str, log: str, seconds: float) -> Outcome:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The whole group: a launcher has children."""
+    """End the whole group: a launcher has children."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, kind)
@@ -279,7 +281,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """All cores for the case, no traces of another launcher, the package of this checkout."""
+    """Return the environment of the case: all cores, no traces of another launcher, the package of this checkout."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"}
     kept = {name: value for name, value in os.environ.items() if name not in drop}
     threads = str(max(1, len(os.sched_getaffinity(0)) * job.case.num_nodes // job.case.num_ranks))
@@ -288,13 +290,13 @@ def environment(job: Job) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, **kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **logs}
 
 
-def public_command(words: Sequence[str], job: Job) -> str:
-    """The command without this machine's folders."""
-    return without_places(" ".join(words), job)
+def public_command(arguments: Sequence[str], job: Job) -> str:
+    """Return the command without this machine's folders."""
+    return without_places(" ".join(arguments), job)
 
 
 def without_places(text: str, job: Job) -> str:
-    """A text without this machine's folders."""
+    """Return a text without this machine's folders."""
     places = [(str(job.work), "WORK"), (str(job.work.parent), "WORK/.."), (str(job.model), "MODEL")]
     places += [(str(job.hardware), "HARDWARE")] if job.hardware is not None else []
     for place, name in ((sys.executable, "python"), *places, (str(job.data), "DATA"), (str(REPOSITORY) + "/", "")):
@@ -306,14 +308,14 @@ def without_places(text: str, job: Job) -> str:
 
 
 def record_of(job: Job, outcome: Outcome) -> Record:
-    """What the run left behind, as a record."""
+    """Return what the run left behind, as a record."""
     folder = job.output / "run" if job.case.system == "rm_scale" else job.output
     shape = shape_from_config(read_model_config(str(job.model)))
     hardware = yaml.safe_load(job.hardware.read_text(encoding="utf-8")) if job.hardware is not None else {}
-    device = next(iter((hardware or {}).get("devices", {}).values()), {})
-    env = read_json(folder / "environment.json") or environment_here()
+    device: dict[str, Any] = next(iter((hardware or {}).get("devices", {}).values()), {})
+    env = read_json_object(folder / "environment.json") or environment_here()
     gpus = env.get("gpus") or []
-    timing = read_json(folder / "timing.json")
+    timing = read_json_object(folder / "timing.json")
     steps = read_steps(folder, job, shape)
     status, reason = outcome.status, outcome.reason
     if status == "ok" and len(steps) <= job.warmup:
@@ -344,21 +346,21 @@ def record_of(job: Job, outcome: Outcome) -> Record:
         energy_scope=timing.get("energy_scope", ""),
         data_statistics=data_statistics(steps),
         config=without_folders(config, job),
-        plan=read_json(folder / "plan.json"),
+        plan=read_json_object(folder / "plan.json"),
         environment=env,
         hardware=without_host(hardware),
     )
 
 
 def environment_here() -> dict[str, Any]:
-    """Versions and hardware, for cases that ended before they wrote them."""
-    from rm_scale.reporting.run_directory import environment
+    """Return versions and hardware, for cases that ended before they wrote them."""
+    from rm_scale.reporting.run.run_directory import environment
 
     return environment()
 
 
 def saved(job: Job) -> Saved | None:
-    """What a run of ours left as its model: it has this name only if it scored the same when it was loaded again."""
+    """Return the model that a run of ours left: it has its name only if it scored the same when loaded again."""
     if job.case.system != "rm_scale" or not (job.output / "scoring_contract.json").is_file():
         return None
     sizes = [file.stat().st_size for file in job.output.glob("*.safetensors")]
@@ -366,42 +368,23 @@ def saved(job: Job) -> Saved | None:
 
 
 def without_host(hardware: dict[str, Any]) -> dict[str, Any]:
-    """Figures of a machine without its name."""
+    """Return the figures of a machine without its name."""
     measured = {key: value for key, value in hardware.get("measured", {}).items() if key != "host"}
     devices = {f"device-{number}": entry for number, entry in enumerate(hardware.get("devices", {}).values())}
     return {**hardware, "devices": devices, "measured": measured} if hardware else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Empty where there is none."""
+    """Return the content of a YAML file; empty where there is none."""
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, as many as are whole."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(dict(json.loads(line)))
-        except ValueError:
-            break
-    return found
-
-
 def read_steps(folder: Path, job: Job, shape: ModelShape) -> list[Step]:
-    """Times of each step joined with its counts."""
-    counts = {line["step"]: line for line in read_lines(folder / "metrics.jsonl") if "num_tokens" in line}
+    """Return the times of each step joined with its counts."""
+    counts = {line["step"]: line for line in read_json_lines(folder / "metrics.jsonl") if "num_tokens" in line}
     flops = FlopCounter(job.case, shape, read_yaml(folder / "run_config.yaml").get("lora_r", LORA_RANK))
     steps = []
-    for line in read_lines(folder / "steps.jsonl"):
+    for line in read_json_lines(folder / "steps.jsonl"):
         metrics = counts.get(line["step"])
         if metrics is None:
             continue  # it ended between the two files
@@ -423,7 +406,7 @@ def read_steps(folder: Path, job: Job, shape: ModelShape) -> list[Step]:
 
 
 class FlopCounter:
-    """FLOPs of a step from its counts, by the definitions of `rm_scale.planning.compute`."""
+    """FLOPs of a step from its counts, by the definitions of `rm_scale.planning.flops`."""
 
     def __init__(self, case: Case, shape: ModelShape, lora_rank: int = LORA_RANK) -> None:
         self.shape = shape
@@ -437,17 +420,17 @@ class FlopCounter:
             self.flops = step_flops(shape, adapters, linear)
 
     def useful(self, tokens: float, squares: float) -> float:
-        """Of unshared real tokens."""
+        """Return the FLOPs of unshared real tokens."""
         return self.flops.of(tokens, squares)
 
     def executed(self, tokens: float, attended_pairs: float) -> float:
-        """Of everything that was computed."""
+        """Return the FLOPs of everything that was computed."""
         return executed_flops(self.shape, tokens, attended_pairs, checkpointing=self.checkpointing, lora_rank=self.rank)
 
 
 def read_prediction(folder: Path) -> Prediction | None:
-    """What the planner said when training began."""
-    found = read_json(folder / "plan_check.json").get("predicted")
+    """Return what the planner said when training began."""
+    found = read_json_object(folder / "plan_check.json").get("predicted")
     if not found:
         return None
     return Prediction(
@@ -458,7 +441,7 @@ def read_prediction(folder: Path) -> Prediction | None:
 
 
 def data_statistics(steps: Sequence[Step]) -> dict[str, float]:
-    """What the steps' data was like."""
+    """Return what the steps' data was like."""
     pairs = sum(step.pairs for step in steps)
     if not pairs:
         return {}
@@ -473,7 +456,7 @@ def data_statistics(steps: Sequence[Step]) -> dict[str, float]:
 
 
 def without_folders(config: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Settings without this machine's folders."""
+    """Return settings without this machine's folders."""
     names = {str(job.model): "MODEL", str(job.data): "DATA", str(job.output): "OUTPUT"}
     names[str(job.hardware)] = "HARDWARE"
     places = [str(job.work.parent), str(REPOSITORY)]

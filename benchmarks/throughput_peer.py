@@ -21,7 +21,7 @@ Counts = dict[str, int]
 
 
 def counts_of(batches: list[dict[str, Any]]) -> Counts:
-    """Tokens and pairs of a step on this rank, from its padded batches."""
+    """Count tokens and pairs of a step on this rank, from its padded batches."""
     total = dict.fromkeys(("pairs", "real", "processed", "squares", "attended_pairs"), 0)
     for batch in batches:
         mask = batch["attention_mask"]
@@ -40,7 +40,7 @@ def watch(trainer: Any, folder: Path, load: dict[str, Any], world: Any) -> None:
     from transformers import TrainerCallback
 
     from rm_scale.distributed import gather_from_ranks
-    from rm_scale.training.timing import StepTimes
+    from rm_scale.training.step_timing import StepTimes
 
     times = StepTimes(folder, uses_ddp=not trainer.is_deepspeed_enabled)
     times.load = load
@@ -72,7 +72,7 @@ def watch(trainer: Any, folder: Path, load: dict[str, Any], world: Any) -> None:
 
 
 def write_metrics(ranks: list[list[Counts]], losses: dict[int, float], path: Path) -> None:
-    """A line per step with the counts of all ranks. Nothing is shared in padded rows."""
+    """Write a line per step with the counts of all ranks. Nothing is shared in padded rows."""
     with path.open("w", encoding="utf-8") as file:
         for number, parts in enumerate(zip(*ranks, strict=True), 1):
             total = {name: sum(part[name] for part in parts) for name in parts[0]}
@@ -82,7 +82,7 @@ def write_metrics(ranks: list[list[Counts]], losses: dict[int, float], path: Pat
 
 
 def write_settings(trainer: Any, job: dict[str, Any], path: Path) -> None:
-    """All of TRL's arguments, and those that it was made with."""
+    """Write all of TRL's arguments, and those that it was made with."""
     settings = json.loads(json.dumps({**trainer.args.to_dict(), "job": job}, default=str))
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
@@ -92,8 +92,8 @@ def main() -> None:
     job = json.loads(next(word for word in sys.argv[1:] if word.startswith("{")))
     from rm_scale.distributed import barrier, detect_world, prepare_environment
     from rm_scale.launch.extensions import prepare_extensions
-    from rm_scale.reporting.run_directory import environment
-    from rm_scale.training.timing import load_record
+    from rm_scale.reporting.run.run_directory import environment
+    from rm_scale.training.step_timing import load_record
 
     world = detect_world()
     if job["deepspeed"]:

@@ -50,9 +50,9 @@ MIXES = {
 
 
 def make_model(name: str, folder: Path) -> tuple[Path, str]:
-    """The model's folder and its label: a tier's random weights, a known asset, or a folder of the user's."""
-    from rm_scale.modeling.assets import fetch_smollm2, make_tiny_model
-    from rm_scale.modeling.random_weights import make_random_model
+    """Return the model's folder and its label: a tier's random weights, a known asset, or a folder of the user's."""
+    from rm_scale.demo.assets import fetch_smollm2, make_tiny_model
+    from rm_scale.demo.random_weights import make_random_model
     from rm_scale.tiers import MODEL_TIERS
 
     tiers = {tier.name: tier for tier in MODEL_TIERS}
@@ -69,7 +69,7 @@ def make_model(name: str, folder: Path) -> tuple[Path, str]:
 
 
 def make_data(name: str, model: Path, folder: Path, wanted: int, max_length: int) -> tuple[Path, str]:
-    """A file of `wanted` pairs and its format: made with a length mix, or the first usable ones of HH texts."""
+    """Return a file of `wanted` pairs and its format: made with a length mix, or the first usable ones of HH texts."""
     if name in MIXES:
         path = folder / f"{name}-{model.name}-{wanted}-{max_length}.jsonl"
         if not path.is_file():
@@ -77,14 +77,14 @@ def make_data(name: str, model: Path, folder: Path, wanted: int, max_length: int
         return path, "explicit_prompt"
     if not Path(name).is_file():
         raise SystemExit(f"--data {name}: neither a file nor one of {', '.join(MIXES)}. Fix: one of these.")
-    path, _ = hh_file(
+    made, _ = hh_file(
         Path(name), str(model), folder / f"{Path(name).stem}-{model.name}-{wanted}-{max_length}", wanted, max_length
     )
-    return Path(path), "hh_text"
+    return Path(made), "hh_text"
 
 
 def tokens_per_word(model: Path) -> float:
-    """Of the words above, with this model's tokenizer."""
+    """Return how many tokens of this model's tokenizer the words above have."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -92,7 +92,7 @@ def tokens_per_word(model: Path) -> float:
 
 
 def synthetic_pairs(mix: LengthMix, per_word: float, count: int, max_length: int) -> list[dict[str, str]]:
-    """Pairs of random words: prompt, chosen, rejected. Lengths are cut so that nothing is over-long."""
+    """Return pairs of random words: prompt, chosen, rejected. Lengths are cut so that nothing is over-long."""
     rng = random.Random(0)
     longest = max_length - 8
     pairs = []
@@ -118,16 +118,16 @@ def _length(rng: random.Random, mean: float, spread: float, most: float) -> floa
 
 
 def hh_file(source: Path, model: str, folder: Path, wanted: int, max_length: int) -> tuple[str, dict[str, int]]:
-    """A file of the first HH pairs that ours and TRL accept, and how many were read, refused and kept."""
-    from rm_scale.config import parse_config
-    from rm_scale.launch import steps
+    """Write the first HH pairs that ours and TRL accept; return the file, and how many were read, refused and kept."""
+    from rm_scale import training_run
+    from rm_scale.config_parsing import parse_config
 
     rows = [row for row, _ in zip(_rows(source), range(wanted * 2), strict=False)]
-    words = ["--model_name_or_path", model, "--dataset_path", write_rows(rows, folder / "all.jsonl")]
-    words += ["--dataset_format", "hh_text", "--max_length", str(max_length), "--max_rejected_share", "1"]
-    config = parse_config([*words, "--dataset_cache_dir", str(folder / "cache")]).config
-    _, encoder = steps.load_text_encoder(config)
-    refused = {row["row"] for row in steps.load_data(config, encoder).rejected}
+    arguments = ["--model_name_or_path", model, "--dataset_path", write_rows(rows, folder / "all.jsonl")]
+    arguments += ["--dataset_format", "hh_text", "--max_length", str(max_length), "--max_rejected_share", "1"]
+    config = parse_config([*arguments, "--dataset_cache_dir", str(folder / "cache")]).config
+    _, encoder = training_run.load_text_encoder(config)
+    refused = {row["row"] for row in training_run.load_data(config, encoder).rejected}
     kept = [row for number, row in enumerate(rows) if number not in refused][:wanted]
     read = rows.index(kept[-1]) + 1
     counts = {"read": read, "refused": sum(number < read for number in refused), "kept": len(kept)}
@@ -142,7 +142,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> str:
-    """JSON lines; gives the file's name."""
+    """Write JSON lines; return the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)

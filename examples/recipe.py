@@ -13,7 +13,7 @@ from rm_scale.inference.reward_function import reward_function
 
 
 def options(description: str | None, beta: float = 0.0, learning_rate: float = 5e-3) -> argparse.Namespace:
-    """The options of a recipe; the defaults suit the tiny task."""
+    """Return the options of a recipe; the defaults suit the tiny task."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="a causal language model, folder or hub name")
     parser.add_argument("--reward_model", required=True, help="a folder, or the address of rm-scale serve")
@@ -34,12 +34,12 @@ def options(description: str | None, beta: float = 0.0, learning_rate: float = 5
 
 
 def load_prompts(file: str) -> Dataset:
-    """The column `prompt` of a JSONL file."""
+    """Return the column `prompt` of a JSONL file."""
     return load_dataset("json", data_files=file, split="train").select_columns(["prompt"])
 
 
 def reward(given: argparse.Namespace) -> Any:
-    """The reward function, or the folder for TRL to load."""
+    """Return the reward function, or the folder for TRL to load."""
     if given.by_path:
         return given.reward_model
     return reward_function(

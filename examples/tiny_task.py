@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 import rm_scale
-from rm_scale.modeling.assets import make_tiny_model
+from rm_scale.demo.assets import make_tiny_model
 
 QUESTIONS = ["Name a number.", "How many?", "What is the code?", "Count.", "Which year was it?", "Say something."]
 COMPLETION_TOKENS = 12

@@ -1,168 +1,118 @@
-"""`rm-scale <command>`: thin commands over the rooms. Heavy imports happen inside a command, never for `--help`."""
+"""`rm-scale COMMAND`. Heavy imports happen inside a command, never for `--help`."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-from rm_scale import __version__
-from rm_scale.distributed import name_accelerator
-from rm_scale.launch import (
-    bench_hardware,
+from rm_scale.commands import (
+    assets,
+    bench,
+    data,
     doctor,
-    eval_command,
-    export_command,
-    launch_options,
-    plan_command,
-    rank_command,
-    report_command,
-    score_command,
-    serve_command,
+    export,
+    launch,
+    merge,
+    plan,
+    rank,
+    report,
+    score,
+    serve,
+    slurm,
+    tiers,
+    train,
 )
-from rm_scale.launch.guard import run_guarded
-from rm_scale.launch.slurm import commands as slurm_commands
+from rm_scale.commands import eval as evaluate
+from rm_scale.commands.help_formatter import HelpFormatter
+from rm_scale.errors import UserError
+from rm_scale.guard import run_guarded
 from rm_scale.logs import setup_logging
+from rm_scale.texts import has_surrogates
+from rm_scale.version import __version__
+
+COMMANDS: dict[str, dict[str, ModuleType]] = {
+    "before a run": {"plan": plan, "tiers": tiers, "data": data, "doctor": doctor, "bench": bench, "assets": assets},
+    "train": {"train": train, "launch": launch, "slurm": slurm},
+    "use a model": {"score": score, "rank": rank, "eval": evaluate, "serve": serve, "export": export, "merge": merge},
+    "look back": {"report": report},
+}
+"""Every command's module by its name, grouped as `rm-scale --help` shows them.
+
+A module has `HELP`, `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(options)`; with `TAKES_SETTINGS` it also
+takes settings of a run, as `run(options, settings)`.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; gives its exit code.
+    """Run one command and return its exit code.
 
     Args:
-        argv: words of the command line; default `sys.argv[1:]`.
+        argv: the command line; default `sys.argv[1:]`.
     """
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    wrong = next((word for word in argv if has_surrogates(word)), None)
+    if wrong is not None:
+        return run_guarded(lambda: _refuse_word(wrong))
+    if argv[:1] == ["train"]:  # its options, `--help` among them, are the settings of a run
+        return train.run(argparse.Namespace(), argv[1:])
+    parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and not getattr(options, "takes_settings", False):
+    settings = [rest] if takes_settings(options) else []
+    if rest and not settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     setup_logging(debug=options.debug)
-    return run_guarded(lambda: int(options.run(options, rest)), debug=options.debug)
+    return run_guarded(
+        lambda: options.run(options, *settings), debug=options.debug, command=f"rm-scale {options.command}"
+    )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse_word(word: str) -> int:
+    raise UserError(f"{word!a}: is not valid UTF-8. Fix: write it in UTF-8, and rename files whose names are not.")
+
+
+def takes_settings(options: argparse.Namespace) -> bool:
+    """Return whether the chosen command takes settings of a run beside its own options."""
+    return len(inspect.signature(options.run).parameters) > 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; `options.run` is the chosen command's function."""
     parser = argparse.ArgumentParser(
-        prog="rm-scale", description="Train reward models from a laptop to many GPU nodes."
+        prog="rm-scale",
+        description="Train reward models from a laptop to many GPU nodes.",
+        epilog=_command_list(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rm-scale {__version__}")
     parser.add_argument("--debug", action="store_true", help="full tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    assets = commands.add_parser("assets", help="make or fetch a model folder to try things with, without a hub")
-    what = "tiny: random weights, made here in a second; random: those of a large model's shape, to measure with"
-    assets.add_argument("name", choices=["tiny", "smollm2-135m", "random"], help=what)
-    assets.add_argument("directory", help="where to write the model folder")
-    assets.add_argument("--architecture", default="llama", help="of the tiny model: llama, qwen2, qwen3, mistral, ...")
-    assets.add_argument("--tier", default="1b", help="shape of the random model: 1b, 3b, 7b, 13b")
-    assets.add_argument("--model_config", metavar="CONFIG.json", help="shape of the random model, instead of --tier")
-    assets.set_defaults(run=_assets)
-
-    data = commands.add_parser(
-        "data",
-        help="read, check and encode preference files as a run would, and report",
-        description="Takes the settings of rm_scale/train.py, such as --dataset_path FILE --model_name_or_path DIR.",
-    )
-    data.set_defaults(run=_data, takes_settings=True)
-
-    plan = commands.add_parser("plan", help="will it fit, how fast, for how much: before anything is queued")
-    plan_command.add_arguments(plan)
-    plan.set_defaults(run=lambda options, rest: plan_command.run(options))
-
-    tiers = commands.add_parser("tiers", help="the sizes 1b to 13b, and the smallest cluster that trains each")
-    tiers.add_argument("--gpu", default="h100-80g", help="kind of device")
-    tiers.add_argument("--hardware", metavar="FILE.yaml", help="devices of your own")
-    tiers.add_argument("--seq", type=int, default=4096, help="longest sequence")
-    tiers.set_defaults(run=lambda options, rest: plan_command.run_tiers(options))
-
-    launch = commands.add_parser(
-        "launch",
-        help="plan a run, check it, print the exact command, and start it",
-        description="Further words are settings of rm_scale/train.py, such as --config FILE.yaml.",
-        allow_abbrev=False,
-    )
-    launch_options.add_arguments(launch)
-    launch.set_defaults(run=_launch, takes_settings=True)
-
-    _add_uses_of_a_model(commands)
-
-    slurm = commands.add_parser("slurm", help="job scripts: render, submit, watch")
-    slurm_commands.add_commands(slurm)
-
-    checks = commands.add_parser(
-        "doctor", help="find what would break a run here or across an allocation, before it starts"
-    )
-    doctor.add_arguments(checks)
-    checks.set_defaults(run=lambda options, rest: doctor.run(options))
-
-    bench = commands.add_parser("bench", help="measure things").add_subparsers(required=True, metavar="WHAT")
-    hardware = bench.add_parser("hardware", help="rates of the machine at hand, as a file for --hardware")
-    bench_hardware.add_arguments(hardware)
-    hardware.set_defaults(run=lambda options, rest: bench_hardware.run(options))
+    for group in COMMANDS.values():
+        for name, module in group.items():
+            _add_command(commands, name, module)
     return parser
 
 
-def _add_uses_of_a_model(commands: Any) -> None:
-    """The commands for a model that has been trained."""
-    modules = {
-        "score": score_command,
-        "rank": rank_command,
-        "eval": eval_command,
-        "serve": serve_command,
-        "export": export_command,
-        "report": report_command,
-    }
-    for name, module in modules.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
-        module.add_arguments(command)
-        command.set_defaults(run=lambda options, rest, module=module: module.run(options))
+def _add_command(commands: Any, name: str, module: ModuleType) -> None:
+    command = commands.add_parser(
+        name,
+        description=module.DESCRIPTION,
+        epilog=f"example: {module.EXAMPLE}",
+        formatter_class=HelpFormatter,
+        allow_abbrev=not getattr(module, "TAKES_SETTINGS", False),
+    )
+    command.set_defaults(run=getattr(module, "run", None))
+    module.add_arguments(command)
 
 
-def _assets(options: argparse.Namespace, rest: list[str]) -> int:
-    name_accelerator()
-    from rm_scale.modeling.assets import fetch_smollm2, make_tiny_model
-
-    if options.name == "tiny":
-        folder = make_tiny_model(options.directory, architecture=options.architecture)
-    elif options.name == "random":
-        folder = _random_model(options)
-    else:
-        folder = fetch_smollm2(options.directory)
-    print(folder)
-    return 0
-
-
-def _random_model(options: argparse.Namespace) -> Any:
-    from rm_scale.modeling.random_weights import make_random_model
-    from rm_scale.planning.shape import read_model_config
-    from rm_scale.tiers import model_tier
-
-    if options.model_config is not None:
-        return make_random_model(options.directory, read_model_config(options.model_config), "config")
-    tier = model_tier(options.tier)
-    return make_random_model(options.directory, tier.config, tier.name)
-
-
-def _launch(options: argparse.Namespace, rest: list[str]) -> int:
-    from rm_scale.launch import launch_command
-
-    return launch_command.run(options, rest)
-
-
-def _data(options: argparse.Namespace, rest: list[str]) -> int:
-    from rm_scale.config import parse_config
-
-    parsed = parse_config(rest)
-    parsed.raise_problems()
-    name_accelerator()
-
-    from rm_scale.data.checks import raise_if_too_many
-    from rm_scale.data.preparation import prepare_data
-    from rm_scale.launch.steps import load_text_encoder
-
-    _, encoder = load_text_encoder(parsed.config)
-    data = prepare_data(parsed.config, encoder)
-    raise_if_too_many(data.report, parsed.config.max_rejected_share)
-    return 0
+def _command_list() -> str:
+    lines = []
+    for title, group in COMMANDS.items():
+        lines += [f"{title}:", *(f"  {name:<8}{module.HELP}" for name, module in group.items()), ""]
+    return "\n".join([*lines, "rm-scale COMMAND --help lists a command's options."])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who am I among the ranks, and the few collectives the package needs: sums, agreed failures, one rank first.
+"""Which rank this process is, the process group, and the few collectives the package needs: sums, agreed errors.
 
 Ranks come from the launcher's environment (deepspeed, torchrun, srun, or none for a single process), so that they
 are known before any process group exists. torch is imported only by the functions that need it.
@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rm_scale.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
+from rm_scale.files import free_port
+from rm_scale.texts import one_line
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: global rank, number of ranks, rank within its node, who started it, ranks on its node."""
+    """This process's place among the ranks of a run.
+
+    Attributes:
+        rank: global rank, 0 to `size` - 1.
+        size: number of ranks, the world size.
+        local_rank: rank within its node.
+        launcher: what started it: "deepspeed", "torchrun", "srun", or "python" for a single process.
+        ranks_on_node: number of ranks on its node; an upper bound under srun.
+    """
 
     rank: int = 0
     size: int = 1
@@ -34,7 +42,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that talks and writes shared files."""
+        """Whether this is rank 0, the one that logs and writes shared files."""
         return self.rank == 0
 
 
@@ -51,14 +59,14 @@ def detect_world(environ: Mapping[str, str] | None = None) -> World:
             raise UserError(f"RANK={rank} with WORLD_SIZE={size}: a rank lies in [0, size). Fix: check the launcher.")
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
         # torchrun and deepspeed name it differently.
-        on_node = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
-        return World(rank, size, int(env.get("LOCAL_RANK", "0")), launcher, on_node)
+        on_node = _number(env, "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", size)
+        return World(rank, size, _number(env, "LOCAL_RANK", 0), launcher, on_node)
     # Only a job *step* has SLURM_STEP_NUM_TASKS: plain `python` inside a batch script stays a single process.
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    if _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env:
+        rank, size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
         # "2(x3)" or "2,1": tasks per node; an upper bound is enough to share cores.
-        per_node = max(int(part.split("(")[0]) for part in env.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split(","))
-        return World(rank, size, int(env.get("SLURM_LOCALID", "0")), "srun", per_node)
+        counts = re.findall(r"(?:^|,)(\d{1,9})", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        return World(rank, size, _number(env, "SLURM_LOCALID", 0), "srun", max(map(int, counts), default=size))
     return World()
 
 
@@ -68,12 +76,14 @@ def _num_visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and not env.get(name):
+        return default
     try:
         return int(env[name])
     except ValueError:
         raise UserError(
-            f"{name}={env[name]!r}: must be a whole number. Fix: unset it, or check the launcher."
+            f"{name}={env[name][:80]!r}: must be a whole number. Fix: unset it, or check the launcher."
         ) from None
 
 
@@ -82,17 +92,17 @@ def export_world(world: World) -> None:
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
+    if _num_visible_gpus() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 and wrappers show each rank its own GPU alone
     if world.launcher == "srun":
-        if _num_visible_gpus() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task=1 shows each task its own GPU alone
         os.environ.setdefault("MASTER_ADDR", _first_slurm_node())
         # The same on every node, and different for jobs that share a node.
-        job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
+        job = _number(os.environ, "SLURM_JOB_ID", 0) + _number(os.environ, "SLURM_STEP_ID", 0)
         os.environ.setdefault("MASTER_PORT", str(20_000 + job % 40_000))
     else:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = str(free_port())
 
 
 def _first_slurm_node() -> str:
@@ -103,14 +113,8 @@ def _first_slurm_node() -> str:
     return answer.stdout.split()[0]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def has_gpu() -> bool:
-    """True when torch sees a CUDA device."""
+    """Return whether torch sees a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
@@ -122,20 +126,40 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
+
 def prepare_environment(world: World) -> None:
     """Set what the libraries read at import: to be called before DeepSpeed is imported."""
-    export_world(world)
     # Ranks on one machine share its cores; left alone each would start a thread per core and they would wait on
-    # each other. Read when torch is imported, so it comes first.
+    # each other. Read when torch is imported, as the allocator's settings are, so both come before all that does.
     threads = max(1, len(os.sched_getaffinity(0)) // world.ranks_on_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if not _ALLOCATOR_VARIABLES & os.environ.keys():
+        # Rows differ in every step, and memory cut up by earlier ones can't be used for a longer one otherwise.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    export_world(world)
     name_accelerator()
+    _name_gloo_interface()
     if not has_gpu():
         _keep_freed_memory()
-        # gloo connects over the interface that the host name resolves to, which on many laptops is none.
-        all_here = os.environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"}
-        if all_here and os.path.exists("/sys/class/net/lo"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _name_gloo_interface() -> None:
+    """Choose gloo's interface where nobody has: it takes the one that the host name resolves to, often none.
+
+    On one machine it is the loopback; over several the one that NCCL was told, if that is a single one.
+    """
+    all_here = os.environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"}
+    if all_here and os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    named = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    present = os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else []
+    # To NCCL a name is the beginning of one, unless "=" stands before it; gloo knows whole names only.
+    is_whole, beginning = named.startswith("="), named.removeprefix("=")
+    meant = [name for name in present if name == beginning or (named and not is_whole and name.startswith(beginning))]
+    if len(meant) == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", meant[0])
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # as in malloc.h
@@ -158,9 +182,10 @@ def _keep_freed_memory() -> None:
 
 @contextmanager
 def giving_back_freed_memory() -> Iterator[None]:
-    """Large blocks go back when they are freed, as glibc does by itself: for loading, whose blocks don't come again.
+    """Give freed blocks back to the system within the block, as glibc does by itself: for loading a model.
 
-    Kept, they are cut up by what stays: a 7B model in 4 bits took 24 GB to load rather than 5.
+    Its large blocks are not needed again. Kept, they are cut up by what stays: a 7B model in 4 bits took 24 GB to load
+    rather than 5.
     """
     if _keeps_freed_memory:
         _mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
@@ -172,15 +197,31 @@ def giving_back_freed_memory() -> Iterator[None]:
 
 
 def _mallopt(name: int, value: int) -> bool:
-    """Set one of glibc's parameters; gives whether there is a glibc that took it."""
+    """Set one of glibc's parameters; return whether there is a glibc that took it."""
     try:
         return bool(ctypes.CDLL("libc.so.6").mallopt(name, value))
     except (OSError, AttributeError):
         return False
 
 
+def own_gpu(world: World) -> int:
+    """Return the number of this rank's GPU: the only one that it sees, or the one of its place on the node.
+
+    Raises:
+        UserError: there are more ranks on this node than GPUs.
+    """
+    visible = _num_visible_gpus()
+    number = 0 if visible == 1 else world.local_rank
+    if number < visible:
+        return number
+    raise UserError(
+        f"rank {world.rank} is number {world.local_rank} on its node, and it sees {visible} GPUs: each rank takes one. "
+        f"Fix: start {visible} ranks a node, or show each its own GPU (srun --gpus-per-task 1)."
+    )
+
+
 def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int) -> bool:
-    """Create the process group: NCCL on GPUs, gloo on CPUs. Gives True when there was none before.
+    """Create the process group: NCCL on GPUs, gloo on CPUs. Return True when there was none before.
 
     It must exist before the model is loaded, or ZeRO-3's `zero.Init` sees a world of one and shards nothing.
 
@@ -201,7 +242,7 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
 
     gpu = has_gpu()
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_gpu(world))
     backend = "nccl" if gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if uses_deepspeed:
@@ -213,6 +254,9 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
+    host_group(timeout)
+    if gpu:
+        _refuse_shared_gpus()
     return True
 
 
@@ -222,44 +266,101 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def _refuse_shared_gpus() -> None:
+    """See that each rank has a GPU of its own; NCCL would only say that a call was invalid.
+
+    Raises:
+        UserError: on every rank, when two of a node share one.
+    """
+    import torch
+
+    own = (socket.gethostname(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    places = gather_from_ranks(own)
+    shared = next(
+        ([r for r, place in enumerate(places) if place == one] for one in places if places.count(one) > 1), []
+    )
+    if shared:
+        error = UserError(
+            f"ranks {', '.join(map(str, shared))} share one GPU of {places[shared[0]][0]}: each rank takes one of its "
+            "own. Fix: start as many ranks as there are GPUs."
+        )
+        error.met_by = "world"
+        raise error
+
+
+_host_group: tuple[Any, Any] | None = None
+"""The default group that it belongs to, and the group."""
+
+
+def host_group(timeout: timedelta | None = None) -> Any:
+    """Return the process group of all ranks for numbers and objects that lie on the host.
+
+    Beside NCCL, which takes tensors on GPUs only, it is a gloo group of its own: a number that goes through NCCL makes
+    the host wait for all work on the GPU. A collective when it is called for the first time. `None`, torch's name for
+    the default group, where that is gloo itself.
+
+    Args:
+        timeout: of its collectives; default the default group's.
+
+    Raises:
+        UserError: gloo finds no network interface over which the ranks reach each other.
+    """
+    global _host_group
+    import torch
+
+    world = torch.distributed.group.WORLD
+    if world is None or torch.distributed.get_backend() == "gloo":
+        return None
+    if _host_group is None or _host_group[0] is not world:
+        try:
+            _host_group = (world, torch.distributed.new_group(backend="gloo", timeout=timeout))
+        except RuntimeError as error:
+            raise UserError(
+                f"gloo, which carries numbers between ranks, can't connect them ({one_line(error, 160)}). "
+                "Fix: name the interface that all nodes share, GLOO_SOCKET_IFNAME=eth0 for instance; rm-scale doctor "
+                "lists them."
+            ) from error
+    return _host_group[1]
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if _is_distributed():
         import torch
 
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=host_group())
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-    """Add up a few numbers over all ranks, in float64 so that counts stay exact."""
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Return the sums of a few numbers over all ranks, in float64 so that counts stay exact."""
+    if not _is_distributed():
+        return [float(value) for value in values]
     import torch
 
-    # MPS and some accelerators lack float64, but they have no multi-rank training either.
-    total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    if _is_distributed():
-        torch.distributed.all_reduce(total)
+    total = torch.tensor(list(values), dtype=torch.float64)
+    torch.distributed.all_reduce(total, group=host_group())
     return [float(value) for value in total.tolist()]
 
 
-def max_over_ranks(values: Sequence[int], device: torch.device | str = "cpu") -> list[int]:
-    """The largest of each number over all ranks."""
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """Return the largest of each number over all ranks."""
     if not _is_distributed():
         return list(values)
     import torch
 
-    largest = torch.tensor(list(values), dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    largest = torch.tensor(list(values), dtype=torch.int64)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=host_group())
     return [int(value) for value in largest.tolist()]
 
 
 def gather_from_ranks(value: Any) -> list[Any]:
-    """Every rank's picklable `value`, in rank order, on every rank."""
+    """Return every rank's picklable `value`, in rank order, on every rank."""
     if not _is_distributed():
         return [value]
     import torch
 
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
+    torch.distributed.all_gather_object(gathered, value, group=host_group())
     return gathered
 
 

@@ -6,6 +6,9 @@ traceback only with `--debug`). Everything else is a defect of ours and keeps it
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
@@ -45,7 +48,7 @@ class ConfigError(UserError):
 
 
 def collect_problems(problems: list[str], read: Callable[[], T]) -> T | None:
-    """Run `read` and give its result; on a user's error add what it says to `problems` and give `None`."""
+    """Run `read` and return its result; on a `UserError` add what it says to `problems` and return `None`."""
     try:
         return read()
     except ConfigError as error:
@@ -71,9 +74,68 @@ class CheckpointError(UserError):
     """A save or a reload did not give back the same model."""
 
 
+class ScoresDiffer(CheckpointError):
+    """A saved model holds the right head and sound tensors, but scores a text differently after the reload."""
+
+
 class DiskError(CheckpointError):
     """A save could not be written. The run itself is sound, so it may go on without it."""
 
 
 class AssetError(UserError):
     """A model or file that `rm-scale assets` fetches could not be fetched or verified."""
+
+
+# --- What the operating system refuses -------------------------------------------------------------------------------
+
+_NEEDS_ROOM = "Fix: make room there (df -h, df -i), or write to another disk (temporary files: TMPDIR=DIR)."
+_FAULTS_OF_ANY_FILE = {
+    errno.ENOSPC: f"the disk is full. {_NEEDS_ROOM}",
+    errno.EDQUOT: f"the disk quota is used up. {_NEEDS_ROOM}",
+    errno.EROFS: "the file system is read-only. Fix: write to another folder.",
+    errno.EFBIG: "the file would be larger than the file system or `ulimit -f` allows. Fix: write to another disk.",
+    errno.EIO: "the disk reports an input/output error. Fix: check the disk, or use another.",
+    errno.EMFILE: "this process has too many files open. Fix: raise the limit, ulimit -n.",
+}
+# These say something about a file only when the error names one: a port may be refused with EACCES too.
+_FAULTS_OF_A_NAMED_FILE = {
+    errno.EACCES: "this user may not read or write it. Fix: change its permissions, or use another path.",
+    errno.EPERM: "this user may not read or write it. Fix: change its permissions, or use another path.",
+    errno.ENAMETOOLONG: "the name is too long for the file system. Fix: give a shorter name.",
+    errno.EISDIR: "is a folder, where a file is needed. Fix: name a file.",
+    errno.ENOTDIR: "a part of this path is a file, not a folder. Fix: correct the path.",
+    errno.ELOOP: "links lead round in a circle. Fix: correct the link.",
+    errno.ESTALE: "another machine has replaced it meanwhile. Fix: start again.",
+}
+
+
+def system_fault(error: BaseException | None) -> str | None:
+    """Return the message for what the operating system refused, when the user can put it right.
+
+    Args:
+        error: any exception. Those it was raised from are looked at too; and libraries written in Rust, such as
+            safetensors and tokenizers, name the system's error number in their text only.
+
+    Returns:
+        Value, rule and fix; `None` for any other error.
+    """
+    while error is not None:
+        name, number = None, None
+        if isinstance(error, OSError):
+            name, number = error.filename, error.errno
+        elif found := re.search(r"\(os error (\d{1,4})\)", str(error)):
+            number = int(found[1])
+        rule = _FAULTS_OF_ANY_FILE.get(number or 0)
+        rule = rule or (_FAULTS_OF_A_NAMED_FILE.get(number or 0) if name is not None else None)
+        if rule is not None:
+            return f"{_file_name(name)}: {rule}"
+        error = error.__cause__
+    return None
+
+
+def _file_name(name: object) -> str:
+    if name is None:
+        return "a file can't be read or written"
+    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-80:]} ({len(text)} characters)"

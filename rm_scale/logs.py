@@ -1,13 +1,21 @@
-"""Log lines that carry rank and step; only rank 0 talks unless asked.
+"""Log lines that carry rank and step; ranks above 0 print errors only, unless debug lines are asked for.
 
-This is also the place that says what a "rank" is before any process group exists: the launcher's environment.
+The rank comes from the caller, which knows it from the launcher's variables (`rm_scale.distributed.detect_world`), so
+that lines carry it before any process group exists.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import warnings
+
+from rm_scale.texts import printable
+
+KEPT = {"kept": True}
+"""`extra` of a line that is no warning but belongs into `run/warnings.jsonl` with them."""
 
 _STEP: dict[str, int | None] = {"value": None}
 
@@ -15,6 +23,18 @@ _STEP: dict[str, int | None] = {"value": None}
 def set_log_step(step: int | None) -> None:
     """Tell every later log line which optimizer step it belongs to (`None`: before or after training)."""
     _STEP["value"] = step
+
+
+def current_step() -> int | None:
+    """Return the optimizer step that log lines belong to, `None` before and after training."""
+    return _STEP["value"]
+
+
+class _WithoutLoadReport(logging.Filter):
+    """Leave out transformers' table of what a checkpoint lacks: `rm_scale.modeling.loading` judges it, in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
 
 class _RankAndStep(logging.Filter):
@@ -28,8 +48,15 @@ class _RankAndStep(logging.Filter):
         return True
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Lines may quote data: nothing in them may do anything to the terminal that shows them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def get_logger(name: str) -> logging.Logger:
-    """The logger of one module; `name` is the module's `__name__`."""
+    """Return the logger of one module; `name` is the module's `__name__`."""
     return logging.getLogger(name if name.startswith("rm_scale") else f"rm_scale.{name}")
 
 
@@ -45,7 +72,7 @@ def setup_logging(rank: int = 0, debug: bool = False) -> None:
     root.propagate = False
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RankAndStep(rank))
-    handler.setFormatter(logging.Formatter("[rm_scale %(where)s] %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_PrintableFormatter("[rm_scale %(where)s] %(levelname)s %(message)s", "%H:%M:%S"))
     root.addHandler(handler)
     if debug:
         root.setLevel(logging.DEBUG)
@@ -57,4 +84,12 @@ def setup_logging(rank: int = 0, debug: bool = False) -> None:
         logging.getLogger(library).setLevel(logging.WARNING if rank == 0 else logging.ERROR)
     # accelerate warns that transformers counts micro-steps itself; nothing is wrong.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    loading = logging.getLogger("transformers.modeling_utils")
+    if not any(isinstance(present, _WithoutLoadReport) for present in loading.filters):
+        loading.addFilter(_WithoutLoadReport())
+    # DeepSpeed, PEFT and transformers call names of torch and transformers that these deprecate: theirs to mend.
+    for module in ("torch.distributed", "torch.jit", "transformers.modeling_utils", "transformers.training_args"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=re.escape(module))
+    # bitsandbytes asks for a kernel that no wheel ships for this processor, and goes on without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -5,11 +5,11 @@ The values are the reward-model guide's: below 1B 2e-5 and 4-8 pairs per device,
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from rm_scale.errors import ConfigError
+from rm_scale.texts import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ SIZE_TIERS = (
 
 
 def size_tier(num_parameters: int) -> SizeTier:
-    """The tier of a model with this many backbone parameters."""
+    """Return the tier of a model with this many backbone parameters."""
     return next(tier for tier in SIZE_TIERS if num_parameters <= tier.max_parameters)
 
 
@@ -83,18 +83,17 @@ MODEL_TIERS = (
 
 
 def model_tier(name: str) -> ModelTier:
-    """The tier of this name.
+    """Return the tier of this name.
 
     Raises:
-        ConfigError: there is none; the nearest is offered.
+        ConfigError: there is none; the text offers the nearest.
     """
     plain = name.strip().lower()
     for tier in MODEL_TIERS:
         if plain == tier.name:
             return tier
     names = [tier.name for tier in MODEL_TIERS]
-    close = difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}."
+    hint = did_you_mean(plain, names, f"choose from {', '.join(names)}.", likeness=0.5)
     raise ConfigError(
         [f"tier={name!r}: the tiers are {', '.join(names)}. Fix: {hint} Other sizes: --model CONFIG.json."]
     )

@@ -1,9 +1,4 @@
-"""Train a reward model. `deepspeed`, `torchrun`, `srun` and plain `python` all start this file.
-
-    deepspeed rm_scale/train.py --config configs/demo_cpu.yaml [--any_setting value]
-
-Reads from top to bottom: what was asked, what will run, data, model, training, what is left behind.
-"""
+"""Train a reward model: `deepspeed rm_scale/train.py --config FILE.yaml`, or with `torchrun`, `srun` or `python`."""
 
 from __future__ import annotations
 
@@ -15,19 +10,23 @@ if __name__ == "__main__":
 
     watch_signals()
 
-from rm_scale.config import help_text, parse_config
-from rm_scale.distributed import detect_world, has_gpu, init_process_group, prepare_environment
+from rm_scale.config_help import help_text
+from rm_scale.config_parsing import ParsedConfig, parse_config
+from rm_scale.distributed import detect_world, init_process_group, prepare_environment
+from rm_scale.guard import Guard, leave, run_guarded
+from rm_scale.launch.devices import training_device
 from rm_scale.launch.extensions import prepare_extensions
-from rm_scale.launch.guard import leave, run_guarded
 from rm_scale.logs import setup_logging
-from rm_scale.planning.plan import make_plan
+from rm_scale.planning.plan import dry_run_text, make_plan
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, parsed: ParsedConfig | None = None, guard: Guard = run_guarded) -> int:
     """Run one training from settings to a verified model directory.
 
     Args:
         argv: settings as on the command line; default `sys.argv[1:]`.
+        parsed: settings that have been read already, instead of those of `argv`.
+        guard: what is done with errors.
 
     Returns:
         The exit code: 0; 2 after a message for the user; 85 when asked to stop, to be started again.
@@ -36,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
-    parsed = parse_config(argv)
+    # Without --dry_run there is nothing to print, and --json is refused like any unknown setting.
+    as_json = "--json" in argv and any(word.startswith("--dry_run") for word in argv)
+    parsed = parsed or parse_config([word for word in argv if not (as_json and word == "--json")])
     config = parsed.config
 
     def run() -> int:
@@ -45,35 +46,34 @@ def main(argv: list[str] | None = None) -> int:
         # What will run; all that is wrong with the settings is said here, before anything is loaded or written.
         prepare_environment(world)
         prepare_extensions(world.local_rank)
-        device = "cuda" if has_gpu() else "cpu"
-        plan = make_plan(parsed, world.size, device, check_output=world.is_main, defer_output=not config.dry_run)
+        plan = make_plan(parsed, world.size, training_device(), world.is_main, defer_output=not config.dry_run)
         if config.dry_run:
-            print(f"{config.model_dump_json(indent=2)}\n{plan.to_json()}" if world.is_main else "", end="\n")
+            print(dry_run_text(config, plan, as_json) if world.is_main else "")
             return 0
         owns_group = init_process_group(world, plan.deepspeed_config is not None, config.ddp_timeout)
         # Imported only now: DeepSpeed reads the environment when it is imported.
-        from rm_scale.launch import steps
+        from rm_scale import training_run
 
-        with steps.one_life(config, world) as life:
+        with training_run.one_attempt(config, world) as attempt:
             # Data: checked groups of token sequences.
-            tokenizer, encoder = steps.load_text_encoder(config)
-            data = steps.load_data(config, encoder)
-            plan = steps.count_steps(plan, data, config)
+            tokenizer, encoder = training_run.load_text_encoder(config)
+            data = training_run.load_data(config, encoder)
+            plan = training_run.count_steps(plan, data, config)
             # Model: the training arguments come first, so that ZeRO-3 shards the weights while they are read.
-            arguments = steps.build_arguments(config, plan)
-            loaded = steps.load_model(config, plan, tokenizer)
-            saves = steps.open_run_directory(config, plan, data, world, life)
+            arguments = training_run.build_arguments(config, plan)
+            loaded = training_run.load_model(config, plan, tokenizer)
+            saves = training_run.open_run_directory(config, plan, data, world, attempt)
             # Training, evaluation, and what is left behind.
-            trainer = steps.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data, saves)
-            code = steps.train(trainer, life)
+            trainer = training_run.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data, saves)
+            code = training_run.train(trainer, attempt)
             if code == 0:
-                result = steps.evaluate(trainer, data)
-                steps.save(trainer, config, plan, result, world)
+                result = training_run.evaluate(trainer, data)
+                training_run.save(trainer, config, plan, result, world)
         if owns_group:
             trainer.end()  # finishes the loggers and leaves the process group
         return code
 
-    return run_guarded(run, config.debug)
+    return guard(run, config.debug)
 
 
 if __name__ == "__main__":

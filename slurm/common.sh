@@ -1,16 +1,16 @@
 # shellcheck shell=bash
 # What the job scripts share: sourced by slurm/rm_1b.sh and the others, inside a job, on its first node.
 #
-#   rm_scale_main HOME SETTINGS...    check the allocation, start one task per node, wait, requeue when it was stopped
-#   rm_scale_bench HOME WORDS...      benchmarks/throughput.py on this node, which starts a rm_scale_main for each case
+#   rm_scale_main HOME SETTINGS...    check the allocation, start one task per node, wait, exit or requeue
+#   rm_scale_bench HOME OPTIONS...    benchmarks/throughput.py on this node, which starts a rm_scale_main for each case
 #
-# One life of a job: start of this script -> rm_scale.launch.slurm.prepare (settings, plan, port) -> a check that all
-# nodes answer -> one rm_scale.launch.slurm.node per node, which starts the ranks -> rm_scale.launch.slurm.finish -> the
-# end: exit, or `scontrol requeue` and another life. Settings of the run never pass through a shell word by word: "$@"
-# goes to prepare, which writes them into start.json, and nodes read them there.
+# One attempt of a job: this script starts -> rm_scale.slurm.prepare (settings, plan, port) -> a check that all nodes
+# answer -> one rm_scale.slurm.node per node, which starts the ranks -> rm_scale.slurm.requeue, which decides: exit with
+# a code, or `scontrol requeue` and another attempt. The run's settings are not expanded by a shell: "$@" goes to prepare,
+# which writes them into start.json, and nodes read them there.
 
-RM_SCALE_STOPPED=85 # train.py: asked to stop, and a whole checkpoint is saved
-RM_SCALE_NOTHING_TO_START=64 # prepare: --dry_run
+RM_SCALE_REQUEUE=85 # exit code of ranks that have saved and stopped
+RM_SCALE_NOTHING_TO_START=64 # exit code of rm_scale.slurm.prepare after --dry_run
 
 rm_scale_say() { printf 'rm_scale: %s\n' "$*"; }
 rm_scale_fail() {
@@ -49,7 +49,7 @@ rm_scale_modules() {
     fi
 }
 
-# Sets RM_SCALE_PYTHON: the words that start Python on a node, and RM_SCALE_SRUN: further options of srun.
+# Sets RM_SCALE_PYTHON, the command that starts Python on a node, and RM_SCALE_SRUN, further options of srun.
 rm_scale_python() {
     RM_SCALE_SRUN=()
     if [[ -f $RM_SCALE_HOME/rm_scale/__init__.py ]]; then
@@ -119,7 +119,7 @@ rm_scale_environment() {
     # Each rank remembers its last 2000 collectives and writes them down on a timeout: which rank lacked in which.
     export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
     export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RM_SCALE_LIFE_DIR/nccl_trace_}"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RM_SCALE_ATTEMPT_DIR/nccl_trace_}"
     # Memory of one kind of allocation grows in place, so that rows of changing length leave no holes.
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
     # Unix seconds at which Slurm ends the job: training saves before it even when no signal comes.
@@ -139,17 +139,17 @@ rm_scale_end_time() {
 
 # --- Records ---------------------------------------------------------------------------------------------------------
 
-# One line of JSON per event; values are numbers and plain words. `rm-scale slurm status` reads them.
+# One line of JSON per event; no value needs escaping. `rm-scale slurm status` reads them.
 rm_scale_note() { # EVENT [KEY VALUE]
-    local line='{"event": "%s", "time": %s, "life": %s, "%s": "%s"}\n'
+    local line='{"event": "%s", "time": %s, "attempt": %s, "%s": "%s"}\n'
     # shellcheck disable=SC2059 # the format is the line above
-    printf "$line" "$1" "$(date +%s.%3N)" "$RM_SCALE_LIFE" "${2:-script}" "${3:-$RM_SCALE_TIER}" \
+    printf "$line" "$1" "$(date +%s.%3N)" "$RM_SCALE_ATTEMPT" "${2:-script}" "${3:-$RM_SCALE_TIER}" \
         >>"$RM_SCALE_JOB_DIR/events.jsonl" || : # a full disk must not end a job
 }
 
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
-# Runs between commands: on the USR1 that --signal=B:USR1@GRACE asks for, and on TERM.
+# The trap of USR1, which Slurm sends as --signal=B:USR1@GRACE asks, and of TERM; bash runs it between commands.
 rm_scale_stop() {
     [[ -z $RM_SCALE_STOP ]] || return 0
     RM_SCALE_STOP=$1
@@ -171,8 +171,8 @@ rm_scale_tell_ranks() {
 
 # --- Running ---------------------------------------------------------------------------------------------------------
 
-# Sets RM_SCALE_COMMAND: srun with one task on each node. Every option says what its default would get wrong.
-rm_scale_on_all_nodes() { # OPTION PYTHON_WORDS...
+# Sets RM_SCALE_COMMAND: srun with one task on each node. Each comment says what the default would get wrong.
+rm_scale_on_all_nodes() { # SRUN_OPTION PYTHON_ARGUMENTS...
     RM_SCALE_COMMAND=(srun)
     # One task a node, whatever sbatch was told.
     RM_SCALE_COMMAND+=("--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
@@ -199,56 +199,56 @@ rm_scale_here() {
 # Do all nodes answer, see the disk, and reach the first one? An srun that can't start its tasks would wait for ever.
 rm_scale_check() {
     local code=0
-    rm_scale_on_all_nodes --wait=0 -m rm_scale.launch.slurm.node --check "$RM_SCALE_LIFE_DIR/start.json"
+    rm_scale_on_all_nodes --wait=0 -m rm_scale.slurm.node --check "$RM_SCALE_ATTEMPT_DIR/start.json"
     timeout --foreground "$((RM_SCALE_CHECK_SECONDS + 30))" "${RM_SCALE_COMMAND[@]}" || code=$?
     ((code != 124)) || rm_scale_say "srun could not start a task on every node in $((RM_SCALE_CHECK_SECONDS + 30)) s"
     return "$code"
 }
 
-# Sets RM_SCALE_CODE.
+# Sets RM_SCALE_CODE, the exit code of srun.
 rm_scale_train() {
-    local code
-    rm_scale_on_all_nodes --kill-on-bad-exit=1 -m rm_scale.launch.slurm.node "$RM_SCALE_LIFE_DIR/start.json"
+    rm_scale_on_all_nodes --kill-on-bad-exit=1 -m rm_scale.slurm.node "$RM_SCALE_ATTEMPT_DIR/start.json"
     "${RM_SCALE_COMMAND[@]}" &
     RM_SCALE_SRUN_PID=$!
     [[ -z $RM_SCALE_STOP ]] || rm_scale_tell_ranks # the signal came a moment before
     # bash's wait returns whenever a signal comes; the training has ended when srun is gone.
     while kill -0 "$RM_SCALE_SRUN_PID" 2>/dev/null; do wait "$RM_SCALE_SRUN_PID" || :; done
-    wait "$RM_SCALE_SRUN_PID" && code=0 || code=$?
+    wait "$RM_SCALE_SRUN_PID" && RM_SCALE_CODE=0 || RM_SCALE_CODE=$?
     RM_SCALE_SRUN_PID=
     if [[ -n $RM_SCALE_REPEATER ]]; then
         kill "$RM_SCALE_REPEATER" 2>/dev/null || :
         wait "$RM_SCALE_REPEATER" 2>/dev/null || : # else bash reports its end in the log
     fi
-    # The first failure's code rather than srun's, which is the largest: that of tasks killed because of the first.
-    RM_SCALE_CODE=$(rm_scale_here -m rm_scale.launch.slurm.finish "$RM_SCALE_LIFE_DIR" "$code" | tail -n 1) || :
-    [[ $RM_SCALE_CODE =~ ^[0-9]+$ ]] || RM_SCALE_CODE=$code
 }
 
 # --- The end ---------------------------------------------------------------------------------------------------------
 
-rm_scale_requeue() {
-    local state
-    rm_scale_note stopped
-    if ((RM_SCALE_LIFE >= RM_SCALE_MAX_RESTARTS)); then
-        rm_scale_say "restarted $RM_SCALE_LIFE times (RM_SCALE_MAX_RESTARTS): not requeued; submit again to go on"
-        exit "$RM_SCALE_STOPPED"
-    fi
-    # Slurm shows a job that is being ended as COMPLETING, whatever the reason. At the time limit it may come back; else
-    # its owner cancelled it, and wants no other life, or Slurm preempts it, and requeues it by itself.
+# Ends the script as rm_scale.slurm.requeue decides: with an exit code, or by handing the job back to Slurm.
+rm_scale_end() { # SRUN_CODE, or none when no rank was started
+    local state answer action code
     state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null || :)
-    if [[ -n $state && $state != RUNNING && $(date +%s) -lt ${RM_SCALE_END_TIME:-9999999999} ]]; then
-        rm_scale_note cancelled
-        rm_scale_say "saved and stopped; the job is being ended from outside ($state), so it does not requeue itself"
-        exit "$RM_SCALE_STOPPED"
+    answer=$(
+        trap '' USR1 TERM # at the time limit Slurm signals every process, and this one must finish
+        rm_scale_here -m rm_scale.slurm.requeue "$RM_SCALE_ATTEMPT_DIR" --srun_code "$1" --state "$state" \
+            --restarts "$RM_SCALE_ATTEMPT" --max_restarts "$RM_SCALE_MAX_RESTARTS" \
+            --end_time "${RM_SCALE_END_TIME:-}" | tail -n 1
+    ) || :
+    read -r action code <<<"$answer"
+    if [[ ! "$action $code" =~ ^(exit|requeue)\ [0-9]+$ ]]; then
+        # A job that has saved must come back also where Python can't be started any more.
+        rm_scale_say "rm_scale.slurm.requeue did not answer: srun's exit code decides" >&2
+        code=$1 action=requeue
+        [[ $code != none ]] || code=$RM_SCALE_REQUEUE
+        if ((code != RM_SCALE_REQUEUE || RM_SCALE_ATTEMPT >= RM_SCALE_MAX_RESTARTS)); then rm_scale_exit "$code"; fi
     fi
-    rm_scale_note requeue
-    if scontrol requeue "$SLURM_JOB_ID"; then
-        rm_scale_say "saved, stopped and requeued; life $((RM_SCALE_LIFE + 1)) goes on from the checkpoint"
-        sleep 120 # Slurm ends this script; a normal end would make the job COMPLETED
+    if [[ $action == requeue ]]; then
+        if scontrol requeue "$SLURM_JOB_ID"; then
+            rm_scale_say "saved, stopped and requeued; attempt $((RM_SCALE_ATTEMPT + 1)) goes on from the checkpoint"
+            sleep 120 # Slurm ends this script; a normal end would make the job COMPLETED
+        fi
+        rm_scale_say "scontrol requeue failed. The checkpoint is whole: submit the same command again to go on"
     fi
-    rm_scale_say "scontrol requeue failed. The checkpoint is whole: submit the same command again to go on"
-    exit "$RM_SCALE_STOPPED"
+    exit "$code"
 }
 
 rm_scale_exit() { # CODE
@@ -260,16 +260,16 @@ rm_scale_main() {
     set -euo pipefail
     RM_SCALE_HOME=$(cd -- "$1" && pwd)
     shift
-    RM_SCALE_LIFE=${SLURM_RESTART_COUNT:-0}
+    RM_SCALE_ATTEMPT=${SLURM_RESTART_COUNT:-0}
     RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER=''
     export RM_SCALE_HOME RM_SCALE_TIER RM_SCALE_CONFIG
     rm_scale_load_site
     RM_SCALE_LOGS=$(mkdir -p -- "$RM_SCALE_LOGS" && cd -- "$RM_SCALE_LOGS" && pwd) ||
         rm_scale_fail "RM_SCALE_LOGS: can't be made below $PWD. Fix: a folder on the shared disk, in slurm/site.env."
     RM_SCALE_JOB_DIR=$RM_SCALE_LOGS/$SLURM_JOB_ID
-    RM_SCALE_LIFE_DIR=$RM_SCALE_JOB_DIR/life-$RM_SCALE_LIFE
-    mkdir -p -- "$RM_SCALE_LIFE_DIR"
-    rm_scale_note life
+    RM_SCALE_ATTEMPT_DIR=$RM_SCALE_JOB_DIR/attempt-$RM_SCALE_ATTEMPT
+    mkdir -p -- "$RM_SCALE_ATTEMPT_DIR"
+    rm_scale_note attempt
     trap 'rm_scale_stop USR1' USR1
     trap 'rm_scale_stop TERM' TERM
     rm_scale_modules
@@ -277,7 +277,7 @@ rm_scale_main() {
     rm_scale_environment
 
     local code=0
-    rm_scale_here -m rm_scale.launch.slurm.prepare "$RM_SCALE_LIFE_DIR" "$@" || code=$?
+    rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
     if ((code == RM_SCALE_NOTHING_TO_START)); then rm_scale_exit 0; fi
     if ((code != 0)); then rm_scale_exit "$code"; fi
     rm_scale_check || code=$?
@@ -286,10 +286,9 @@ rm_scale_main() {
         rm_scale_exit 2
     fi
     rm_scale_note start
-    if [[ -n $RM_SCALE_STOP ]]; then rm_scale_requeue; fi # the signal came before there was anything to save
+    if [[ -n $RM_SCALE_STOP ]]; then rm_scale_end none; fi # the signal came before there was anything to save
     rm_scale_train
-    if ((RM_SCALE_CODE == RM_SCALE_STOPPED)); then rm_scale_requeue; fi
-    rm_scale_exit "$RM_SCALE_CODE"
+    rm_scale_end "$RM_SCALE_CODE"
 }
 
 rm_scale_bench() {

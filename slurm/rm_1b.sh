@@ -13,7 +13,7 @@
 #SBATCH --mem-per-gpu=60G
 #SBATCH --time=12:00:00
 #SBATCH --output=%x-%j.log
-# Slurm's second life of a job writes on in the same file.
+# Slurm's second attempt of a job writes on in the same file.
 #SBATCH --open-mode=append
 # After a lost node Slurm may start the job again by itself.
 #SBATCH --requeue

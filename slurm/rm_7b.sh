@@ -15,7 +15,7 @@
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# Slurm's second life of a job writes on in the same file.
+# Slurm's second attempt of a job writes on in the same file.
 #SBATCH --open-mode=append
 # After a lost node Slurm may start the job again by itself.
 #SBATCH --requeue

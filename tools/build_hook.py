@@ -14,7 +14,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 SHIPPED_FOLDERS = ("configs", "ds_configs", "slurm")
 
 
-class ShippedFilesHook(BuildHookInterface):
+class ShippedFilesHook(BuildHookInterface[Any]):
     """Called by hatchling (`[tool.hatch.build.targets.wheel.hooks.custom]`)."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rm_scale.packing.attention import sees, token_places
-from rm_scale.packing.layout import pack_row
+from rm_scale.batching.packed.attention_rules import sees, token_places
+from rm_scale.batching.packed.layout import pack_row
 
 PROMPT, FIRST, SECOND = "#c9ced6", "#4878a8", "#d08a3e"
 

@@ -10,8 +10,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from rm_scale.planning.advise import Choice, Request, recommend  # noqa: E402
+from rm_scale.planning.group_lengths import full_rows  # noqa: E402
 from rm_scale.planning.hardware import Device, known_devices  # noqa: E402
-from rm_scale.planning.lengths import full_rows  # noqa: E402
 from rm_scale.planning.scenario import Method  # noqa: E402
 from rm_scale.planning.shape import shape_from_config  # noqa: E402
 from rm_scale.tiers import model_tier  # noqa: E402
@@ -24,7 +24,7 @@ BEGIN, END = "<!-- needs:begin -->", "<!-- needs:end -->"
 
 
 def smallest(tier: str, method: Method, device: Device) -> tuple[int, Choice] | None:
-    """The fewest devices, doubling, that fit with nothing offloaded."""
+    """Return the smallest power of two of devices that fits with nothing offloaded, and the choice for it."""
     shape = shape_from_config(model_tier(tier).config)
     count = 1
     while count <= 64:
@@ -38,7 +38,7 @@ def smallest(tier: str, method: Method, device: Device) -> tuple[int, Choice] | 
 
 
 def cell(tier: str, method: Method, device: Device) -> str:
-    """Devices, peak memory and pairs per second."""
+    """Return a cell's text: devices, peak memory and pairs per second."""
     found = smallest(tier, method, device)
     if found is None:
         return "more than 64"
@@ -50,7 +50,7 @@ def cell(tier: str, method: Method, device: Device) -> str:
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     devices = [known_devices()[name] for name in DEVICES]
     lines = ["| | " + " | ".join(device.title for device in devices) + " |", "|---" * (len(devices) + 1) + "|"]
     for tier in ("7b", "13b"):

@@ -1,28 +1,28 @@
-"""From a group's text to token sequences, the same way in training, scoring, serving and plain pipelines.
+"""Encode text as token ids, the same way in training, scoring, serving and plain pipelines.
 
 The token ids equal those of TRL's `RewardTrainer` (1.16): plain text is prompt + response + EOS tokenised in one go;
-a conversation is rendered by the chat template and tokenised without further special tokens.
+a conversation is rendered by the chat template and tokenised without further special tokens. How the text comes about
+is in `rm_scale.data.rendering`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rm_scale.data.groups import Message, PreferenceGroup, RejectedRow, Text
+from rm_scale.data.length_bound import longest_token, num_solid_characters
+from rm_scale.data.preference_group import PreferenceGroup, Text
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.rendering import TextRenderer
+from rm_scale.data.tokenizer_checks import PROBE_TEXT, check_tokenizer, require_same_tokenizer, tokenizer_facts
 from rm_scale.errors import DataError, ModelError
-from rm_scale.logs import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = get_logger(__name__)
-
 OverlongPolicy = Literal["drop", "truncate_prompt_left", "error"]
-_PROBE = "The quick brown fox jumps over 13 lazy dogs."
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class EncodingRules:
         append_eos: end plain text with EOS unless it already does (in conversations that is the template's job).
         max_length: longest sequence, in tokens of prompt + response.
         overlong_policy: what happens to a group with a longer sequence.
-        chat_template: Jinja text, or `None` for the tokenizer's own template.
+        chat_template: Jinja text, or `None` for the tokenizer's own template, of which there may be two: default and
+            tool_use, the latter for conversations with tools.
+        tool_use_template: Jinja text for conversations with tools beside `chat_template`, or `None` for the same.
         add_special_tokens: let the tokenizer add its BOS and the like to plain text, as `tokenizer(text)` does.
     """
 
@@ -42,6 +44,7 @@ class EncodingRules:
     overlong_policy: OverlongPolicy = "drop"
     chat_template: str | None = None
     add_special_tokens: bool = True
+    tool_use_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +88,19 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.rules = rules or EncodingRules()
         self._description: dict[str, Any] | None = None
-        _check_special_tokens(tokenizer, self.rules)
-        _check_vocabulary(tokenizer)
-        self.adds_bos = self._tokenizer_adds_bos()
+        check_tokenizer(tokenizer, self.rules.append_eos)
+        self._renderer = TextRenderer(
+            tokenizer, self.rules.chat_template, self.rules.append_eos, self.rules.tool_use_template
+        )
+        bos = tokenizer.bos_token_id
+        self.adds_bos = bos is not None and self._call([PROBE_TEXT], add_special_tokens=True)[0][:1] == [bos]
+        self._reads_conversations = True
+        self._longest_token = longest_token(tokenizer)
 
     # --- One text --------------------------------------------------------------------------------------------------
 
     def encode(self, prompt: Text, response: Text, tools: list[Any] | None = None) -> list[int]:
-        """Token ids of prompt + response, full length.
+        """Return the token ids of prompt + response, full length.
 
         Args:
             prompt: text, or messages; "" or [] for none.
@@ -103,22 +111,22 @@ class TextEncoder:
             DataError: the text begins with a second BOS, or the template can't render the conversation.
             ModelError: a conversation, but there is no chat template.
         """
-        text, is_chat = self._compose_or_data_error(prompt, response, tools)
+        text, is_chat = self._render_or_data_error(prompt, response, tools)
         ids = self._tokenize([text], is_chat)[0]
         if self._has_double_bos(ids):
             raise DataError(_double_bos_text(self.tokenizer.bos_token))
         return ids
 
     def render(self, prompt: Text, response: Text, tools: list[Any] | None = None) -> str:
-        """The text that plain `tokenizer(text)` turns into the same ids as `encode`.
+        """Return the text that plain `tokenizer(text)` turns into the same ids as `encode`.
 
-        This is what to hand to `transformers.pipeline("text-classification")`. Where the template writes a BOS and
-        the tokenizer adds one too, it is left out here.
+        This is what to hand to `transformers.pipeline("text-classification")`. Where both the template and the
+        tokenizer write a BOS, the text leaves the template's out.
 
         Raises:
             ModelError: no text gives the same ids, e.g. the tokenizer adds a BOS that the template doesn't write.
         """
-        text, is_chat = self._compose_or_data_error(prompt, response, tools)
+        text, is_chat = self._render_or_data_error(prompt, response, tools)
         bos = self.tokenizer.bos_token
         plain = text.removeprefix(bos) if is_chat and self.adds_bos and isinstance(bos, str) else text
         expected = self._tokenize([text], is_chat)[0]
@@ -135,7 +143,7 @@ class TextEncoder:
     # --- Groups ----------------------------------------------------------------------------------------------------
 
     def encode_group(self, group: PreferenceGroup) -> EncodedGroup:
-        """All K sequences of a group, within `max_length`.
+        """Encode all K sequences of a group, within `max_length`.
 
         Raises:
             RejectedRow: `over_long`, `identical_tokens`, `ends_with_pad`, `double_bos` or `template_error`.
@@ -148,10 +156,10 @@ class TextEncoder:
         return result
 
     def encode_one(self, prompt: Text, response: Text, tools: list[Any] | None = None) -> list[int]:
-        """One text as it is scored: `encode`, and past `max_length` the policy that held in training.
+        """Encode one text for scoring: as `encode`, but a text over `max_length` is cut or refused as in training.
 
         Raises:
-            DataError: too long, and the policy is not to cut, or the prompt is too short for that; or as `encode`.
+            DataError: too long, and the policy is not to cut or the prompt is too short to be cut; or as `encode`.
         """
         (found,) = self.encode_many([prompt], [response], [tools])
         if isinstance(found, RejectedRow):
@@ -161,7 +169,7 @@ class TextEncoder:
     def encode_many(
         self, prompts: Sequence[Text], responses: Sequence[Text], tools: Sequence[list[Any] | None] | None = None
     ) -> list[list[int] | RejectedRow]:
-        """Texts as `encode_one` gives them, with one call of the tokenizer; what can't be scored comes back as why.
+        """Encode many texts as `encode_one` does; for a text that can't be scored the reason is returned.
 
         Args:
             prompts: texts or lists of messages.
@@ -169,39 +177,50 @@ class TextEncoder:
             tools: tool descriptions for the chat template, one entry per prompt.
         """
         tools = tools if tools is not None else [None] * len(prompts)
+        groups = [
+            PreferenceGroup(prompt, (response,), (0,), tools=tool)
+            for prompt, response, tool in zip(prompts, responses, tools, strict=True)
+        ]
         results: list[list[int] | RejectedRow] = []
-        texts: dict[bool, list[str]] = {False: [], True: []}
-        places: list[tuple[int, bool, int]] = []
-        for number, (prompt, response, tool) in enumerate(zip(prompts, responses, tools, strict=True)):
+        for group, sequences in zip(groups, self._tokenize_groups(groups), strict=True):
             try:
-                text, is_chat = self._compose(prompt, response, tool)
+                results.append(sequences if isinstance(sequences, RejectedRow) else self._fit_one(group, sequences[0]))
             except RejectedRow as rejected:
                 results.append(rejected)
-                continue
-            places.append((number, is_chat, len(texts[is_chat])))
-            texts[is_chat].append(text)
-            results.append([])
-        ids = {is_chat: self._tokenize(batch, is_chat) for is_chat, batch in texts.items()}
-        for number, is_chat, place in places:
-            group = PreferenceGroup(prompts[number], (responses[number],), (0,), tools=tools[number])
-            try:
-                results[number] = self._fit_one(group, ids[is_chat][place])
-            except RejectedRow as rejected:
-                results[number] = rejected
         return results
 
     def encode_rendered(self, text: str) -> list[int] | RejectedRow:
-        """A whole text as `render` gives it, the way plain `tokenizer(text)` and so a pipeline reads it.
+        """Encode a whole text: to the tokens that its prompt and response have in `encode`.
 
-        What is too long comes back as the reason: a text alone doesn't say what of it is a prompt that could be cut.
+        A text as `render` returns it is read as a pipeline reads it. One that stops short, such as a policy's decoded
+        tokens, which end with `<|im_end|>` where the template writes a line break too, gets the end that the contract
+        gives it: a conversation its chat template's, everything else EOS.
+
+        Returns:
+            The token ids. Or why there are none: `over_long` (without a separate prompt there is nothing to cut), or
+            `unfinished_text` (a conversation that does not end with an answer).
         """
-        ids = self._call([text], add_special_tokens=True)[0]
+        try:
+            self._refuse_far_too_long([text])
+            text, is_chat = self._renderer.complete(text, self._reads_conversations)
+        except RejectedRow as rejected:
+            return rejected
+        ids = self._tokenize([text], is_chat)[0]
         if len(ids) > self.rules.max_length:
             return RejectedRow("over_long", f"{len(ids)} tokens, max_length is {self.rules.max_length}")
         return self._problem_of(ids) or ids
 
+    def follow_training(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Take whole texts for plain ones in `encode_rendered` where sequences of training show that they were.
+
+        Some data holds rendered conversations as plain text. Its texts hold the chat template's marks, but do not end
+        as the template ends them.
+        """
+        texts = [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in sequences]
+        self._reads_conversations = not self._renderer.are_plain(texts)
+
     def _problem_of(self, ids: list[int]) -> RejectedRow | None:
-        """Why a sequence has no place to read a score at, or another one than in training."""
+        """Return why a score could not be read from this sequence as in training, or `None` if it can."""
         if self._has_double_bos(ids):
             return RejectedRow("double_bos", _double_bos_text(self.tokenizer.bos_token))
         if not ids or ids[-1] == self.tokenizer.pad_token_id:
@@ -209,7 +228,14 @@ class TextEncoder:
         return None
 
     def _fit_one(self, group: PreferenceGroup, ids: list[int]) -> list[int]:
-        """A text alone is cut by what it is too long itself; in training all responses of a group lost the same."""
+        """Apply the checks on tokens and the policy for long sequences to one text.
+
+        The cut is as long as this text needs. In training all responses of a group lose the same number of prompt
+        tokens, as many as the longest of them needs.
+
+        Raises:
+            RejectedRow: `double_bos`, `ends_with_pad` or `over_long`.
+        """
         problem = self._problem_of(ids)
         if problem is not None:
             raise problem
@@ -217,36 +243,63 @@ class TextEncoder:
             return ids
         try:
             cut = self._prompt_cut(group, [ids], len(ids) - 1, len(ids))
-        except DataError:  # overlong_policy "error" ends a training run; a text to be scored is refused alone
+        except DataError:  # overlong_policy "error" stops a training run; in scoring only this text is refused
             seen = f"{len(ids)} tokens, max_length is {self.rules.max_length}"
             raise RejectedRow("over_long", seen) from None
         keep = self._num_leading_bos(ids)
         return ids[:keep] + ids[keep + cut :]
 
     def encode_groups(self, groups: Sequence[PreferenceGroup]) -> list[EncodedGroup | RejectedRow]:
-        """Like `encode_group`, with one call of the tokenizer for all; a refused group comes back as the reason."""
-        results: list[EncodedGroup | RejectedRow | None] = [None] * len(groups)
-        texts: dict[bool, list[str]] = {False: [], True: []}
-        spans: list[tuple[int, bool, int, int]] = []
-        for number, group in enumerate(groups):
+        """Encode many groups as `encode_group` does; for a group that can't be used the reason is returned."""
+        results: list[EncodedGroup | RejectedRow] = []
+        for group, sequences in zip(groups, self._tokenize_groups(groups), strict=True):
             try:
-                rendered = [self._compose(group.prompt, response, group.tools)[0] for response in group.responses]
+                results.append(sequences if isinstance(sequences, RejectedRow) else self._fit(group, sequences))
             except RejectedRow as rejected:
-                results[number] = rejected
+                results.append(rejected)
+        return results
+
+    def _tokenize_groups(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | RejectedRow]:
+        """Return the K full-length sequences of each group, or why its text can't be rendered.
+
+        The tokenizer is called once for all plain texts and once for all conversations: it is fastest on long lists.
+        """
+        texts: dict[bool, list[str]] = {False: [], True: []}  # by whether a chat template wrote them
+        places: list[list[tuple[bool, int]] | RejectedRow] = []
+        for group in groups:
+            try:
+                rendered = [self._renderer.render(group.prompt, part, group.tools) for part in group.responses]
+                self._refuse_far_too_long(text for text, _ in rendered)
+            except RejectedRow as rejected:
+                places.append(rejected)
                 continue
-            batch = texts[group.is_conversational]
-            spans.append((number, group.is_conversational, len(batch), len(batch) + len(rendered)))
-            batch += rendered
+            found = []
+            for text, is_chat in rendered:
+                found.append((is_chat, len(texts[is_chat])))
+                texts[is_chat].append(text)
+            places.append(found)
         ids = {is_chat: self._tokenize(batch, is_chat) for is_chat, batch in texts.items()}
-        for number, is_chat, start, stop in spans:
-            try:
-                results[number] = self._fit(groups[number], ids[is_chat][start:stop])
-            except RejectedRow as rejected:
-                results[number] = rejected
-        return [result for result in results if result is not None]
+        return [
+            place if isinstance(place, RejectedRow) else [ids[is_chat][number] for is_chat, number in place]
+            for place in places
+        ]
+
+    def _refuse_far_too_long(self, texts: Iterable[str]) -> None:
+        """Reject a text whose characters alone show that it is too long, where it would be dropped in the end."""
+        if self.rules.overlong_policy != "drop" or self._longest_token is None:
+            return
+        most = self.rules.max_length * self._longest_token
+        for text in texts:
+            if len(text) > most and num_solid_characters(text) > most:
+                raise RejectedRow("over_long", f"{len(text):,} characters, max_length is {self.rules.max_length}")
 
     def _fit(self, group: PreferenceGroup, sequences: list[list[int]]) -> EncodedGroup:
-        """Apply the checks on tokens and the policy for long sequences."""
+        """Apply the checks on tokens and the policy for long sequences to a group.
+
+        Raises:
+            RejectedRow: `double_bos`, `identical_tokens`, `ends_with_pad` or `over_long`.
+            DataError: a sequence is too long and `overlong_policy` is "error".
+        """
         if any(self._has_double_bos(ids) for ids in sequences):
             raise RejectedRow("double_bos", _double_bos_text(self.tokenizer.bos_token))
         if all(ids == sequences[0] for ids in sequences[1:]):
@@ -274,7 +327,14 @@ class TextEncoder:
         )
 
     def _prompt_cut(self, group: PreferenceGroup, sequences: list[list[int]], shared: int, longest: int) -> int:
-        """How many prompt tokens to cut on the left, the same for all K responses."""
+        """Return how many prompt tokens to cut on the left, the same number for all K sequences.
+
+        Args:
+            group: what the sequences encode.
+            sequences: K lists of token ids.
+            shared: leading tokens that all of them share.
+            longest: length of the longest.
+        """
         limit, policy = self.rules.max_length, self.rules.overlong_policy
         seen = f"{longest} tokens, max_length is {limit}"
         if policy == "error":
@@ -291,80 +351,39 @@ class TextEncoder:
         return cut
 
     def _prompt_tokens(self, group: PreferenceGroup, sequence: list[int]) -> int:
-        """Leading tokens of a sequence that belong to the prompt itself, not to a start the responses share."""
+        """Return how many leading tokens of a sequence are the prompt's; a start common to all responses is not."""
         if not group.prompt:
             return 0
         try:
             if isinstance(group.prompt, str):
                 prompt_ids = self._call([group.prompt], self.rules.add_special_tokens)[0]
             else:
-                text = self._apply_template(group.prompt, group.tools, add_generation_prompt=True)
+                text = self._renderer.render_messages(group.prompt, group.tools, add_generation_prompt=True)
                 prompt_ids = self._call([text], add_special_tokens=False)[0]
         except RejectedRow:
-            # Some templates refuse to render a prompt alone; the shared tokens are then the best known bound.
+            # Some templates refuse to render a prompt alone. The caller then cuts no more than the shared tokens.
             return len(sequence)
         return common_prefix_length([prompt_ids, sequence], leave=0)
 
-    # --- Text and tokens -------------------------------------------------------------------------------------------
+    # --- Tokens ----------------------------------------------------------------------------------------------------
 
-    def _compose_or_data_error(self, prompt: Text, response: Text, tools: list[Any] | None) -> tuple[str, bool]:
+    def _render_or_data_error(self, prompt: Text, response: Text, tools: list[Any] | None) -> tuple[str, bool]:
         try:
-            return self._compose(prompt, response, tools)
+            return self._renderer.render(prompt, response, tools)
         except RejectedRow as rejected:
             raise DataError(f"{rejected}. Fix: correct this conversation or the chat template.") from rejected
 
-    def _compose(self, prompt: Text, response: Text, tools: list[Any] | None) -> tuple[str, bool]:
-        """The whole text, and whether it came from a chat template."""
-        if isinstance(prompt, str) and isinstance(response, str):
-            return self._plain_text(prompt + response), False
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}] if prompt else []
-        if isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        return self._apply_template(prompt + response, tools), True
-
-    def _plain_text(self, text: str) -> str:
-        eos = self.tokenizer.eos_token
-        if self.rules.append_eos and isinstance(eos, str) and not text.endswith(eos):
-            return text + eos
-        return text
-
-    def _apply_template(
-        self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False
-    ) -> str:
-        template = self.rules.chat_template
-        if template is None and not self.tokenizer.chat_template:
-            raise ModelError(
-                f"{type(self.tokenizer).__name__} has no chat template, but the data holds conversations. "
-                "Fix: --chat_template_path FILE.jinja, or use a chat model's tokenizer."
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        # Templates run arbitrary expressions: anything may come out of a row they were not written for.
-        except Exception as error:
-            raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from error
-        assert isinstance(text, str)
-        return text
-
     def _tokenize(self, texts: list[str], is_chat: bool) -> list[list[int]]:
-        # The template has written the special tokens of a conversation already.
+        # In a conversation the template has already written the special tokens.
         return self._call(texts, add_special_tokens=not is_chat and self.rules.add_special_tokens)
 
     def _call(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        # verbose=False: lengths are handled by max_length here, not by the tokenizer's own warning.
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-
-    def _tokenizer_adds_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self._call([_PROBE], add_special_tokens=True)[0][:1] == [bos]
+        # verbose=False: no warning about long texts, which max_length takes care of.
+        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
     def _num_leading_bos(self, ids: Sequence[int]) -> int:
         bos = self.tokenizer.bos_token_id
@@ -379,56 +398,38 @@ class TextEncoder:
     @property
     def chat_template(self) -> str | None:
         """The template in force: the rules' own, or the tokenizer's."""
-        template = self.rules.chat_template or self.tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        return template
+        return self._renderer.chat_template
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which ids a text becomes, as JSON values: for the scoring contract and cache keys."""
+        """Return all that decides which ids a text becomes, as JSON values: for the scoring contract and cache keys."""
         if self._description is None:
-            self._description = {**asdict(self.rules), **_template_facts(self.chat_template), **self._tokenizer_facts()}
+            self._description = {
+                **asdict(self.rules),
+                **_template_facts("chat_template", self.chat_template),
+                **_template_facts("tool_use_template", self._renderer.tool_use_template),
+                **tokenizer_facts(self.tokenizer),
+            }
         return dict(self._description)
-
-    def _tokenizer_facts(self) -> dict[str, Any]:
-        tokenizer = self.tokenizer
-        facts: dict[str, Any] = {}
-        for name in ("bos", "eos", "pad"):
-            facts[f"{name}_token"] = getattr(tokenizer, f"{name}_token")
-            facts[f"{name}_token_id"] = getattr(tokenizer, f"{name}_token_id")
-        facts["tokenizer_class"] = type(tokenizer).__name__
-        facts["vocab_size"] = len(tokenizer)
-        facts["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
-        return facts
 
     @classmethod
     def from_settings(cls, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> TextEncoder:
-        """Rebuild an encoder from `describe()`'s dict; keys it does not know are ignored.
+        """Build an encoder from what `describe` returned; unknown keys are ignored.
 
         Raises:
             ModelError: the tokenizer's special tokens or vocabulary size are not those in `settings`.
         """
         rules = {name: settings[name] for name in EncodingRules.__dataclass_fields__ if name in settings}
         encoder = cls(tokenizer, EncodingRules(**rules))
-        facts = encoder._tokenizer_facts()
-        checked = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size")
-        wrong = [name for name in checked if name in settings and settings[name] != facts[name]]
-        if wrong:
-            seen = ", ".join(f"{name}={facts[name]} (settings: {settings[name]})" for name in wrong)
-            raise ModelError(
-                f"the tokenizer is not the one these settings were written for: {seen}. "
-                "Fix: load the tokenizer from the folder that holds the settings."
-            )
-        if settings.get("tokenizer_sha256", facts["tokenizer_sha256"]) != facts["tokenizer_sha256"]:
-            logger.warning("The tokenizer's files differ from those the model was trained with; scores may differ.")
+        require_same_tokenizer(tokenizer, settings)
         return encoder
 
 
 def common_prefix_length(sequences: Sequence[Sequence[int]], leave: int = 1) -> int:
-    """Number of leading tokens that all sequences share.
+    """Return the number of leading tokens that all sequences share.
 
     Args:
-        leave: tokens of each sequence that are not counted, so that a response is never empty.
+        sequences: lists of token ids.
+        leave: number of tokens at the end of each sequence that never count as shared, so that no response is empty.
     """
     first = sequences[0]
     count = max(min(len(ids) for ids in sequences) - leave, 0)
@@ -439,24 +440,13 @@ def common_prefix_length(sequences: Sequence[Sequence[int]], leave: int = 1) -> 
     return count
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides a tokenizer's output; padding and truncation, which calls switch on, are left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        state.update(padding=None, truncation=None)
-    else:
-        state = {"vocab": tokenizer.get_vocab(), "options": repr(sorted(tokenizer.init_kwargs.items(), key=str))}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _template_facts(template: str | None) -> dict[str, Any]:
+def _template_facts(name: str, template: str | None) -> dict[str, Any]:
     digest = None if template is None else hashlib.sha256(template.encode()).hexdigest()
-    return {"chat_template": template, "chat_template_sha256": digest}
+    return {name: template, f"{name}_sha256": digest}
 
 
 def unscorable_text(rejected: RejectedRow) -> str:
-    """Why one text can't be scored, and what to do."""
+    """Return why one text can't be scored, and what to do about it."""
     if rejected.reason == "over_long":
         return (
             f"a text is too long to be scored: {rejected.detail}. Fix: shorten the prompt, or train with a longer "
@@ -464,6 +454,8 @@ def unscorable_text(rejected: RejectedRow) -> str:
         )
     if rejected.reason == "double_bos":
         return rejected.detail
+    if rejected.reason == "unfinished_text":
+        return f"{rejected}. Fix: give the text up to the end of the answer, or prompt and completion as messages."
     return f"{rejected}. Fix: correct this text or the chat template."
 
 
@@ -472,36 +464,3 @@ def _double_bos_text(bos: Any) -> str:
         f"the sequence begins with two {bos!r}: the text holds one and another is added to it. "
         f"Fix: remove {bos!r} from the start of the text (or from the chat template)"
     )
-
-
-def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-    name = type(tokenizer).__name__
-    if rules.append_eos and tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{name} has no EOS token, but plain text must end with one to be scored at its end. "
-            "Fix: --eos_token TOKEN, one that is in the vocabulary."
-        )
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ModelError(
-            f"{name}: pad_token {tokenizer.pad_token!r} is the EOS token too, so the score would be read one token "
-            "before the end. Fix: --pad_token TOKEN, another one than EOS."
-        )
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer loaded from the wrong or missing files turns any text into nothing, or into one unknown token."""
-    special = set(tokenizer.all_special_ids)
-    if _num_known_tokens(tokenizer, _PROBE, special) > 1:
-        return
-    # A toy vocabulary may not know the probe's words; its own words it must know.
-    words = [word for word, number in sorted(tokenizer.get_vocab().items()) if number not in special]
-    known = _num_known_tokens(tokenizer, " ".join(words[:64]), special)
-    if known < min(2, max(len(words), 1)):
-        raise ModelError(
-            f"{type(tokenizer).__name__} turns any text into {known} known tokens (vocabulary of {len(tokenizer)}): "
-            "its vocabulary was not loaded. Fix: check that the folder holds tokenizer.json or the vocabulary files."
-        )
-
-
-def _num_known_tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: set[int]) -> int:
-    return len(set(tokenizer(text, add_special_tokens=False)["input_ids"]) - special)

@@ -1,42 +1,67 @@
-"""Readers from a raw row (a dict of columns) to a `PreferenceGroup`, and the guess which reader a file needs.
+"""The formats of preference rows, and the readers from a raw row (a dict of columns) to a `PreferenceGroup`.
 
 Formats and the columns they read (further columns are ignored and named in a log line):
 
-* `explicit_prompt`: `prompt`, `chosen`, `rejected`, all text.
+* `explicit_prompt`: `prompt`, `chosen`, `rejected`, all text. A prompt that both responses repeat is read once.
 * `implicit_prompt`: `chosen`, `rejected`, both whole texts; the prompt is what they share.
-* `conversational`: `chosen`, `rejected` as lists of messages, with or without `prompt`; optional `tools`.
+* `conversational`: `chosen`, `rejected` as lists of messages, with or without `prompt`; optional `tools`. ShareGPT's
+  `conversations`, `from` and `value` are read too. A text that is the JSON of messages counts as messages.
 * `hh_text`: `chosen`, `rejected` as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts.
 * `ranked`: `prompt`, `responses` (or `completions`), and `ranks` (smallest is best) or `scores` (highest is best).
 * `soft_label`: `prompt`, two responses (`chosen` and `rejected`, `response_0` and `response_1`, or `response_a` and
   `response_b`), and the probability that the first is better: `soft_label`, `chosen_probability` or
-  `preference_probability`.
+  `preference_probability`; or `better_response_id`, the number (0 or 1) of the better one, which is no soft label.
 
-Pair formats also read an optional `margin` (a number >= 0). All carry `id` and the subset column along. A pair of
-`score_chosen` and `score_rejected` is never turned into a margin: only the user knows whether its scale is one.
+Pair formats also read an optional `margin` (a number >= 0), and every format `id` and the subset column. The columns
+`score_chosen` and `score_rejected` are never turned into a margin: only the user knows whether their scale is one.
+
+Which format a file has is decided in `rm_scale.data.format_detection`. To add one: a reader, its entry in `READERS` and
+`NEEDED_COLUMNS`, and a rule of detection.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rm_scale.data.groups import Message, PreferenceGroup, RejectedRow, Text
-from rm_scale.errors import DataError
-
-Row = Mapping[str, Any]
+from rm_scale.data.context_columns import refuse_unread_context
+from rm_scale.data.conversations import (
+    as_messages,
+    check_answered,
+    join_text_prompt,
+    json_messages,
+    message_text,
+    read_messages,
+    read_tools,
+    split_shared_messages,
+    without_prompt,
+)
+from rm_scale.data.preference_group import PreferenceGroup, Text
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.row_values import (
+    Row,
+    check_no_nul,
+    check_unicode,
+    first_present,
+    kind_name,
+    label_text,
+    margin_value,
+    number_value,
+    rank_values,
+    refuse_empty_prompt,
+    text_value,
+)
 
 RESPONSE_LIST_COLUMNS = ("responses", "completions")
 SOFT_LABEL_COLUMNS = ("soft_label", "chosen_probability", "preference_probability")
+BETTER_COLUMN = "better_response_id"
 PAIR_COLUMNS = (("chosen", "rejected"), ("response_0", "response_1"), ("response_a", "response_b"))
 HH_HUMAN = "\n\nHuman:"
 HH_ASSISTANT = "\n\nAssistant:"
 
-# What each format needs: every inner tuple is a choice of which one column must be there.
+# The columns each format needs. An inner tuple names alternatives, of which one must be there.
 NEEDED_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "explicit_prompt": (("prompt",), ("chosen",), ("rejected",)),
     "implicit_prompt": (("chosen",), ("rejected",)),
@@ -47,19 +72,14 @@ NEEDED_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("prompt",),
         tuple(first for first, _ in PAIR_COLUMNS),
         tuple(second for _, second in PAIR_COLUMNS),
-        SOFT_LABEL_COLUMNS,
+        (*SOFT_LABEL_COLUMNS, BETTER_COLUMN),
     ),
 }
-_COMMON_COLUMNS = {"id", "prompt", "chosen", "rejected", "margin"}
-
-
-@dataclass(frozen=True)
-class FormatVerdict:
-    """Which format a source has, why, and which of its columns will not be read."""
-
-    name: str
-    why: str
-    ignored_columns: tuple[str, ...] = ()
+TEXT_FORMATS = ("explicit_prompt", "implicit_prompt", "hh_text")
+_WITHOUT_PROMPT = ("implicit_prompt", "hh_text")
+_WITHOUT_MARGIN = ("ranked", "soft_label")
+# Columns that are not reported as ignored in any format.
+COMMON_COLUMNS = {"id", "prompt", "chosen", "rejected", "margin"}
 
 
 @dataclass(frozen=True)
@@ -70,26 +90,36 @@ class RowReader:
         format: a key of `NEEDED_COLUMNS`.
         subset_column: column that names a row's subset; rows without it get "".
         source: name of the file or dataset, carried into every group.
+        ignore_columns: columns that are not read, whatever their name.
+        checks_context: refuse rows with context in a column that the format does not read.
     """
 
     format: str
     subset_column: str = "subset"
     source: str = ""
+    ignore_columns: tuple[str, ...] = ()
+    checks_context: bool = True
 
     def read(self, row: Any, index: int) -> PreferenceGroup:
         """Read and check one row.
 
         Args:
             row: the decoded row; anything but a mapping is refused.
-            index: its index in the source, used as id when the row has none.
+            index: its index in the source, which becomes the id of a row without one.
 
         Raises:
             RejectedRow: the row can't be used; the reason is one of `REJECTION_REASONS`.
         """
         if not isinstance(row, Mapping):
-            raise RejectedRow("wrong_type", f"the row is {_kind(row)}, not an object with columns")
-        group = READERS[self.format](row)
+            raise RejectedRow("wrong_type", f"the row is {kind_name(row)}, not an object with columns")
+        if self.ignore_columns:
+            row = {name: value for name, value in row.items() if name not in self.ignore_columns}
+        found, has_messages = _with_messages(row)
+        format = "conversational" if has_messages and self.format in TEXT_FORMATS else self.format
+        group = READERS[format](found)
         _check_group(group)
+        if self.checks_context:
+            refuse_unread_context(row, group, self._read_columns(format))
         return PreferenceGroup(
             prompt=group.prompt,
             responses=group.responses,
@@ -98,142 +128,70 @@ class RowReader:
             soft_label=group.soft_label,
             tools=group.tools,
             source=self.source,
-            subset=_label_text(row.get(self.subset_column), self.subset_column),
-            id=_label_text(row.get("id"), "id") or str(index),
+            subset=label_text(row.get(self.subset_column), self.subset_column),
+            id=label_text(row.get("id"), "id") or str(index),
         )
 
+    def _read_columns(self, format: str) -> set[str]:
+        read = {"id", "chosen", "rejected", self.subset_column}
+        if format not in _WITHOUT_PROMPT:
+            read.add("prompt")
+        if format not in _WITHOUT_MARGIN:
+            read.add("margin")
+        return read
 
-# --- Choosing a format ---------------------------------------------------------------------------------------------
 
-
-def choose_format(
-    asked: str, columns: Sequence[str], sample: Sequence[Row], source: str, subset_column: str
-) -> FormatVerdict:
-    """Decide how a source is read.
-
-    Args:
-        asked: `RunConfig.dataset_format`; "auto" guesses from the columns and the sample.
-        columns: column names seen, in order.
-        sample: the first readable rows.
+def _with_messages(row: Row) -> tuple[Row, bool]:
+    """Return the row with messages where a text is the JSON of them, and whether one of its texts was.
 
     Raises:
-        DataError: the asked format does not fit the columns, or none does; names the nearest one.
+        RejectedRow: a text begins like messages and can't be read as such; or one response is a text, the other the
+            JSON of messages, and which of them the user means can't be told.
     """
-    if asked == "auto":
-        name, why = _detect(set(columns), sample)
-        if name is None:
-            raise DataError(_no_format_text(columns, source))
-    else:
-        name, why = asked, "dataset_format names it"
-        if _missing_columns(name, set(columns)):
-            raise DataError(_misfit_text(name, columns, sample, source))
-    read = {column for choice in NEEDED_COLUMNS[name] for column in choice} | _COMMON_COLUMNS | {subset_column}
-    if name in {"conversational", "ranked", "soft_label"}:
-        read.add("tools")
-    ignored = [column for column in columns if column not in read]
-    if name == "implicit_prompt" and "prompt" in columns:
-        ignored.append("prompt")
-    return FormatVerdict(name, why, tuple(ignored))
-
-
-def _detect(columns: set[str], sample: Sequence[Row]) -> tuple[str | None, str]:
-    for name in ("soft_label", "ranked"):
-        if not _missing_columns(name, columns):
-            found = [c for choice in NEEDED_COLUMNS[name] for c in choice if c in columns]
-            return name, f"the columns {', '.join(found)} are there"
-    if not {"chosen", "rejected"} <= columns:
-        return None, ""
-    if _most(sample, lambda row: _is_list(row.get("chosen")) or _is_list(row.get("prompt"))):
-        return "conversational", "chosen, rejected or prompt are lists of messages"
-    if "prompt" in columns:
-        if _most(sample, _repeats_prompt, share=1.0):
-            return "implicit_prompt", "chosen and rejected already begin with the text of prompt"
-        return "explicit_prompt", "prompt, chosen and rejected are text"
-    if _most(sample, lambda row: _is_hh(row.get("chosen")) and _is_hh(row.get("rejected"))):
-        return "hh_text", "chosen and rejected are '\\n\\nHuman: ... \\n\\nAssistant: ...' texts"
-    return "implicit_prompt", "chosen and rejected are text and there is no prompt column"
-
-
-def _most(sample: Sequence[Row], test: Callable[[Row], bool], share: float = 0.5) -> bool:
-    """Majority vote over the rows that have both sides at all, so that a few dirty first rows don't decide."""
-    rows = [row for row in sample if row.get("chosen") is not None and row.get("rejected") is not None]
-    hits = sum(test(row) for row in rows)
-    return bool(rows) and (hits == len(rows) if share == 1.0 else hits > share * len(rows))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_hh(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(HH_HUMAN) and HH_ASSISTANT in value
-
-
-def _repeats_prompt(row: Row) -> bool:
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and prompt.strip()):
-        return False
-    return chosen.startswith(prompt) and rejected.startswith(prompt)
-
-
-def _missing_columns(name: str, columns: set[str]) -> list[str]:
-    missing = [" or ".join(choice) for choice in NEEDED_COLUMNS[name] if not columns & set(choice)]
-    if name == "soft_label" and not missing and not any(columns >= set(pair) for pair in PAIR_COLUMNS):
-        missing.append("both responses of one kind, e.g. chosen and rejected")
-    return missing
-
-
-def _needs(name: str) -> str:
-    return ", ".join(" or ".join(choice) for choice in NEEDED_COLUMNS[name])
-
-
-def _nearest_format(columns: Sequence[str]) -> str:
-    def distance(name: str) -> tuple[int, int]:
-        return len(_missing_columns(name, set(columns))), -len(NEEDED_COLUMNS[name])
-
-    return min(NEEDED_COLUMNS, key=distance)
-
-
-def _misfit_text(name: str, columns: Sequence[str], sample: Sequence[Row], source: str) -> str:
-    detected, why = _detect(set(columns), sample)
-    nearest = detected or _nearest_format(columns)
-    because = f" ({why})" if detected else f" (needs {_needs(nearest)})"
-    return (
-        f"dataset_format={name}: {source} has the columns {', '.join(columns) or 'none'}, but {name} needs "
-        f"{_needs(name)}; missing: {', '.join(_missing_columns(name, set(columns)))}. "
-        f"The nearest format is {nearest}{because}. Fix: --dataset_format {nearest if detected else 'auto'}, "
-        "or rename the columns."
-    )
-
-
-def _no_format_text(columns: Sequence[str], source: str) -> str:
-    nearest = _nearest_format(columns)
-    missing = _missing_columns(nearest, set(columns))
-    hints = []
-    for column in (part for choice in missing for part in choice.split(" or ")):
-        close = difflib.get_close_matches(column, columns, n=1, cutoff=0.6)
-        if close:
-            hints.append(f"is '{close[0]}' meant to be '{column}'?")
-    all_needs = "; ".join(f"{name}: {_needs(name)}" for name in NEEDED_COLUMNS)
-    return (
-        f"{source}: no known format fits the columns {', '.join(columns) or 'none'}. Formats and the columns they "
-        f"need: {all_needs}. The nearest format is {nearest}, which misses {', '.join(missing)}. "
-        f"Fix: rename the columns{' - ' + ' '.join(hints) if hints else ''}."
-    )
+    found = dict(row)
+    changed = False
+    pairs = [name for pair in PAIR_COLUMNS for name in pair]
+    prompt = "prompt" if row.get("prompt") is not None else "conversations"
+    for name in (prompt, *pairs):
+        if isinstance(row.get(name), str) and (messages := json_messages(row[name], name)) is not None:
+            found[name], changed = messages, True
+    for name in RESPONSE_LIST_COLUMNS:
+        if isinstance(row.get(name), list):
+            parts = [
+                json_messages(part, f"{name}[{n}]") if isinstance(part, str) else None
+                for n, part in enumerate(row[name])
+            ]
+            if any(part is not None for part in parts):
+                found[name] = [old if part is None else part for old, part in zip(row[name], parts, strict=True)]
+                changed = True
+    if changed and not isinstance(found.get(prompt), list):
+        for first, second in PAIR_COLUMNS:
+            kinds = {name: isinstance(found.get(name), str) for name in (first, second)}
+            if kinds[first] != kinds[second] and None not in (found.get(first), found.get(second)):
+                text, other = (first, second) if kinds[first] else (second, first)
+                raise RejectedRow("wrong_type", f"{other} is a conversation written as JSON, {text} is plain text")
+    return found, changed
 
 
 # --- Readers -------------------------------------------------------------------------------------------------------
 
 
 def _read_explicit(row: Row) -> PreferenceGroup:
-    prompt = _text(row, "prompt")
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    _refuse_empty_prompt(prompt)
+    prompt = text_value(row, "prompt")
+    chosen, rejected = text_value(row, "chosen"), text_value(row, "rejected")
+    refuse_empty_prompt(prompt)
+    chosen, rejected = without_text_prompt(prompt, [chosen, rejected])
     return _pair(prompt, chosen, rejected, row)
 
 
+def without_text_prompt(prompt: str, responses: Sequence[str]) -> list[str]:
+    """Drop the prompt from responses that all begin with it, as in files that hold whole texts beside the prompt."""
+    repeated = all(response.startswith(prompt) for response in responses)
+    return [response[len(prompt) :] if repeated else response for response in responses]
+
+
 def _read_implicit(row: Row) -> PreferenceGroup:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text_value(row, "chosen"), text_value(row, "rejected")
     if chosen == rejected:
         raise RejectedRow("identical_responses")
     cut = _shared_prompt_length(chosen, rejected)
@@ -241,55 +199,70 @@ def _read_implicit(row: Row) -> PreferenceGroup:
 
 
 def _read_hh(row: Row) -> PreferenceGroup:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text_value(row, "chosen"), text_value(row, "rejected")
     if chosen == rejected:
         raise RejectedRow("identical_responses")
-    start = chosen[: _shared_length(chosen, rejected)].rfind(HH_ASSISTANT)
+    start = chosen[: shared_length(chosen, rejected)].rfind(HH_ASSISTANT)
     if start < 0:
         raise RejectedRow("prompt_mismatch", "chosen and rejected differ before the first '\\n\\nAssistant:'")
     cut = start + len(HH_ASSISTANT)
-    # One side alone may have made up a further human turn; when both go on, they answer different conversations.
+    # A model may have made up a further human turn in one response. If both have one, the dialogues differ before
+    # their last turn, and chosen and rejected answer different prompts.
     if HH_HUMAN in chosen[cut:] and HH_HUMAN in rejected[cut:]:
         raise RejectedRow("prompt_mismatch", f"the conversations part at character {cut}, before their last turn")
     return _pair(chosen[:cut], chosen[cut:], rejected[cut:], row)
 
 
 def _read_conversational(row: Row) -> PreferenceGroup:
-    prompt, tools = row.get("prompt"), _tools(row)
-    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+    column = "conversations" if row.get("prompt") is None and isinstance(row.get("conversations"), list) else "prompt"
+    prompt, tools = row.get(column), read_tools(row)
+    chosen, rejected = read_messages(row, "chosen"), read_messages(row, "rejected")
     if prompt is None:
-        prompt, (chosen, rejected) = _split_shared_messages(chosen, rejected)
+        prompt, (chosen, rejected) = split_shared_messages(chosen, rejected)
     elif isinstance(prompt, str):
-        prompt, (chosen, rejected) = _join_text_prompt(prompt, [chosen, rejected])
+        prompt, (chosen, rejected) = join_text_prompt(prompt, [chosen, rejected])
     else:
-        prompt = _messages(row, "prompt")
-        chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
+        prompt = read_messages(row, column)
+        chosen, rejected = without_prompt(prompt, chosen), without_prompt(prompt, rejected)
     return _pair(prompt, chosen, rejected, row, tools)
 
 
 def _read_ranked(row: Row) -> PreferenceGroup:
-    column = _first_present(row, RESPONSE_LIST_COLUMNS)
+    column = first_present(row, RESPONSE_LIST_COLUMNS)
     responses = row[column]
     if not isinstance(responses, list):
-        raise RejectedRow("wrong_type", f"{column} is {_kind(responses)}, not a list of responses")
+        raise RejectedRow("wrong_type", f"{column} is {kind_name(responses)}, not a list of responses")
     if len(responses) < 2:
         raise RejectedRow("no_preference", f"{column} has {len(responses)} element(s), not 2 or more")
     prompt, parts = _prompt_and_responses(row, responses, column)
-    ranks = _ranks(row, len(parts))
-    return PreferenceGroup(prompt, tuple(parts), ranks, tools=_tools(row))
+    ranks = rank_values(row, len(parts))
+    return PreferenceGroup(prompt, tuple(parts), ranks, tools=read_tools(row))
 
 
 def _read_soft_label(row: Row) -> PreferenceGroup:
     names = next((pair for pair in PAIR_COLUMNS if all(row.get(name) is not None for name in pair)), None)
     if names is None:
         raise RejectedRow("missing_key", f"no two responses, e.g. {PAIR_COLUMNS[0]} or {PAIR_COLUMNS[1]}")
-    column = _first_present(row, SOFT_LABEL_COLUMNS)
-    probability = _number(row[column], column)
+    column = first_present(row, (*SOFT_LABEL_COLUMNS, BETTER_COLUMN))
+    if column == BETTER_COLUMN:
+        prompt, parts = _prompt_and_responses(row, [row[name] for name in names], " and ".join(names))
+        return PreferenceGroup(prompt, tuple(parts), _ranks_of_better(row[column]), tools=read_tools(row))
+    probability = number_value(row[column], column)
     if not 0 <= probability <= 1:
         raise RejectedRow("bad_label", f"{column}={probability} is not a probability in [0, 1]")
     prompt, parts = _prompt_and_responses(row, [row[name] for name in names], " and ".join(names))
     ranks = (0, 0) if probability == 0.5 else (0, 1) if probability > 0.5 else (1, 0)
-    return PreferenceGroup(prompt, tuple(parts), ranks, soft_label=probability, tools=_tools(row))
+    return PreferenceGroup(prompt, tuple(parts), ranks, soft_label=probability, tools=read_tools(row))
+
+
+def _ranks_of_better(value: Any) -> tuple[int, int]:
+    """Return the ranks of two responses, of which the value numbers the better one from 0."""
+    number = {"0": 0, "1": 1}.get(value.strip(), value) if isinstance(value, str) else value
+    if isinstance(number, bool) or number not in (0, 1):
+        raise RejectedRow(
+            "bad_label", f"{BETTER_COLUMN}={value!r} is neither 0 nor 1, the number of the better response"
+        )
+    return (0, 1) if number == 0 else (1, 0)
 
 
 READERS: dict[str, Callable[[Row], PreferenceGroup]] = {
@@ -303,268 +276,64 @@ READERS: dict[str, Callable[[Row], PreferenceGroup]] = {
 
 
 def _pair(prompt: Text, chosen: Text, rejected: Text, row: Row, tools: list[Any] | None = None) -> PreferenceGroup:
-    return PreferenceGroup(prompt, (chosen, rejected), (0, 1), margin=_margin(row), tools=tools)
+    return PreferenceGroup(prompt, (chosen, rejected), (0, 1), margin=margin_value(row), tools=tools)
 
 
-# --- Values --------------------------------------------------------------------------------------------------------
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def _first_present(row: Row, names: Sequence[str]) -> str:
-    for name in names:
-        if row.get(name) is not None:
-            return name
-    raise RejectedRow("missing_key", " or ".join(names))
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise RejectedRow("missing_key", column)
-    if not isinstance(value, str):
-        raise RejectedRow("wrong_type", f"{column} is {_kind(value)}, not text")
-    return value
-
-
-def _label_text(value: Any, column: str) -> str:
-    """Id and subset may be text or numbers; nothing else is turned into text silently."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RejectedRow("wrong_type", f"{column} is {_kind(value)}, not text or a number")
-    # Table libraries store whole numbers as floats as soon as one row has none.
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    _check_unicode(text, column)
-    return text
-
-
-def _number(value: Any, column: str) -> float:
-    if value is None:
-        raise RejectedRow("bad_label", f"{column} holds null")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RejectedRow("wrong_type", f"{column} holds {_kind(value)}, not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RejectedRow("bad_label", f"{column}={number} is not finite")
-    return number
-
-
-def _margin(row: Row) -> float | None:
-    if row.get("margin") is None:
-        return None
-    margin = _number(row["margin"], "margin")
-    if margin < 0:
-        raise RejectedRow("bad_label", f"margin={margin} is negative: chosen would be the worse response")
-    return margin
-
-
-def _ranks(row: Row, num_responses: int) -> tuple[int, ...]:
-    """Ranks from 0 (best) without gaps, from `ranks` (smallest is best) or `scores` (highest is best)."""
-    column = _first_present(row, ("ranks", "scores"))
-    values = row[column]
-    if not isinstance(values, list):
-        raise RejectedRow("wrong_type", f"{column} is {_kind(values)}, not a list of numbers")
-    if len(values) != num_responses:
-        raise RejectedRow("bad_label", f"{column} has {len(values)} values for {num_responses} responses")
-    numbers = [_number(value, column) for value in values]
-    if column == "ranks" and any(number != int(number) for number in numbers):
-        raise RejectedRow("bad_label", f"ranks={values} are not whole numbers (are they scores?)")
-    places = sorted(set(numbers), reverse=column == "scores")
-    return tuple(places.index(number) for number in numbers)
-
-
-def _shared_length(first: str, second: str) -> int:
-    """Length of the longest common prefix."""
+def shared_length(first: str, second: str) -> int:
+    """Return the length of the longest common prefix of two texts."""
     length = min(len(first), len(second))
     return next((place for place in range(length) if first[place] != second[place]), length)
 
 
 def _shared_prompt_length(chosen: str, rejected: str) -> int:
-    """Length of the longest common prefix, cut back to where a response can begin.
+    """Return the length of the longest common prefix, cut back to where a response can begin.
 
-    The cut is after the last line break, or else before the last white space, as byte-level tokens begin with one.
-    Each response keeps at least one character.
+    That is after the last line break, or else before the last white space, with which byte-level tokens begin. Each
+    response keeps at least one character.
     """
-    shared = chosen[: min(_shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
+    shared = chosen[: min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
     if "\n" in shared:
         return shared.rindex("\n") + 1
     spaces = list(re.finditer(r"\s+", shared))
     return spaces[-1].start() if spaces else 0
 
 
-# --- Conversations -------------------------------------------------------------------------------------------------
-
-
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RejectedRow("wrong_type", f"tools is text that isn't JSON: {error}") from None
-    if tools is not None and not isinstance(tools, list):
-        raise RejectedRow("wrong_type", f"tools is {_kind(tools)}, not a list")
-    _check_unicode_inside(tools, "tools")
-    # An empty list makes some templates (Llama) write their tool preamble.
-    return _without_none(tools) or None
-
-
-def _without_none(value: Any) -> Any:
-    """Drop null entries: Parquet and Arrow fill every struct with the keys of all others."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_none(part) for part in value]
-    return value
-
-
-def _messages(row: Row, column: str) -> list[Message]:
-    value = row.get(column)
-    if value is None:
-        raise RejectedRow("missing_key", column)
-    return _as_messages(value, column)
-
-
-def _as_messages(value: Any, column: str) -> list[Message]:
-    """A list of messages; a bare text is what the assistant says."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list):
-        raise RejectedRow("wrong_type", f"{column} is {_kind(value)}, not a list of messages")
-    if not value:
-        raise RejectedRow("empty", f"{column} has no messages")
-    return [_message(part, f"{column}[{number}]") for number, part in enumerate(value)]
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise RejectedRow("wrong_type", f"{where} is {_kind(value)}, not a message")
-    message: Message = _without_none(value)
-    if not isinstance(message.get("role"), str):
-        raise RejectedRow("bad_conversation", f"{where} has no role")
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
-        raise RejectedRow("bad_conversation", f"{where} has neither content nor tool calls")
-    if not (content is None or isinstance(content, str) or _is_text_parts(content)):
-        raise RejectedRow("wrong_type", f"{where} has content that is neither text nor a list of text parts")
-    _check_unicode_inside(message, where)
-    return message
-
-
-def _is_text_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    )
-
-
-def message_text(message: Message) -> str:
-    """The text of a message, whether its content is text or a list of text parts."""
-    content = message.get("content")
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _split_shared_messages(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], tuple[list[Message], list[Message]]]:
-    """Prompt = the messages both conversations share; each response keeps at least one message."""
-    if chosen == rejected:
-        raise RejectedRow("identical_responses")
-    count = 0
-    while count < min(len(chosen), len(rejected)) - 1 and chosen[count] == rejected[count]:
-        count += 1
-    if not any(message["role"] == "user" for message in chosen[:count]):
-        raise RejectedRow("prompt_mismatch", f"the conversations share {count} messages and no user turn")
-    return chosen[:count], (chosen[count:], rejected[count:])
-
-
-def _without_prompt(prompt: list[Message], messages: list[Message]) -> list[Message]:
-    """Some files repeat the prompt in the responses; a continuation can't, since roles alternate."""
-    repeated = len(messages) > len(prompt) and messages[: len(prompt)] == prompt
-    return messages[len(prompt) :] if repeated else messages
-
-
-def _join_text_prompt(prompt: str, responses: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """A text prompt beside messages: the user's turn, or (as in UltraFeedback) a copy of one that the messages hold."""
-    _refuse_empty_prompt(prompt)
-    _check_unicode(prompt, "prompt")
-    if all(messages[0]["role"] == "assistant" for messages in responses):
-        return [{"role": "user", "content": prompt}], responses
-    first, *others = responses
-    count = 0
-    while all(
-        len(messages) - 1 > count and len(first) - 1 > count and messages[count] == first[count] for messages in others
-    ):
-        count += 1
-    shared = first[:count]
-    if not any(message["role"] == "user" and message_text(message) == prompt for message in shared):
-        raise RejectedRow("prompt_mismatch", "the shared messages don't hold the text of the prompt column")
-    return shared, [messages[count:] for messages in responses]
-
-
 def _prompt_and_responses(row: Row, responses: Sequence[Any], column: str) -> tuple[Text, list[Text]]:
-    """Prompt and K responses of one kind: all text, or messages as soon as any of them is a list."""
+    """Read the prompt and K responses as one kind: all text, or all messages as soon as one of them is a list.
+
+    Args:
+        row: has the prompt.
+        responses: the raw values of the K responses.
+        column: where they come from, for messages.
+    """
     prompt = row.get("prompt")
     if prompt is None:
         raise RejectedRow("missing_key", "prompt")
     if not isinstance(prompt, str | list):
-        raise RejectedRow("wrong_type", f"prompt is {_kind(prompt)}, neither text nor messages")
+        raise RejectedRow("wrong_type", f"prompt is {kind_name(prompt)}, neither text nor messages")
     texts = [part for part in responses if isinstance(part, str)]
     if isinstance(prompt, str) and (texts or not responses):
         if len(texts) != len(responses):
             raise RejectedRow("wrong_type", f"{column} mixes text with other values")
-        _refuse_empty_prompt(prompt)
-        return prompt, list(texts)
-    conversations = [_as_messages(part, f"{column}[{number}]") for number, part in enumerate(responses)]
+        refuse_empty_prompt(prompt)
+        return prompt, [*without_text_prompt(prompt, texts)]
+    conversations = [as_messages(part, f"{column}[{number}]") for number, part in enumerate(responses)]
     if isinstance(prompt, str):
-        messages, conversations = _join_text_prompt(prompt, conversations)
+        messages, conversations = join_text_prompt(prompt, conversations)
         return messages, list(conversations)
-    messages = _messages(row, "prompt")
-    return messages, [_without_prompt(messages, part) for part in conversations]
+    messages = read_messages(row, "prompt")
+    return messages, [without_prompt(messages, part) for part in conversations]
 
 
 # --- Checks --------------------------------------------------------------------------------------------------------
 
 
-def _refuse_empty_prompt(prompt: str) -> None:
-    if not prompt.strip():
-        raise RejectedRow("empty", "the prompt has no text")
-
-
-def _check_unicode(text: str, where: str) -> None:
-    if "\x00" in text:
-        raise RejectedRow("bad_unicode", f"{where} holds a NUL character at {text.index(chr(0))}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RejectedRow("bad_unicode", f"{where} holds a lone surrogate at {error.start}") from None
-
-
-def _check_unicode_inside(value: Any, where: str) -> None:
-    if isinstance(value, str):
-        _check_unicode(value, where)
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            _check_unicode_inside(key, where)
-            _check_unicode_inside(part, where)
-    elif isinstance(value, list):
-        for part in value:
-            _check_unicode_inside(part, where)
-
-
 def _check_group(group: PreferenceGroup) -> None:
-    """The rules that hold for every format."""
+    """Check what every format must fulfil: text or sound conversations, responses that differ, a preference."""
+    check_no_nul(group.prompt, "prompt")
+    check_no_nul(group.tools, "tools")
+    for number, response in enumerate(group.responses):
+        check_no_nul(response, f"response {number}")
     if group.is_conversational:
         _check_conversations(group)
     else:
@@ -577,10 +346,10 @@ def _check_group(group: PreferenceGroup) -> None:
 
 def _check_texts(group: PreferenceGroup) -> None:
     assert isinstance(group.prompt, str)
-    _check_unicode(group.prompt, "prompt")
+    check_unicode(group.prompt, "prompt")
     for number, response in enumerate(group.responses):
         assert isinstance(response, str)
-        _check_unicode(response, f"response {number}")
+        check_unicode(response, f"response {number}")
         if not response.strip():
             raise RejectedRow("empty", f"response {number} has no text")
 
@@ -589,38 +358,7 @@ def _check_conversations(group: PreferenceGroup) -> None:
     assert isinstance(group.prompt, list)
     for number, response in enumerate(group.responses):
         assert isinstance(response, list)
-        check_conversation(group.prompt + response)
+        check_answered(group.prompt + response)
         last = response[-1]
-        if last["role"] != "assistant":
-            raise RejectedRow("bad_conversation", f"response {number} ends with {last['role']}, not assistant")
         if not message_text(last).strip() and not last.get("tool_calls"):
             raise RejectedRow("empty", f"response {number} ends with an empty message")
-
-
-def check_conversation(messages: Sequence[Message]) -> None:
-    """Roles must alternate: [system] user assistant [tool ... assistant] user assistant ...
-
-    Raises:
-        RejectedRow: `bad_conversation`, saying which message breaks the rule.
-    """
-    allowed = {"system", "developer", "user"}
-    before = "the start"
-    for number, message in enumerate(messages):
-        role = message["role"]
-        if role not in allowed:
-            wanted = " or ".join(sorted(allowed))
-            raise RejectedRow("bad_conversation", f"message {number} is {role} after {before}: expected {wanted}")
-        before = role
-        allowed = _roles_after(message)
-
-
-def _roles_after(message: Message) -> set[str]:
-    match message["role"]:
-        case "system" | "developer":
-            return {"user"}
-        case "user":
-            return {"assistant"}
-        case "tool":
-            return {"tool", "assistant"}
-        case _:
-            return {"tool"} if message.get("tool_calls") else {"user"}

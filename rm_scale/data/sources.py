@@ -1,47 +1,30 @@
-"""Local files and hub data sets as raw rows that can be read in parallel, with every bad row kept and counted.
+"""Find the sources of a run (local files, hub data sets) and load them as raw rows that can be read in parallel.
 
-JSON and CSV are read line by line with Python's own parsers into an Arrow file of raw rows: libraries that infer a
-column's type from the first rows crash on, or silently convert, whatever differs later. Parquet, Arrow and hub data
-carry their types with them and go through `datasets`. Nothing here holds a whole data set in memory.
+JSON and CSV are read row by row with Python's own parsers into an Arrow file of raw rows (`rm_scale.data.text_files`):
+libraries that infer a column's type from the first rows crash on, or silently convert, whatever differs later. Parquet,
+Arrow and hub data carry their types with them and go through `datasets`. No data set is held in memory whole.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
 import glob
 import gzip
-import io
-import json
 import os
-import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from rm_scale.data.groups import RejectedRow
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.text_files import RawRow, csv_rows, json_rows, jsonl_rows, parse_row
 from rm_scale.errors import DataError
+from rm_scale.files import naming, not_a_file
+from rm_scale.texts import first_line, nearest_file
 
 SUPPORTED_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
-# Cells of these CSV columns hold numbers or lists; all others stay the text they are.
-CSV_JSON_COLUMNS = frozenset(
-    [
-        "margin",
-        "soft_label",
-        "chosen_probability",
-        "preference_probability",
-        "ranks",
-        "scores",
-        "responses",
-        "completions",
-    ]
-)
 SAMPLE_ROWS = 200
 _WRITE_ROWS = 1000
-_READ_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,10 +40,10 @@ class RawRows:
     is_json: bool
 
     def decode(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> list[tuple[int, Any]]:
-        """Pairs of row index and row for one batch of `dataset`; a row that can't be read is a `RejectedRow`."""
+        """Return index and value of each row of a batch of `dataset`; a row that can't be read is a `RejectedRow`."""
         if self.is_json:
             return [
-                (row, _parse(raw, problem))
+                (row, parse_row(raw, problem))
                 for row, raw, problem in zip(batch["row"], batch["raw"], batch["problem"], strict=True)
             ]
         names = list(batch)
@@ -68,10 +51,10 @@ class RawRows:
         return [(index, dict(zip(names, values, strict=True))) for index, values in zip(indices, columns, strict=True)]
 
     def sample(self, num_rows: int = SAMPLE_ROWS) -> list[dict[str, Any]]:
-        """The first rows that are readable objects.
+        """Return those of the first rows that are readable objects.
 
         Raises:
-            DataError: none is; says what is wrong with the first one.
+            DataError: none of them is; the text says what is wrong with the first one.
         """
         count = min(num_rows, len(self.dataset))
         rows = [row for _, row in self.decode(self.dataset[:count], range(count))]
@@ -85,7 +68,7 @@ class RawRows:
         return readable
 
     def columns(self, sample: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Column names in order: those declared, or for JSON those seen in the sample."""
+        """Return the column names in order: those declared, or for JSON those seen in the sample."""
         if not self.is_json:
             return list(self.dataset.column_names)
         return list(dict.fromkeys(name for row in sample for name in row))
@@ -96,9 +79,9 @@ class Source:
     """One file, folder or hub split to read.
 
     Attributes:
-        name: how it is called in reports: the path as given, or hub name and split.
-        identity: what must be unchanged for cached results to hold, as JSON values.
-        load: reads it, with room for temporary files in the folder given.
+        name: its name in reports: the path as given, or hub name and split.
+        identity: what must be unchanged for cached results to be valid, as JSON values.
+        load: reads it; takes a folder for temporary files.
     """
 
     name: str
@@ -110,9 +93,10 @@ class Source:
 
 
 def local_sources(paths: Sequence[str], split: str = "train") -> list[Source]:
-    """Sources for files, patterns such as `data/*.jsonl`, and folders written by `datasets`' `save_to_disk`.
+    """Return the sources for files, patterns such as `data/*.jsonl`, and folders written by `datasets`' `save_to_disk`.
 
     Args:
+        paths: files, patterns or folders.
         split: which split to take from a folder that holds several.
 
     Raises:
@@ -122,7 +106,7 @@ def local_sources(paths: Sequence[str], split: str = "train") -> list[Source]:
 
 
 def hub_source(name: str, config: str | None, split: str) -> Source:
-    """Source for one split of a hub data set.
+    """Return the source for one split of a hub data set.
 
     Raises:
         DataError: there is no such data set, configuration or split, or the hub can't be reached.
@@ -150,7 +134,10 @@ def _expand(path: str) -> list[str]:
 def _local_source(name: str, split: str) -> Source:
     path = Path(name)
     if not path.exists():
-        raise DataError(f"dataset_path={name}: there is no such file.{_nearest_file(path)} Fix: correct the path.")
+        raise DataError(f"dataset_path={name}: there is no such file.{nearest_file(path)} Fix: correct the path.")
+    what = not_a_file(path)
+    if what is not None:
+        raise DataError(f"dataset_path={name}: is {what}: it can't be read twice. Fix: write the rows to a file first.")
     if not os.access(path, os.R_OK):
         raise DataError(f"dataset_path={name}: may not be read by this user. Fix: chmod +r, or copy the file.")
     if path.is_dir():
@@ -159,9 +146,9 @@ def _local_source(name: str, split: str) -> Source:
         return Source(name, {**_identity(path, files), "split": split}, lambda _: _load_folder(path, name, split))
     suffix = _suffix(path)
     loaders: dict[str, Callable[[Path], RawRows]] = {
-        ".json": lambda work: _load_raw(_json_rows(path), name, work),
-        ".jsonl": lambda work: _load_raw(_jsonl_rows(path), name, work),
-        ".csv": lambda work: _load_raw(_csv_rows(path), name, work),
+        ".json": lambda work: _load_raw(json_rows(path), name, work),
+        ".jsonl": lambda work: _load_raw(jsonl_rows(path), name, work),
+        ".csv": lambda work: _load_raw(csv_rows(path), name, work),
         ".parquet": lambda work: _load_typed(path, name, work),
         ".arrow": lambda work: _load_typed(path, name, work),
     }
@@ -169,7 +156,7 @@ def _local_source(name: str, split: str) -> Source:
 
 
 def _suffix(path: Path) -> str:
-    """The kind of file, without a final `.gz`."""
+    """Return the suffix that says what kind of file it is, without a final `.gz`."""
     name = path.name.lower()
     found = [suffix for suffix in SUPPORTED_SUFFIXES if name.endswith(suffix)]
     if not found:
@@ -185,16 +172,8 @@ def _identity(path: Path, files: Sequence[Path]) -> dict[str, Any]:
     return {"path": str(path.resolve()), "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
 
 
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" The folder {path.parent} does not exist either."
-    names = sorted(part.name for part in path.parent.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f" Nearest name there: {path.parent / close[0]}." if close else ""
-
-
 def _require_saved_dataset(path: Path, name: str) -> None:
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return
     files = [str(part) for part in sorted(path.iterdir()) if part.name.lower().endswith(SUPPORTED_SUFFIXES)]
     found = f" It holds {', '.join(files[:5])}." if files else ""
@@ -248,7 +227,7 @@ def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
             try:
                 dataset = datasets.Dataset.from_file(str(path))
             except pa.ArrowInvalid:
-                # The other Arrow layout ("file" with a footer), which can't be mapped as it is.
+                # Arrow's "file" layout (with a footer), which `Dataset.from_file` can't map into memory.
                 dataset = datasets.load_dataset("arrow", data_files=[str(path)], split="train", cache_dir=cache)
         else:
             # `datasets` fails on an empty file with a message about batch sizes.
@@ -260,9 +239,9 @@ def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
 
 
 def _unreadable(name: str, error: BaseException) -> DataError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DataError(
-        f"{name}: can't be read: {first}. Fix: check that the file is complete and of the kind its name says."
+        f"{name}: can't be read: {first_line(error)}. Fix: check that the file is complete and of the kind "
+        "its name says."
     )
 
 
@@ -274,9 +253,6 @@ def _require_rows(dataset: Any, name: str) -> Any:
 
 # --- Text files ----------------------------------------------------------------------------------------------------
 
-RawRow = tuple[int, bytes, str]
-"""Row index, JSON text, and the reason why the row could not even be split off ("" if it could)."""
-
 
 def _load_raw(rows: Iterator[RawRow], name: str, work_dir: Path) -> RawRows:
     """Write raw rows to an Arrow file, so that they can be mapped into memory and read by several processes."""
@@ -286,7 +262,7 @@ def _load_raw(rows: Iterator[RawRow], name: str, work_dir: Path) -> RawRows:
     schema = pa.schema([("row", pa.int64()), ("raw", pa.large_binary()), ("problem", pa.string())])
     path = work_dir / "raw.arrow"
     try:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        with naming(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batched(rows):
                 columns = list(zip(*batch, strict=True))
                 writer.write_batch(
@@ -306,171 +282,3 @@ def _batched(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
             batch = []
     if batch:
         yield batch
-
-
-def _parse(raw: bytes, problem: str) -> Any:
-    """A row's value, or the `RejectedRow` that says why it can't be read."""
-    if problem:
-        return RejectedRow("bad_csv", problem)
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RejectedRow("bad_unicode", f"byte {error.start} of the row is not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return RejectedRow("bad_json", f"{error}")
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _jsonl_rows(path: Path) -> Iterator[RawRow]:
-    """One row per line that isn't blank; the index counts lines from 0, so that an editor finds it."""
-    with _open(path) as stream:
-        for index, line in enumerate(stream):
-            line = (line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip()
-            if line:
-                yield index, line, ""
-
-
-def _json_rows(path: Path) -> Iterator[RawRow]:
-    """A `.json` file is a list of rows, or one row per line."""
-    with _open(path) as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        _require_whole_first_line(path)
-        yield from _jsonl_rows(path)
-        return
-    with _open(path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
-        for index, element in enumerate(_list_elements(text, path)):
-            yield index, element.encode("utf-8", errors="surrogateescape"), ""
-
-
-def _require_whole_first_line(path: Path) -> None:
-    first = next(_jsonl_rows(path), None)
-    if first is not None and first[1].endswith((b"{", b"[", b",")):
-        raise DataError(
-            f"{path}: is one JSON object spread over several lines, not a list of rows. "
-            "Fix: store a list [{...}, {...}], or one row per line (JSONL)."
-        )
-
-
-def _list_elements(stream: IO[str], path: Path) -> Iterator[str]:
-    """The JSON texts of a list's elements, read in pieces so that the file may be larger than memory."""
-    reader = _Window(stream)
-    reader.skip("[")
-    if reader.peek() == "]":
-        return
-    while True:
-        try:
-            yield reader.element()
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"{path}: is not valid JSON near character {reader.position}: {error}. Fix: correct the file there, or "
-                "store one row per line (JSONL), where a bad row is counted and the others are used."
-            ) from error
-        follows = reader.peek()
-        if follows == "]":
-            return
-        if follows != ",":
-            seen = "the end of the file" if follows == "" else repr(follows)
-            raise DataError(
-                f"{path}: is not valid JSON near character {reader.position}: expected ',' or ']', found {seen}. "
-                "Fix: correct the file there (is it complete?)."
-            )
-        reader.skip(",")
-
-
-class _Window:
-    """A piece of a text stream that grows until the next JSON value fits in it."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-        self._buffer = ""
-        self._start = 0
-        self._dropped = 0
-        self._ended = False
-        self._decoder = json.JSONDecoder()
-
-    @property
-    def position(self) -> int:
-        """Characters of the stream that lie behind."""
-        return self._dropped + self._start
-
-    def peek(self) -> str:
-        """The next character that isn't white space, "" at the end; stands on it afterwards."""
-        while True:
-            found = re.compile(r"\S").search(self._buffer, self._start)
-            if found:
-                self._start = found.start()
-                return found.group()
-            self._start = len(self._buffer)
-            if not self._grow():
-                return ""
-
-    def skip(self, expected: str) -> None:
-        assert self.peek() == expected
-        self._start += 1
-
-    def element(self) -> str:
-        """The text of the next JSON value."""
-        self.peek()
-        while True:
-            try:
-                _, end = self._decoder.raw_decode(self._buffer, self._start)
-            except json.JSONDecodeError:
-                if not self._grow():
-                    raise
-                continue
-            # A number at the end of the window may go on behind it.
-            if end < len(self._buffer) or not self._grow():
-                text = self._buffer[self._start : end]
-                self._start = end
-                return text
-
-    def _grow(self) -> bool:
-        """Read on, at least doubling what is held, so that long values cost linear time."""
-        if self._ended:
-            return False
-        rest = self._buffer[self._start :]
-        more = self._stream.read(max(_READ_CHARACTERS, len(rest)))
-        self._dropped += self._start
-        self._buffer, self._start, self._ended = rest + more, 0, not more
-        return bool(more)
-
-
-def _csv_rows(path: Path) -> Iterator[RawRow]:
-    """One row per record after the header; every cell is text but for the columns of `CSV_JSON_COLUMNS`."""
-    csv.field_size_limit(sys.maxsize)
-    with _open(path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
-        header = next(reader, [])
-        repeated = sorted({name for name in header if header.count(name) > 1})
-        if repeated:
-            raise DataError(f"{path}: the header names {', '.join(repeated)} twice. Fix: rename one of the columns.")
-        index = 0
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield index, b"", f"line {reader.line_num}: {error}"
-            else:
-                if not cells:
-                    continue
-                wrong = f"{len(cells)} cells, the header has {len(header)}" if len(cells) != len(header) else ""
-                row = {name: _csv_cell(name, cell) for name, cell in zip(header, cells, strict=False)}
-                yield index, json.dumps(row).encode(), wrong
-            index += 1
-
-
-def _csv_cell(name: str, cell: str) -> Any:
-    if name not in CSV_JSON_COLUMNS:
-        return cell
-    try:
-        return json.loads(cell) if cell.strip() else None
-    except (ValueError, RecursionError):
-        return cell

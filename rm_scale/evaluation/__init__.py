@@ -1,1 +1,1 @@
-"""Is the model good: exact pairwise results, written as evaluation.json."""
+"""Evaluate reward models: accuracy, calibration, length bias, comparisons, public benchmarks, requirements."""

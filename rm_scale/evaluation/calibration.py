@@ -1,4 +1,4 @@
-"""Do rewards mean what the Bradley-Terry model says: P(a is better than b) = sigmoid(r_a - r_b)?
+"""Measure calibration (ECE): do rewards mean what Bradley-Terry says, P(a is better than b) = sigmoid(r_a - r_b)?
 
 A prediction is turned to the response that the model prefers: its probability is sigmoid(|margin|), between 0.5 and
 1, and it comes true when the label agrees. Expected calibration error and temperature as in Guo et al. 2017, "On
@@ -11,9 +11,9 @@ import math
 
 import numpy as np
 
-from rm_scale.evaluation.document import Calibration, ReliabilityBin
-from rm_scale.evaluation.pairs import Floats, Integers, Pairs
+from rm_scale.evaluation.evaluation_document import Calibration, ReliabilityBin
 from rm_scale.evaluation.resampling import interval_of, number
+from rm_scale.evaluation.scored_pairs import Floats, Integers, Pairs
 
 NUM_BINS = 10
 MAX_FOLDS = 5
@@ -27,7 +27,7 @@ NO_PAIRS = "no pairs"
 
 
 def calibration(pairs: Pairs, seed: int = 0) -> Calibration:
-    """Reliability, its error, and what one temperature would do for it.
+    """Return reliability, its error (ECE), and what one temperature would do for it.
 
     Args:
         pairs: the pairs; label ties among them play no part.
@@ -58,21 +58,21 @@ def calibration(pairs: Pairs, seed: int = 0) -> Calibration:
 
 
 def sigmoid(values: Floats) -> Floats:
-    """1 / (1 + exp(-x)) without overflow."""
+    """Return 1 / (1 + exp(-x)) without overflow."""
     small = np.exp(-np.abs(values))
     result: Floats = np.where(values >= 0, 1 / (1 + small), small / (1 + small))
     return result
 
 
 def negative_log_likelihood(margin: Floats, target: Floats) -> float | None:
-    """Mean over pairs of -p log sigmoid(m) - (1 - p) log sigmoid(-m), in nats; `None` without pairs."""
+    """Return the mean over pairs of -p log sigmoid(m) - (1 - p) log sigmoid(-m), in nats; `None` without pairs."""
     if not len(margin):
         return None
     return number(np.mean(target * np.logaddexp(0, -margin) + (1 - target) * np.logaddexp(0, margin)))
 
 
 def _predictions(margin: Floats, target: Floats) -> tuple[Floats, Floats]:
-    """Probability of the response that the model prefers, and by label the probability that it is the better one."""
+    """Return the probability of the response the model prefers, and by label that it is the better one."""
     observed = np.where(margin > 0, target, np.where(margin < 0, 1 - target, 0.5))
     return sigmoid(np.abs(margin)), observed
 
@@ -81,7 +81,7 @@ def _predictions(margin: Floats, target: Floats) -> tuple[Floats, Floats]:
 
 
 def reliability_bins(predicted: Floats, observed: Floats, num_bins: int = NUM_BINS) -> list[ReliabilityBin]:
-    """Bins of equal width from 0.5 to 1.
+    """Put the pairs into bins of equal width from 0.5 to 1.
 
     Args:
         predicted: `(P,)` in [0.5, 1].
@@ -112,7 +112,7 @@ def _bin_of(predicted: Floats, num_bins: int) -> Integers:
 
 
 def expected_calibration_error(bins: list[ReliabilityBin]) -> float | None:
-    """Mean over pairs of |predicted - observed| of their bin; `None` without pairs."""
+    """Return the ECE: the mean over pairs of |predicted - observed| of their bin; `None` without pairs."""
     total = sum(part["count"] for part in bins)
     gaps = [
         part["count"] * abs(part["predicted"] - part["observed"])
@@ -123,7 +123,7 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float | None:
 
 
 def _error_if_calibrated(predicted: Floats, target: Floats, num_bins: int = NUM_BINS) -> float | None:
-    """What the error would be on average if every prediction were right: chance alone leaves a gap in each bin.
+    """Return the mean error if every prediction were right: chance alone leaves a gap in each bin.
 
     The gap of a bin is then about normal with mean 0, so its absolute value has mean sqrt(2 / pi) standard deviations.
     Only hard labels are drawn; a soft label is itself a probability and brings no chance with it.
@@ -139,7 +139,7 @@ def _error_if_calibrated(predicted: Floats, target: Floats, num_bins: int = NUM_
 
 
 def fit_inverse_temperature(margin: Floats, target: Floats) -> tuple[float, str]:
-    """The factor on rewards that makes the labels likeliest (least negative log-likelihood).
+    """Return the factor on rewards that makes the labels likeliest (least negative log-likelihood).
 
     The likelihood is log-concave in it, so the root of its derivative is found by halving, in the logarithm.
 
@@ -164,12 +164,12 @@ def fit_inverse_temperature(margin: Floats, target: Floats) -> tuple[float, str]
 
 
 def _has_conflict(margin: Floats, target: Floats) -> bool:
-    """Is there anything that certainty would contradict?"""
+    """Tell whether there is anything that certainty would contradict."""
     return bool(np.any((margin < 0) | ((margin > 0) & (target < 1))))
 
 
 def _cross_validated(pairs: Pairs, seed: int) -> tuple[Floats | None, list[float | None]]:
-    """Margins divided by temperatures fitted on other prompts, and these temperatures; `None` with a single prompt."""
+    """Return margins divided by temperatures fitted on other prompts, and those; `None` with a single prompt."""
     prompts, cluster = np.unique(pairs.cluster, return_inverse=True)
     num_folds = min(MAX_FOLDS, len(prompts))
     if num_folds < 2:

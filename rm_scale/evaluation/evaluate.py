@@ -1,4 +1,4 @@
-"""Scored groups of one or several models to the document of `rm_scale.evaluation.document`."""
+"""Compute all numbers of an evaluation, from the scored groups of one or several models to `EvaluationDocument`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from rm_scale import __version__
 from rm_scale.errors import ModelError
 from rm_scale.evaluation.calibration import calibration
-from rm_scale.evaluation.comparison import Matched, agreement, compare, match
-from rm_scale.evaluation.document import (
+from rm_scale.evaluation.evaluation_document import (
     DOCUMENT_VERSION,
     Agreement,
     Comparison,
@@ -28,12 +26,14 @@ from rm_scale.evaluation.document import (
     Slice,
     Ties,
 )
-from rm_scale.evaluation.gate import metrics_of
 from rm_scale.evaluation.length_bias import length_bias
-from rm_scale.evaluation.pairs import Floats, Mask, Pairs, pairs_of
+from rm_scale.evaluation.model_comparison import Matched, agreement, compare, match
+from rm_scale.evaluation.requirements import metrics_of
 from rm_scale.evaluation.resampling import DEFAULT_RESAMPLES, accuracy_interval, mean, number, ranks_of
+from rm_scale.evaluation.scored_pairs import Floats, Mask, Pairs, pairs_of
 from rm_scale.training.losses import LossSettings
-from rm_scale.training.metrics import PairCounts, ScoredGroup, evaluate_groups
+from rm_scale.training.pair_counts import PairCounts, ScoredGroup, evaluate_groups
+from rm_scale.version import __version__
 
 _MOST_BINS = 60
 _QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
@@ -75,7 +75,7 @@ class Resampling:
 
 
 def evaluate_model(scored: ScoredModel, how: Resampling | None = None) -> ModelEvaluation:
-    """All results of one model: overall, per subset, per source.
+    """Return all results of one model: overall, per subset, per source.
 
     Raises:
         ModelError: a reward is not finite.
@@ -138,7 +138,7 @@ def _slice(counts: PairCounts, pairs: Pairs, chosen: Mask, score_std: float | No
 
 
 def margins(values: Floats) -> Margins:
-    """Histogram and quantiles of margins."""
+    """Return histogram and quantiles of margins."""
     if not len(values):
         empty: dict[str, float | None] = dict.fromkeys(_QUANTILES)
         return Margins(edges=[], counts=[], quantiles=empty, mean=None, std=None, min=None, max=None)
@@ -158,7 +158,7 @@ def margins(values: Floats) -> Margins:
 
 
 def histogram_edges(values: Floats) -> Floats:
-    """Edges of bins of equal, round width (Freedman and Diaconis 1981), with one at 0: right is right of it."""
+    """Return edges of bins of equal, round width (Freedman and Diaconis 1981), one at 0: right is right of it."""
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     spread = high - low
     if spread == 0:
@@ -172,13 +172,13 @@ def histogram_edges(values: Floats) -> Floats:
 
 
 def _round_width(width: float) -> float:
-    """The next number up that is 1, 2, 2.5 or 5 times a power of ten."""
+    """Return the next number up that is 1, 2, 2.5 or 5 times a power of ten."""
     power: float = 10.0 ** math.floor(math.log10(width))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= width * (1 - 1e-9))
 
 
 def ties(pairs: Pairs) -> Ties:
-    """What ties there are, and whether rewards see those of the labels."""
+    """Return what ties there are, and whether rewards see those of the labels."""
     distances = np.abs(pairs.margin)
     exact = int((pairs.margin == 0).sum())
     return Ties(
@@ -192,7 +192,7 @@ def ties(pairs: Pairs) -> Ties:
 
 
 def _smaller_share(small: Floats, large: Floats) -> float | None:
-    """Probability that one of `small` is below one of `large`, equality counted half (Mann and Whitney 1947)."""
+    """Return the probability that one of `small` is below one of `large`, ties half (Mann and Whitney 1947)."""
     if not len(small) or not len(large):
         return None
     ranks = ranks_of(np.concatenate([small, large])) + 1
@@ -208,7 +208,7 @@ def evaluate_all(
     how: Resampling | None = None,
     benchmarks: dict[str, dict[str, dict[str, Any]]] | None = None,
 ) -> EvaluationDocument:
-    """The whole document, but for the gate.
+    """Return the whole document, but for the requirements (`gate`).
 
     Args:
         scored: the models; the first one is judged, the others are what it is compared with.
@@ -250,7 +250,7 @@ def _between(scored: Sequence[ScoredModel], how: Resampling) -> tuple[list[Agree
 
 
 def _record(model: ModelEvaluation) -> dict[str, Any]:
-    """What a run's own evaluation.json has."""
+    """Return the keys that a run's own evaluation.json has."""
     values: dict[str, Any] = dict(model)
     record = {key: values[key] for key in _RECORD_KEYS}
     record["subsets"] = {
@@ -261,7 +261,7 @@ def _record(model: ModelEvaluation) -> dict[str, Any]:
 
 
 def metric_names(models: Sequence[str], subsets: Iterable[str] = (), sources: Iterable[str] = ()) -> list[str]:
-    """Names that `gate_metrics` will have for such models and data, known before anything is scored.
+    """Return the names that `gate_metrics` will have for such models and data, before anything is scored.
 
     Args:
         models: names; without any there are only benchmarks.
@@ -273,7 +273,7 @@ def metric_names(models: Sequence[str], subsets: Iterable[str] = (), sources: It
 
 
 def gate_metrics(document: EvaluationDocument) -> dict[str, float | None]:
-    """The numbers a requirement may name: the first model's, its comparisons, its benchmarks.
+    """Return the numbers a requirement may name: the first model's, its comparisons, its benchmarks.
 
     `comparison.METRIC` is the comparison with the second model, `comparison.NAME.METRIC` that with model NAME.
     """

@@ -1,4 +1,4 @@
-"""Does a reward model go by length? Accuracy where length helps and where it hurts, and the reward's slope on it.
+"""Measure whether a reward model goes by length: accuracy where it helps and hurts, and the reward's slope on it.
 
 Length is the usual shortcut of learnt rewards (Singhal et al. 2023, "A long way to go", https://arxiv.org/abs/2310.03716).
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rm_scale.evaluation.document import LengthBias, LengthBin, Share
-from rm_scale.evaluation.pairs import Floats, Integers, Mask, Pairs
+from rm_scale.evaluation.evaluation_document import LengthBias, LengthBin, Share
 from rm_scale.evaluation.resampling import Z95, correlation, interval_of, mean, number
+from rm_scale.evaluation.scored_pairs import Floats, Integers, Mask, Pairs
 
 NUM_BINS = 8
 
 
 def length_bias(pairs: Pairs, score_std: float | None) -> LengthBias:
-    """Everything about length.
+    """Return how accuracy and rewards depend on the lengths of the responses.
 
     Args:
         pairs: pairs without known lengths play no part.
@@ -62,7 +62,7 @@ def _share(margin: Floats, inside: Mask) -> Share:
 
 
 def length_bins(margin: Floats, length: Integers, num_bins: int = NUM_BINS) -> list[LengthBin]:
-    """Accuracy in bins of the length difference that hold about as many pairs each; equal differences stay together.
+    """Return accuracy in bins of the length difference with about as many pairs each; equal ones stay together.
 
     Args:
         margin: `(P,)`.
@@ -92,7 +92,7 @@ class Line:
 
 
 def fit_line(x: Floats, y: Floats, cluster: Integers) -> Line | None:
-    """Least squares, with an interval of the slope that allows for errors alike within clusters.
+    """Fit a line by least squares; the slope's interval allows for errors alike within clusters.
 
     The variance is the sandwich of Liang and Zeger 1986 with the usual correction for few clusters,
     C/(C-1) (n-1)/(n-2).

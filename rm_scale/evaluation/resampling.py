@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rm_scale.evaluation.pairs import Floats, Integers
-from rm_scale.training.metrics import wilson_interval
+from rm_scale.evaluation.scored_pairs import Floats, Integers
+from rm_scale.training.pair_counts import wilson_interval
 
 Z95 = 1.959963984540054
 """Half-width of a 95 % interval in standard errors."""
@@ -22,23 +22,23 @@ _DRAWS_AT_ONCE = 2_000_000
 
 
 def number(value: Any) -> float | None:
-    """A JSON number, or `None` for what is not finite."""
+    """Return a JSON number, or `None` for what is not finite."""
     value = float(value)
     return value if math.isfinite(value) else None
 
 
 def mean(values: Floats) -> float | None:
-    """Their mean by an exact sum, so that order can't matter; `None` without any."""
+    """Return the mean by an exact sum, so that order can't matter; `None` without values."""
     return math.fsum(values) / len(values) if len(values) else None
 
 
 def interval_of(successes: float, trials: int) -> list[float] | None:
-    """Wilson's 95 % interval; `None` without trials."""
+    """Return Wilson's 95 % interval; `None` without trials."""
     return list(wilson_interval(successes, trials)) if trials else None
 
 
 def per_cluster(values: Floats, cluster: Integers) -> tuple[Floats, Floats]:
-    """Sums of `values` `(P, M)` per cluster that occurs, `(C, M)`, and the number of rows of each, `(C,)`."""
+    """Return sums of `values` `(P, M)` per cluster that occurs, `(C, M)`, and the rows of each, `(C,)`."""
     _, place = np.unique(cluster, return_inverse=True)
     if not len(values):
         return np.zeros((0, values.shape[1])), np.zeros(0)
@@ -47,7 +47,7 @@ def per_cluster(values: Floats, cluster: Integers) -> tuple[Floats, Floats]:
 
 
 def resampled_means(values: Floats, cluster: Integers, num_resamples: int, seed: int) -> Floats:
-    """Means of `values` over bootstrap resamples of the clusters.
+    """Return means of `values` over bootstrap resamples of the clusters.
 
     Args:
         values: `(P, M)`, M numbers per pair.
@@ -72,7 +72,7 @@ def resampled_means(values: Floats, cluster: Integers, num_resamples: int, seed:
 
 
 def accuracy_interval(credit: Floats, cluster: Integers) -> list[float] | None:
-    """95 % interval of an accuracy when the pairs of a prompt may be alike; `None` with fewer than two prompts.
+    """Return the 95 % interval of an accuracy whose pairs may be alike per prompt; `None` below two prompts.
 
     Wilson's interval with as many trials as the pairs are worth: their number divided by the design effect, the
     variance of the accuracy over prompts relative to that of independent pairs (Korn and Graubard 1998; Wilson's in
@@ -97,7 +97,7 @@ def accuracy_interval(credit: Floats, cluster: Integers) -> list[float] | None:
 
 
 def two_sided_p_value(resampled: Floats) -> float:
-    """P-value of "the difference is zero" from bootstrap resamples of it: twice the smaller tail beyond zero.
+    """Return the p-value of "the difference is zero" from bootstrap resamples: twice the smaller tail.
 
     Resamples count one more than they are on either side, so that the value is never zero (Davison and Hinkley 1997,
     section 4.2).
@@ -108,7 +108,7 @@ def two_sided_p_value(resampled: Floats) -> float:
 
 
 def ranks_of(values: Floats) -> Floats:
-    """Ranks from 0, ties get the mean of theirs."""
+    """Return ranks from 0; ties get the mean of theirs."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     starts = np.cumsum(counts) - counts
     ranks: Floats = (starts + (counts - 1) / 2)[place.reshape(-1)]
@@ -116,7 +116,7 @@ def ranks_of(values: Floats) -> Floats:
 
 
 def correlation(first: Floats, second: Floats) -> float | None:
-    """Pearson's; `None` when one of them does not vary."""
+    """Return Pearson's correlation; `None` when one of them does not vary."""
     if len(first) < 2:
         return None
     a, b = first - first.mean(), second - second.mean()
@@ -125,5 +125,5 @@ def correlation(first: Floats, second: Floats) -> float | None:
 
 
 def spearman(first: Floats, second: Floats) -> float | None:
-    """Spearman's rank correlation; `None` when one of them does not vary."""
+    """Return Spearman's rank correlation; `None` when one of them does not vary."""
     return correlation(ranks_of(first), ranks_of(second))

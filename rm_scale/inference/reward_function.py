@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
 
 from rm_scale.data.encoding import TextEncoder, unscorable_text
-from rm_scale.data.groups import RejectedRow, Text
+from rm_scale.data.preference_group import Text
+from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import ConfigError, DataError, ModelError
-from rm_scale.inference.identify import local_folder, require_reward_model
-from rm_scale.inference.remote import RemoteScorer, Unscorable
-from rm_scale.inference.scorer import RewardScorer, prompt_keys
+from rm_scale.inference.model_folder import local_folder, require_reward_model
+from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
+from rm_scale.inference.scoring.encode_completions import Completion, encode_completions, read_completions
+from rm_scale.inference.scoring.scorer import RewardScorer, prompt_keys
 from rm_scale.logs import get_logger
-from rm_scale.modeling.contract import CONTRACT_FILE, ScoringContract
+from rm_scale.modeling.scoring_contract import CONTRACT_FILE, ScoringContract
+from rm_scale.modeling.tokenizers import read_tokenizer
 
 logger = get_logger(__name__)
 
@@ -42,7 +44,7 @@ class RewardShape:
 
 
 class RewardFunction:
-    """What `reward_function` gives: called by the trainer on each rank with that rank's completions.
+    """What `reward_function` returns: called by the trainer on each rank with that rank's completions.
 
     The model is loaded at the first call, in the process that calls; so the function can be pickled and costs nothing
     where it isn't called.
@@ -80,12 +82,12 @@ class RewardFunction:
         Args:
             prompts: texts or lists of messages.
             completions: as many, of the same kind.
-            kwargs: what else the trainer gives: `tools`, a column of tool descriptions, is used for the chat template;
-                `log_metric` is told the share of completions without a score.
+            kwargs: what else the trainer passes: `tools`, a column of tool descriptions or of their JSON text, is used
+                for the chat template; `log_metric` is told the share of completions without a score.
 
         Raises:
             DataError: the lengths differ; or a completion has no reward and this trainer would count that as 0.
-            RemoteError: the server gives no scores.
+            RemoteError: the server returns no scores.
         """
         tools = kwargs.get("tools")
         tools = tools if isinstance(tools, list) and len(tools) == len(prompts) else None
@@ -120,18 +122,17 @@ class RewardFunction:
     # --- Many of them ------------------------------------------------------------------------------------------------
 
     def _try_score(
-        self, prompts: Sequence[Text], completions: Sequence[Text], tools: Sequence[list[Any] | None] | None
+        self, prompts: Sequence[Text], completions: Sequence[Text], tools: Sequence[Any] | None
     ) -> list[float | Unscorable]:
+        read = read_completions(prompts, completions, tools)
         if isinstance(self.source, RemoteScorer):
-            return self.source.try_score(prompts, completions, tools, self.shape.normalized)
+            return self._ask_server(self.source, read)
         scorer = self.scorer()
-        if len(prompts) != len(completions):
-            raise DataError(
-                f"{len(prompts)} prompts and {len(completions)} completions: give one prompt per completion."
-            )
-        tools = tools if tools is not None else [None] * len(prompts)
-        encoded = scorer.encoder.encode_many(prompts, completions, tools)
-        keys = prompt_keys(prompts, tools)
+        encoded = encode_completions(scorer.encoder, read)
+        keys = prompt_keys(
+            ["" if isinstance(one, RejectedRow) else one[0] for one in read],
+            [None if isinstance(one, RejectedRow) else one[2] for one in read],
+        )
         good = [(ids, key) for ids, key in zip(encoded, keys, strict=True) if not isinstance(ids, RejectedRow)]
         # A trainer's mixed precision is not the contract's: inside it even the head would be rounded.
         with torch.autocast(torch.device(scorer.device).type, enabled=False):
@@ -139,13 +140,22 @@ class RewardFunction:
                 [ids for ids, _ in good], self.batch_size, [key for _, key in good], self.max_tokens
             )
         scores = iter(scorer.normalize(rewards) if self.shape.normalized else rewards)
-        return [
-            Unscorable(ids.reason, unscorable_text(ids)) if isinstance(ids, RejectedRow) else next(scores)
-            for ids in encoded
-        ]
+        return [_unscorable(ids) if isinstance(ids, RejectedRow) else next(scores) for ids in encoded]
+
+    def _ask_server(self, server: RemoteScorer, read: Sequence[Completion | RejectedRow]) -> list[float | Unscorable]:
+        good = [one for one in read if not isinstance(one, RejectedRow)]
+        scores = iter(
+            server.try_score(
+                [prompt for prompt, _, _ in good],
+                [completion for _, completion, _ in good],
+                [tools for _, _, tools in good],
+                self.shape.normalized,
+            )
+        )
+        return [_unscorable(one) if isinstance(one, RejectedRow) else next(scores) for one in read]
 
     def scorer(self) -> RewardScorer:
-        """The model, loaded when it is first needed in this process.
+        """Return the model, loaded when it is first needed in this process.
 
         Raises:
             ModelError: the folder does not hold a reward model.
@@ -178,7 +188,7 @@ def reward_function(
     max_tokens: int | None = None,
     **options: Any,
 ) -> RewardFunction:
-    """A reward model as a reward function of TRL's trainers.
+    """Return a reward model as a reward function of TRL's trainers.
 
         GRPOTrainer(model=..., reward_funcs=reward_function("outputs/mine"), ...)
 
@@ -196,7 +206,8 @@ def reward_function(
             an error instead.
         empty: reward of a completion without text; by default what the model gives it.
         name: under which trainers log it, `rewards/NAME/mean`; default the folder's name, as for a model by path.
-        batch_size, max_tokens: of a forward pass, see `RewardScorer.score`; not used with a server.
+        batch_size: texts in a forward pass, see `RewardScorer.score`; not used with a server.
+        max_tokens: tokens in a forward pass; not used with a server.
         options: for `RewardScorer.from_pretrained` (`device`, `dtype`, ...), or for `RemoteScorer` (`token_env`, ...).
 
     Raises:
@@ -260,7 +271,7 @@ class PlainTextTokenizer:
 
 
 def plain_text_tokenizer(folder: str | Path) -> PlainTextTokenizer:
-    """For TRL's `reward_processing_classes`, where a reward model is given by path and prompts are plain text.
+    """Return a tokenizer for TRL's `reward_processing_classes`, for a model given by path and plain-text prompts.
 
     By itself TRL tokenises prompt + completion without BOS and EOS, and so reads the reward somewhere else than
     training did. Give the path, rather than `reward_function`, where TRL shall shard the reward model (ZeRO-3, FSDP):
@@ -275,7 +286,7 @@ def plain_text_tokenizer(folder: str | Path) -> PlainTextTokenizer:
     found = local_folder(folder)
     require_reward_model(found)
     encoding = ScoringContract.load(found).encoding
-    return PlainTextTokenizer(TextEncoder.from_settings(AutoTokenizer.from_pretrained(str(found)), encoding))
+    return PlainTextTokenizer(TextEncoder.from_settings(read_tokenizer(str(found)), encoding))
 
 
 _HEADING = "the reward function can't be made"
@@ -303,13 +314,17 @@ def _check_numbers(shape: RewardShape) -> None:
 
 
 def _require_spread(folder: Path) -> None:
-    """Now, rather than at the first step."""
+    """Refuse a model whose contract lacks mean and deviation of its scores, now rather than at the first step."""
     contract = ScoringContract.load(folder)
     if contract.score_mean is None or not contract.score_std:
         raise ModelError(
             f"{folder}: {CONTRACT_FILE} has no score_mean and score_std (the model was saved without an evaluation), "
             "so rewards can't be normalised. Fix: normalized=False, or train with eval_split_size or eval_dataset_path."
         )
+
+
+def _unscorable(rejected: RejectedRow) -> Unscorable:
+    return Unscorable(rejected.reason, unscorable_text(rejected))
 
 
 def _has_text(completion: Text) -> bool:

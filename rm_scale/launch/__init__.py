@@ -1,1 +1,1 @@
-"""Starting runs: the guard around entry points, and the demo."""
+"""How runs start: on this machine or over a hostfile, and what every start needs: device, operators, plan."""

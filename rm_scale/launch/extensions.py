@@ -1,5 +1,4 @@
-"""The C++ operators DeepSpeed compiles on first use: keep builds of different environments apart, and "
-"clear dead locks."""
+"""The C++ operators that DeepSpeed compiles on first use: a folder for each environment, and removal of dead locks."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ STALE_LOCK_SECONDS = 30 * 60
 
 
 def prepare_extensions(local_rank: int) -> Path:
-    """Choose the folder for compiled operators and make sure no dead build blocks it; gives the folder.
+    """Choose the folder for compiled operators, remove locks of dead builds from it, and return it.
 
-    torch keeps them in one folder for all environments: two of them then rebuild each other's operators for ever. And
-    a build that was killed leaves a lock which every later job waits for without a word.
+    By default torch keeps them in one folder for all environments, which then rebuild each other's operators again and
+    again. And a build that was killed leaves a lock, for which every later job waits without a message.
 
     Args:
         local_rank: only rank 0 of a node clears locks.
@@ -41,7 +40,7 @@ def _default_folder() -> Path:
 
 
 def clear_stale_locks(folder: Path, older_than_seconds: float = STALE_LOCK_SECONDS) -> list[Path]:
-    """Remove locks of builds that can't still be running; gives those removed."""
+    """Remove locks of builds that can't still be running; return those removed."""
     removed = []
     for lock in folder.glob("**/lock"):
         try:

@@ -1,18 +1,22 @@
-"""LoRA adapters beside a head that is trained in full, and the 4-bit backbone under them."""
+"""Add LoRA adapters to a model whose head is trained in full."""
 
 from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rm_scale.config import RunConfig
 from rm_scale.errors import ModelError
 from rm_scale.modeling.head import HEAD_NAMES, check_head_trainable
+from rm_scale.texts import first_line, one_line
+
+_ABOUT_TARGETS = ("Target module", "target_modules", "No modules were targeted")
+"""One of these is in PEFT's errors about `lora_target_modules`; its `ValueError`s have many other causes."""
 
 
 def lora_config(config: RunConfig) -> LoraConfig:
-    """PEFT's configuration. The task type is always SEQ_CLS, the only one that trains and saves the head."""
+    """Return PEFT's configuration. The task type is always SEQ_CLS, the only one that trains and saves the head."""
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=config.lora_r,
@@ -39,37 +43,19 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
     """
     try:
         adapted = get_peft_model(model, lora_config(config), autocast_adapter_dtype=not keep_dtype)
-    except ValueError as error:
-        names = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise ModelError(
-            f"lora_target_modules={config.lora_target_modules}: {str(error).splitlines()[0]} "
-            f"Fix: choose among {', '.join(n for n in names if n not in HEAD_NAMES)}, or leave it out for all."
-        ) from error
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise ModelError(_refused(error, model, config)) from error
     check_head_trainable(adapted)
     return adapted
 
 
-def quantization_config(config: RunConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """4-bit settings: the head is never quantised, and storage has the compute type so that ZeRO-3 can shard it."""
-    storage = getattr(torch, config.bnb_4bit_quant_storage) if config.bnb_4bit_quant_storage else compute_dtype
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=storage,
-        # An explicit list replaces transformers' own, which misses heads with a bias.
-        llm_int8_skip_modules=[*HEAD_NAMES, "lm_head"],
+def _refused(error: Exception, model: PreTrainedModel, config: RunConfig) -> str:
+    """Return what PEFT refused; with a fix only where target modules are the cause, since other fixes would mislead."""
+    text = one_line(error, 400)
+    if not any(word in text for word in _ABOUT_TARGETS):
+        return f"use_peft=True: LoRA layers can't be added to {type(model).__name__} ({type(error).__name__}: {text})"
+    names = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    return (
+        f"lora_target_modules={config.lora_target_modules}: {first_line(error)} "
+        f"Fix: choose among {', '.join(n for n in names if n not in HEAD_NAMES)}, or leave it out for all."
     )
-
-
-def keep_4bit_layout_on_cpu() -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in eval mode on CPUs with AVX512-BF16.
-
-    The repacked form can't be saved any more (`packed_weight should be [N, K/2]`), so the first checkpoint after an
-    evaluation would fail.
-    """
-    import bitsandbytes.nn.modules as modules
-
-    if hasattr(modules, "has_avx512bf16"):
-        modules.has_avx512bf16 = lambda: False

@@ -20,11 +20,14 @@ class ScalarHead(nn.Linear):
     """A linear layer hidden_size -> 1 without bias whose product is fp32.
 
     Attributes:
-        residual: fp32 tensor `(1, hidden_size)`; added to `weight` in the forward pass. Zero unless `weight` is a
-            lower-precision copy of an fp32 master. Not saved: the saved weight is `effective_weight()`.
+        residual: fp32 tensor `(1, hidden_size)` on the weight's device; added to `weight` in the forward pass. Zero
+            unless `weight` is a lower-precision copy of an fp32 master. Not saved: the saved weight is
+            `effective_weight()`.
+        offset: constant added to every reward: the bias of a head that another trainer saved. Not saved.
     """
 
     residual: torch.Tensor
+    offset: float = 0.0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> ScalarHead:
@@ -32,26 +35,35 @@ class ScalarHead(nn.Linear):
         with torch.device("meta"):
             head = cls(linear.in_features, 1, bias=False)
         head.weight = linear.weight
-        head.register_buffer("residual", torch.zeros(1, linear.in_features, dtype=torch.float32), persistent=False)
+        # Nothing moves it later: DeepSpeed leaves models that `zero.Init` made where they are, as 4-bit ones stay.
+        residual = torch.zeros(1, linear.in_features, dtype=torch.float32, device=linear.weight.device)
+        head.register_buffer("residual", residual, persistent=False)
         return head
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rewards `(..., 1)` in fp32 of hidden states `(..., hidden_size)`."""
+        """Return rewards `(..., 1)` in fp32 of hidden states `(..., hidden_size)`."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.effective_weight())
+            rewards = nn.functional.linear(hidden.float(), self.effective_weight())
+            return rewards + self.offset if self.offset else rewards
 
     def effective_weight(self) -> torch.Tensor:
-        """The fp32 weight `(1, hidden_size)` that rewards are computed with."""
-        return self.weight.float() + self.residual.float()
+        """Return the fp32 weight `(1, hidden_size)` that rewards are computed with."""
+        return self.weight.float() + self._residual_beside_weight()
 
     def set_residual(self, master: torch.Tensor) -> None:
         """Remember what the low-precision weight lost of `master` (fp32, `(1, hidden_size)`)."""
         rounded = master.to(self.weight.dtype).float()
-        self.residual = (master.float() - rounded).to(self.residual.device)
+        self.residual = (master.float() - rounded).to(self.weight.device)
+
+    def _residual_beside_weight(self) -> torch.Tensor:
+        """Return the residual in fp32, moved for good when somebody gave the head a weight on another device."""
+        if self.residual.device != self.weight.device:
+            self.residual = self.residual.to(self.weight.device)
+        return self.residual.float()
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """The head of a transformers sequence-classification model: its attribute name and the layer.
+    """Return the head of a transformers sequence-classification model: its attribute name and the layer.
 
     Raises:
         ModelError: there is none we know, it has more than one output, or it has a bias.
@@ -75,7 +87,7 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def install_scalar_head(model: nn.Module) -> str:
-    """Replace the model's head by a `ScalarHead` around the same parameter; gives the head's attribute name."""
+    """Replace the model's head by a `ScalarHead` around the same parameter; return the head's attribute name."""
     name, head = find_head(model)
     if not isinstance(head, ScalarHead):
         setattr(model, name, ScalarHead.from_linear(head))
@@ -83,7 +95,7 @@ def install_scalar_head(model: nn.Module) -> str:
 
 
 def active_head(model: nn.Module) -> ScalarHead:
-    """The `ScalarHead` that takes part in the forward pass: the trained copy when the model carries adapters.
+    """Return the `ScalarHead` of the forward pass: the trained copy when the model carries adapters.
 
     Raises:
         ModelError: the model has no such head, or the head is frozen beside trainable weights (it would be lost).

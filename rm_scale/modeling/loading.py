@@ -1,9 +1,11 @@
-"""Backbone and head: load a causal LM or an existing reward model for training, or a saved one for scoring."""
+"""Load a causal LM or an existing reward model for training, or a saved reward model for scoring."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,22 +13,36 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.utils import cached_file
 
+from rm_scale.batching.packed.backend_choice import choose_backend, head_size
 from rm_scale.config import RunConfig
 from rm_scale.distributed import giving_back_freed_memory
 from rm_scale.errors import ModelError
+from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
-from rm_scale.modeling.adapters import add_adapters, keep_4bit_layout_on_cpu, quantization_config
+from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
-from rm_scale.modeling.packed import enable_packed_rows
-from rm_scale.packing.attention import choose_backend
+from rm_scale.modeling.out_of_memory import is_out_of_memory
+from rm_scale.modeling.packed_model import enable_packed_rows
+from rm_scale.modeling.quantization import (
+    copy_from_mapped_files,
+    keep_4bit_layout_on_cpu,
+    quantization_config,
+    saved_quantization_config,
+)
+from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from
+from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, open_weights
 from rm_scale.planning.plan import Plan
+from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
+
+_HEAD_WORDS = ("head", "score", "classifier", "reward", "summary", "regression", "value", "gating", "normalizer")
+"""What the first part of a name holds where a tensor takes part in making a reward."""
+_RAW_SCORES = "torch.nn.modules.linear.Identity"
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
             f"trust_remote_code is on: Python code that comes with {config.model_name_or_path} "
             f"(revision {config.model_revision}) may run here"
         )
-    head_was_found = checkpoint_has_head(config.model_name_or_path, config.model_revision, config.trust_remote_code)
+    stored = head_to_start_from(config.model_name_or_path, config.model_revision, config.trust_remote_code)
     extra: dict[str, Any] = {}
     if config.load_in_4bit:
         if plan.device == "cpu":
@@ -76,26 +92,62 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         dtype=dtype,
-        head_expected=head_was_found,
+        stored=stored,
         **extra,
     )
     _match_vocabulary(model, tokenizer)
     describe_as_reward_model(model, tokenizer)
     head_name = install_scalar_head(model)
+    # In its own precision: loading has rounded it, or has not known it by its name.
+    saved_head = None if stored is None else stored.weight()
+    if saved_head is not None:
+        _put_head(model, saved_head, config.model_name_or_path)
     if config.torch_compile:
         _compile_layers(model)
     if plan.packing != "none":
         _enable_packing(model, plan)
     if config.use_peft:
         model = add_adapters(model, config, keep_dtype=plan.zero_stage == 3)
-    saved_head = _read_saved_head(config) if head_was_found else None
     if plan.deepspeed_config is None:
         _hold_trainable_in_fp32(model)
         if saved_head is not None:
             active_head(model).weight.data = saved_head.clone()
-    source = "kept from the checkpoint" if head_was_found else "new, since the checkpoint has none"
-    logger.info(f"reward head {head_name}: {source}")
-    return LoadedModel(model, head_name, head_was_found, saved_head)
+    _report_head(head_name, stored)
+    return LoadedModel(model, head_name, stored is not None, saved_head)
+
+
+def _report_head(head_name: str, stored: StoredHead | None) -> None:
+    """Say where the head comes from, and what of it is left behind."""
+    if stored is None:
+        logger.info(f"reward head {head_name}: new, since the checkpoint has none")
+        return
+    logger.info(f"reward head {head_name}: loaded from the checkpoint ({stored.describe()})")
+    if stored.offset() != 0.0:
+        logger.warning(
+            f"reward head {head_name}: its constant ({stored.bias_key}={stored.offset():.6g}) is left out. It is the "
+            "same for every text, so differences of rewards stay as they were; rewards themselves move by it"
+        )
+
+
+def _put_head(model: PreTrainedModel, weight: torch.Tensor, name: str) -> None:
+    """Write a stored head into the model's, rounded to its type; under ZeRO-3 into its shards (a collective).
+
+    Raises:
+        ModelError: it was made for hidden states of another size.
+    """
+    head = active_head(model)
+    if weight.shape != (1, head.in_features):
+        raise ModelError(
+            f"{name}: its reward head is {tuple(weight.shape)}, the model's hidden states are {head.in_features} wide. "
+            "Fix: give a head that belongs to this model."
+        )
+    if not hasattr(head.weight, "ds_id"):
+        head.weight.data.copy_(weight)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0):
+        head.weight.data.copy_(weight)
 
 
 def _compile_layers(model: PreTrainedModel) -> None:
@@ -107,7 +159,9 @@ def _compile_layers(model: PreTrainedModel) -> None:
 def _enable_packing(model: PreTrainedModel, plan: Plan) -> None:
     """Let the model take packed rows, with the backend asked for or the one that fits device and type."""
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    backend = choose_backend(plan.packed_attention, plan.device, plan.compute_dtype, softcap is not None)
+    backend = choose_backend(
+        plan.packed_attention, plan.device, plan.compute_dtype, softcap is not None, head_size(model.config)
+    )
     enable_packed_rows(model, backend)
     logger.info(f"packed rows: {plan.packing}, attention {backend} ({plan.device}, {plan.compute_dtype})")
 
@@ -137,25 +191,75 @@ def load_reward_model(
         if (folder / "adapter_config.json").is_file():
             model = _load_adapter(folder, dtype, device, quantized, trust_remote_code)
         elif (folder / "config.json").is_file():
-            model = _load_sequence_classifier(
-                str(folder), dtype=dtype or "auto", head_expected=True, trust_remote_code=trust_remote_code
-            )
-            install_scalar_head(model)
-            _restore_head(model, _file_with_head(folder))
+            model = _load_full_model(folder, dtype, trust_remote_code)
         else:
             raise ModelError(
                 f"{folder}: holds no config.json or adapter_config.json. Fix: give a run's output directory."
             )
     if not getattr(model, "is_loaded_in_4bit", False):
         model = model.to(device)
+    _require_one_device(model, torch.device(device), folder)
     return model.eval()
+
+
+def _require_one_device(model: torch.nn.Module, device: torch.device, folder: Path) -> None:
+    """See that all of a model is where it was asked to be: 4-bit models don't move, so what is added to them must.
+
+    Raises:
+        ModelError: a parameter or buffer lies elsewhere.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # "cuda" means the current one of several; processors have no numbers, though DeepSpeed calls theirs cpu:0.
+    index = None if device.type == "cpu" else device.index
+    elsewhere = [
+        (name, tensor.device)
+        for name, tensor in tensors
+        if tensor.device.type != device.type or index not in {None, tensor.device.index}
+    ]
+    if elsewhere:
+        name, place = elsewhere[0]
+        raise ModelError(
+            f"{folder}: asked for on {device}, but {len(elsewhere)} of its tensors are elsewhere, first {name} on "
+            f"{place}. Fix: report this; until then score with --device cpu."
+        )
+
+
+def _load_full_model(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    stored = find_stored_head(str(folder))
+    if stored is None:
+        raise ModelError(
+            f"{folder}: its weights hold no reward head; it would be random. "
+            "Fix: give the folder that holds the trained head."
+        )
+    model = _load_sequence_classifier(
+        str(folder), dtype=dtype or _saved_type(folder), stored=stored, trust_remote_code=trust_remote_code
+    )
+    install_scalar_head(model)
+    _put_head(model, stored.weight(), str(folder))
+    _set_exact_head(model, stored.weight())
+    active_head(model).offset = stored.offset()
+    return model
+
+
+def _saved_type(folder: Path) -> torch.dtype | str:
+    """Return the type of the backbone's weights where a run saved them: `config.json` names the one to load them in."""
+    if not (folder / "scoring_contract.json").is_file():
+        return "auto"
+    sizes: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with open_weights(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                tensor = tensors.get_slice(name)
+                sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return _TYPES.get(sizes.most_common(1)[0][0] if sizes else "", "auto")
+
+
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def _load_adapter(
     folder: Path, dtype: torch.dtype | None, device: str | torch.device, quantized: bool, trust_remote_code: bool
 ) -> PeftModel:
-    from transformers import BitsAndBytesConfig
-
     contract = json.loads((folder / "scoring_contract.json").read_text(encoding="utf-8"))
     base = contract["base_model"]
     if base["trust_remote_code"] and not trust_remote_code:
@@ -167,31 +271,36 @@ def _load_adapter(
     if quantized and base.get("quantization"):
         if torch.device(device).type == "cpu":
             keep_4bit_layout_on_cpu()
-        extra["quantization_config"] = BitsAndBytesConfig(**base["quantization"])
+        extra["quantization_config"] = saved_quantization_config(base["quantization"])
         extra["device_map"] = {"": device}
     model = _load_sequence_classifier(
         base["name"],
         revision=base["revision"],
         trust_remote_code=trust_remote_code,
         dtype=dtype or getattr(torch, contract["dtype"]),
-        head_expected=False,
+        stored=find_stored_head(base["name"], base["revision"]),  # the adapter's stands for it, if there is one
         **extra,
     )
     if model.get_input_embeddings().num_embeddings < contract["vocab_size"]:
         model.resize_token_embeddings(contract["vocab_size"], mean_resizing=False)
     model.config.get_text_config().pad_token_id = contract["pad_token_id"]
     install_scalar_head(model)
+    head = _head_of_adapter(folder / ADAPTER_WEIGHTS_FILE)
     adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    _restore_head(adapted, folder / "adapter_model.safetensors")
     if dtype is not None and not extra:
         adapted = adapted.to(dtype)
-        _restore_head(adapted, folder / "adapter_model.safetensors")
+    _set_exact_head(adapted, head)
     return adapted
 
 
 def _load_sequence_classifier(
-    name: str, dtype: torch.dtype | str, head_expected: bool, **kwargs: Any
+    name: str, dtype: torch.dtype | str, stored: StoredHead | None, **kwargs: Any
 ) -> PreTrainedModel:
+    """Load the backbone with a head that is new, or `stored` where transformers knows it by its name.
+
+    Raises:
+        ModelError: it can't be loaded, layers are missing, or it holds a head that is not `stored`.
+    """
     attention = kwargs.pop("attn_implementation", None)
     if attention is not None:
         kwargs["attn_implementation"] = attention
@@ -199,12 +308,15 @@ def _load_sequence_classifier(
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise  # no fault of the model's; who asked for it may know a place with more
         raise ModelError(
-            f"model_name_or_path={name!r}: can't be loaded as a reward model ({_short(error)}). "
+            f"model_name_or_path={name!r}: can't be loaded as a reward model ({one_line(error, 240)}). "
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
         ) from error
-    other_heads = [key for key in info["unexpected_keys"] if _looks_like_a_head(key)]
+    known = () if stored is None else (stored.key, stored.bias_key)
+    other_heads = [key for key in info["unexpected_keys"] if key not in known and _looks_like_a_head(key)]
     if other_heads:
         raise ModelError(
             f"model_name_or_path={name!r}: holds a head that can't be used here ({sorted(other_heads)[0]}); "
@@ -212,7 +324,7 @@ def _load_sequence_classifier(
             "replaced by a random one. Fix: convert it to a transformers sequence classifier with one output, or give "
             "the causal language model it came from."
         )
-    missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES or head_expected]
+    missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES]
     if missing:
         raise ModelError(
             f"model_name_or_path={name!r}: its files lack {len(missing)} weights, first "
@@ -220,76 +332,14 @@ def _load_sequence_classifier(
             "be random. Fix: download the model again, or check that config.json belongs to these weights."
         )
     if "quantization_config" in kwargs:
-        _let_go_of_the_files(model)
+        copy_from_mapped_files(model)
     return model
 
 
-def _let_go_of_the_files(model: PreTrainedModel) -> None:
-    """Copy what was not quantised out of the mapped files.
-
-    A few norms and embeddings that still point there keep all of the files mapped, and a process would seem to hold
-    the unquantised model: 13 GB more for 7B. Parameters that ZeRO-3 shards are copies already.
-    """
-    for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu" and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.clone()
-
-
 def _looks_like_a_head(key: str) -> bool:
-    """A reward or value head of another library; language-model heads are meant to be dropped."""
+    """Tell whether a tensor is another library's reward or value head; language-model heads are dropped on purpose."""
     first = key.split(".")[0]
-    return first != "lm_head" and any(word in first for word in ("head", "score", "classifier", "reward", "summary"))
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:240] + ("..." if len(text) > 240 else "")
-
-
-def checkpoint_has_head(name: str, revision: str = "main", trust_remote_code: bool = False) -> bool:
-    """Does the checkpoint hold a scalar head?
-
-    Raises:
-        ModelError: its config says it is a sequence classifier, but it has not exactly one output or lacks the head.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model_name_or_path={name!r}: its config can't be used ({_short(error)}). Fix: use a model that this "
-            "transformers knows; for a model with its own code, --trust_remote_code if you trust it."
-        ) from error
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        return False
-    if config.num_labels != 1:
-        raise ModelError(
-            f"model_name_or_path={name!r}: is a classifier with {config.num_labels} outputs, a reward model has 1. "
-            "Fix: give a reward model or the causal language model it came from."
-        )
-    if not any(key.split(".")[0] in HEAD_NAMES for key in checkpoint_keys(name, revision)):
-        raise ModelError(
-            f"model_name_or_path={name!r}: config.json says {architecture}, but the weights hold no head "
-            f"({' or '.join(HEAD_NAMES)}); it would be random. Fix: give the folder that holds the trained head."
-        )
-    return True
-
-
-def checkpoint_keys(name: str, revision: str = "main") -> list[str]:
-    """Names of all tensors in a safetensors checkpoint, sharded or not."""
-    index = cached_file(
-        name, "model.safetensors.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    if index is not None:
-        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    single = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if single is None:
-        raise ModelError(
-            f"model_name_or_path={name!r}: has no safetensors weights; other formats can run code when they are read. "
-            "Fix: convert the model with save_pretrained(..., safe_serialization=True)."
-        )
-    with safe_open(single, framework="pt") as tensors:
-        return list(tensors.keys())
+    return first != "lm_head" and any(word in first for word in _HEAD_WORDS)
 
 
 def _match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -302,7 +352,8 @@ def _match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def describe_as_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write into the config what others need to score with it: pad and EOS ids, one label, raw scores.
 
-    `problem_type="regression"` makes `pipeline("text-classification")` and vLLM give the raw score, not its sigmoid.
+    `problem_type="regression"` makes `pipeline("text-classification")` and vLLM give the raw score, not its sigmoid;
+    `CrossEncoder` goes by the name of an activation.
     """
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.pad_token_id = tokenizer.pad_token_id
@@ -310,47 +361,54 @@ def describe_as_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokeni
         config.use_cache = False
     model.config.problem_type = "regression"
     model.config.num_labels = 1
+    # sentence-transformers' CrossEncoder puts one label through a sigmoid; vLLM reads this too.
+    model.config.sentence_transformers = {"activation_fn": _RAW_SCORES}
+    model.config.sbert_ce_default_activation_function = _RAW_SCORES  # as CrossEncoder called it before 4.0
     model.config.id2label = {0: "reward"}
     model.config.label2id = {"reward": 0}
 
 
+def name_exact_type(folder: Path) -> None:
+    """Let a saved model's `config.json` name float32, whatever the backbone is stored in; an adapter has none.
+
+    transformers loads all weights in the type that stands there. Half precision would round the head, which is stored
+    in float32, and the score itself: by 0.03 for a score near 8.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        config = {**json.loads(path.read_text(encoding="utf-8")), "dtype": "float32"}
+        write_whole(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
 def _hold_trainable_in_fp32(model: torch.nn.Module) -> None:
-    """Without DeepSpeed there is no fp32 master copy, so whatever is trained must itself be fp32."""
+    """Make trained weights fp32, as without DeepSpeed there is no fp32 master copy."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
 
-def _read_saved_head(config: RunConfig) -> torch.Tensor:
-    """The head of an existing reward model as its file holds it, in fp32."""
-    name, revision = config.model_name_or_path, config.model_revision
-    file = "model.safetensors"
-    index = cached_file(name, f"{file}.index.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        shards: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        file = next(shard for key, shard in shards.items() if key.split(".")[0] in HEAD_NAMES)
-    with safe_open(cached_file(name, file, revision=revision), framework="pt") as tensors:
-        key = next(key for key in list(tensors.keys()) if key.split(".")[0] in HEAD_NAMES)
-        return tensors.get_tensor(key).float()
+def _head_of_adapter(file: Path) -> torch.Tensor:
+    """Return the trained head in an adapter's file, fp32.
 
-
-def _file_with_head(folder: Path) -> Path:
-    """The safetensors file of a model folder, sharded or not, that holds the head."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return folder / "model.safetensors"
-    shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return folder / next(file for name, file in shards.items() if name.split(".")[0] in HEAD_NAMES)
-
-
-def _restore_head(model: torch.nn.Module, weights: Path) -> None:
-    """Give the head back the fp32 value in the file, which loading may have rounded to the backbone's type."""
-    head = active_head(model)
-    with safe_open(str(weights), framework="pt") as tensors:
+    Raises:
+        ModelError: the file is damaged, or holds no head.
+    """
+    with open_weights(file) as tensors:
         names = [key for key in list(tensors.keys()) if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]
-        if len(names) == 1:
-            head.weight.data = tensors.get_tensor(names[0]).float().to(head.weight.device)
-            head.residual = torch.zeros_like(head.residual)
+        if len(names) != 1:
+            raise ModelError(
+                f"{file}: holds {len(names)} reward heads, an adapter of a reward model has 1. "
+                "Fix: give the output directory of a LoRA or QLoRA run."
+            )
+        head: torch.Tensor = tensors.get_tensor(names[0])
+        return head.float()
+
+
+def _set_exact_head(model: torch.nn.Module, weight: torch.Tensor) -> None:
+    """Give the head its fp32 value, which loading may have rounded to the backbone's type."""
+    head = active_head(model)
+    head.weight.data = weight.to(head.weight.device)
+    head.residual = torch.zeros_like(head.weight, dtype=torch.float32)
 
 
 @contextlib.contextmanager

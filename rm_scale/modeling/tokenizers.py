@@ -1,29 +1,24 @@
-"""The tokenizer of a run: the model's own, with a padding token that differs from EOS."""
+"""Load the tokenizer of a run, and settle its EOS token, padding token and chat template."""
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
+from rm_scale.modeling.padding_token import require_in_vocabulary, settle_pad_token
+from rm_scale.modeling.weight_files import LFS_START, file_of
+from rm_scale.texts import typed_line
 
 logger = get_logger(__name__)
 
-# Tokens that model families reserve and never write themselves; the first one in the vocabulary is taken.
-PAD_CANDIDATES = (
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<|endoftext|>",
-    "<|fim_pad|>",
-    "<|vision_pad|>",
-    "<unk>",
-)
-ADDED_PAD_TOKEN = "<|rm_scale_pad|>"
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_OTHER_VOCABULARIES = ("merges.txt", "vocab.txt", "tiktoken.model", "qwen.tiktoken")
 
 
 def load_tokenizer(
@@ -47,15 +42,9 @@ def load_tokenizer(
     Raises:
         ModelError: no tokenizer there, a token is unknown, or pad and EOS are the same.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model_name_or_path={name!r}: its tokenizer can't be loaded ({_first_line(error)}). "
-            "Fix: put the tokenizer's files beside the model."
-        ) from error
+    tokenizer = read_tokenizer(name, revision, trust_remote_code)
     if eos_token is not None:
-        _require_known(tokenizer, "eos_token", eos_token)
+        require_in_vocabulary(tokenizer, "eos_token", eos_token)
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no EOS token. Fix: name one with --eos_token.")
@@ -66,46 +55,84 @@ def load_tokenizer(
     return tokenizer
 
 
-def settle_pad_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
-    """Give the tokenizer a padding token distinct from EOS, adding one only when nothing else is left.
+def read_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as it is saved.
 
-    With pad = EOS the rightmost non-pad token is the one *before* EOS, so the score would be read at the wrong place.
+    Args:
+        name: folder or hub name.
+        revision: hub branch, tag or commit.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        ModelError: `wanted` is unknown or is the EOS token.
+        ModelError: it can't be loaded; says which file or package is to blame where that is certain.
     """
-    if wanted is not None:
-        _require_known(tokenizer, "pad_token", wanted)
-        if tokenizer.convert_tokens_to_ids(wanted) == tokenizer.eos_token_id:
-            raise ModelError(
-                f"pad_token={wanted!r}: is the EOS token, so the score would be read one token too early. "
-                "Fix: leave pad_token out, or name another token."
-            )
-        tokenizer.pad_token = wanted
-        return
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    vocabulary = tokenizer.get_vocab()
-    for candidate in PAD_CANDIDATES:
-        if candidate in vocabulary and vocabulary[candidate] not in {tokenizer.eos_token_id, tokenizer.bos_token_id}:
-            logger.info(
-                f"padding token: {candidate} (the tokenizer had {tokenizer.pad_token}, EOS is {tokenizer.eos_token})"
-            )
-            tokenizer.pad_token = candidate
-            return
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
-        # It never ends a text, and it needs no new row in the embedding, which an adapter would have to carry.
-        logger.info(f"padding token: {tokenizer.bos_token}, the vocabulary has no unused one")
-        tokenizer.pad_token = tokenizer.bos_token
-        return
-    tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
-    logger.info(f"padding token: added {ADDED_PAD_TOKEN}, since the vocabulary has no unused one")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises plain `Exception` for a damaged file
+        cause = _damaged_file(name, revision) or _missing_package(name, revision) or _no_files(name)
+        # Where the cause is not known the error stands alone: a fix for another cause sends people the wrong way.
+        raise ModelError(f"{name}: its tokenizer can't be loaded ({cause or typed_line(error, 400)})") from error
 
 
-def _require_known(tokenizer: PreTrainedTokenizerBase, field: str, token: str) -> None:
-    if token not in tokenizer.get_vocab():
-        raise ModelError(f"{field}={token!r}: is not in the tokenizer's vocabulary. Fix: name a token that is.")
+def _file(name: str, file: str, revision: str) -> Path | None:
+    try:
+        return file_of(name, file, revision)
+    except OSError:
+        return None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _damaged_file(name: str, revision: str) -> str | None:
+    """Return which of the tokenizer's files can't be what it should be, and why."""
+    for file in (*_JSON_FILES, *_SENTENCEPIECE_FILES):
+        path = _file(name, file, revision)
+        if path is None:
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            return f"{path} can't be read: {error.strerror}"
+        if not content:
+            return f"{path} is empty. Fix: download or copy the file again"
+        if content.startswith(LFS_START):
+            return f"{path} is a Git LFS pointer. Fix: git lfs pull in that folder, or download the file itself"
+        if path.suffix == ".json" and not _is_json_object(content):
+            return f"{path} is no JSON object, or is cut short. Fix: download or copy the file again"
+    return None
+
+
+def _is_json_object(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(content), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _missing_package(name: str, revision: str) -> str | None:
+    """Return which package is missing to read a vocabulary that is there in SentencePiece's form alone."""
+    beside = next((file for file in _SENTENCEPIECE_FILES if _file(name, file, revision) is not None), None)
+    if beside is None or _file(name, "tokenizer.json", revision) is not None:
+        return None
+    packages = ("sentencepiece", "google.protobuf")
+    missing = [package.rpartition(".")[2] for package in packages if not _is_installed(package)]
+    if not missing:
+        return None
+    return (
+        f"it comes as {beside}, without tokenizer.json, and to read that the package {' and '.join(missing)} is "
+        f"needed and not installed. Fix: pip install {' '.join(missing)}"
+    )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
+def _no_files(name: str) -> str | None:
+    """Return that a folder holds no vocabulary at all, if it does not."""
+    folder = Path(name)
+    vocabularies = ("tokenizer.json", "vocab.json", *_SENTENCEPIECE_FILES, *_OTHER_VOCABULARIES)
+    if not folder.is_dir() or any((folder / file).is_file() for file in vocabularies):
+        return None
+    return "there are no tokenizer files in that folder. Fix: put the tokenizer's files beside the model"

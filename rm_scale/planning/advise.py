@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rm_scale.planning.estimate import Estimate, estimate
+from rm_scale.planning.group_lengths import LengthMix
 from rm_scale.planning.hardware import Device
-from rm_scale.planning.lengths import LengthMix
 from rm_scale.planning.scenario import Method, Scenario
 from rm_scale.planning.shape import ModelShape
 
@@ -17,9 +17,6 @@ Offload = Literal["none", "optimizer", "all", "nvme"]
 
 CLEARLY_FASTER = 1.03
 """A way that is harder to run must be at least this much faster than a simpler one."""
-
-WORTH_FITTING = 4
-"""Largest multiple of a device's share of the global batch that is tried as a row."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,11 @@ class Choice:
 
     @property
     def trouble(self) -> tuple[int, int, int]:
-        """How much goes with it, least first: offload, then the stage, then recomputing."""
+        """What makes it harder to run, as a sort key: offload first, then the ZeRO stage, then recomputing."""
         return (("none", "optimizer", "all", "nvme").index(self.offload), self.zero_stage, int(self.checkpointing))
 
     def describe(self) -> str:
-        """In a few words."""
+        """Name the ZeRO stage, the offload and checkpointing in a few words."""
         zero = f"ZeRO-{self.zero_stage}" if self.zero_stage else "no ZeRO"
         parts = [zero]
         if self.offload != "none":
@@ -103,7 +100,7 @@ class Choice:
 
 
 def choices(request: Request) -> Iterator[Choice]:
-    """All ways to run a request, with what each takes."""
+    """Yield all ways to run a request, with what each takes."""
     for stage in _stages(request):
         for offload in _offloads(request, stage):
             for checkpointing in [request.checkpointing] if request.checkpointing is not None else [False, True]:
@@ -113,7 +110,7 @@ def choices(request: Request) -> Iterator[Choice]:
 
 
 def recommend(request: Request) -> Choice:
-    """The fastest way that fits; when none fits, the one that needs the least memory."""
+    """Choose the fastest way that fits; when none fits, the one that needs the least memory."""
     ways = list(choices(request))
     fitting = [way for way in ways if way.estimate.fits]
     if not fitting:
@@ -124,7 +121,7 @@ def recommend(request: Request) -> Choice:
 
 
 def changes_that_fit(request: Request) -> list[tuple[str, Choice]]:
-    """What would make a request fit that doesn't, the smallest change first."""
+    """Find what would make a request fit that doesn't, the smallest change first."""
     found = []
     for text, changed in _changes(request):
         best = recommend(changed)
@@ -163,7 +160,7 @@ def _shorter(length: int) -> Iterator[int]:
 
 
 def _shortened(lengths: LengthMix, max_length: int) -> LengthMix:
-    from rm_scale.planning.lengths import full_rows
+    from rm_scale.planning.group_lengths import full_rows
 
     kept = [group for group in lengths.groups if group.longest <= max_length]
     return lengths.cut(max_length) if kept else full_rows(max_length)
@@ -186,7 +183,7 @@ def _offloads(request: Request, stage: int) -> list[Offload]:
 
 
 def _row_sizes(request: Request) -> list[tuple[int, int | None]]:
-    """Tokens of the largest micro-step, and groups when they are padded."""
+    """Return sizes to try: tokens of the largest micro-step, and its groups when they are padded (else `None`)."""
     share = max(1.0, request.global_batch_size / request.num_devices)
     if request.packing == "none":
         batches = [request.micro_batch] if request.micro_batch else [1, 2, 4, 8, 16, 32]
@@ -206,7 +203,7 @@ def _row_sizes(request: Request) -> list[tuple[int, int | None]]:
 def build_scenario(
     request: Request, stage: int, offload: Offload, checkpointing: bool, max_tokens: int, micro_batch: int | None
 ) -> Scenario:
-    """The scenario of one way to run a request."""
+    """Build the scenario of one way to run a request."""
     load = (
         request.lengths.padded_load(micro_batch)
         if micro_batch is not None

@@ -26,11 +26,11 @@ class Moved:
     backward: float
 
     def times(self, factor: float) -> Moved:
-        """So many elements."""
+        """Return the bytes of so many elements."""
         return Moved(self.forward * factor, self.backward * factor)
 
     def passes(self, recomputed: bool) -> float:
-        """Bytes of a whole micro-step."""
+        """Return the bytes of a forward and backward pass, with a second forward pass where it is recomputed."""
         return self.backward + self.forward * (2 if recomputed else 1)
 
 
@@ -75,7 +75,7 @@ DROPOUT = Moved(5, 5)
 
 
 def layer_bytes(shape: ModelShape, fused: bool) -> Moved:
-    """One layer's, per token.
+    """Return the bytes that one layer moves per token.
 
     Args:
         shape: the model's sizes.
@@ -101,7 +101,7 @@ def _activation(shape: ModelShape, fused: bool) -> Moved:
 
 
 def adapter_bytes(adapters: list[Tensor], dropout: bool, fused: bool) -> Moved:
-    """Those of all adapters, per token.
+    """Return the bytes that all adapters together move per token.
 
     Args:
         adapters: LoRA matrices, such as "q_proj.lora_A" of (rank, inputs) and "q_proj.lora_B" of (outputs, rank).

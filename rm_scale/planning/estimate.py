@@ -1,16 +1,16 @@
-"""A scenario's answer: does it fit, how fast is it, what does it cost. Everything here is a prediction."""
+"""What a scenario takes: does it fit, how fast is it, what does it cost. Everything here is a prediction."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from rm_scale.planning.activations import ActivationMemory, activations_of
+from rm_scale.planning.activations.activation_memory import ActivationMemory, activations_of
 from rm_scale.planning.memory import frozen_bytes, model_states
 from rm_scale.planning.network import break_even_tokens
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
-from rm_scale.planning.timing import StepTime, compute_seconds, executed_flops, step_time, useful_flops
+from rm_scale.planning.step_time import StepTime, compute_seconds, step_time, useful_flops
 
 RESERVE = 0.05
 """Share of a device's memory left free: what the allocator can't hand out because it is in pieces."""
@@ -79,12 +79,12 @@ class Estimate:
         return useful / self.time.high, useful / self.time.low
 
     def hours(self, num_pairs: float) -> tuple[float, float]:
-        """Hours for so many groups, fast and slow end."""
+        """Return the hours for so many groups, fast and slow end."""
         slow, fast = self.pairs_per_second
         return num_pairs / fast / 3600, num_pairs / slow / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`; names that scripts rely on, see docs/planning.md."""
+        """Return what `--json` prints, under the names that docs/planning.md promises to scripts."""
         low, high = self.time.low, self.time.high
         return {
             "predicted": True,
@@ -108,7 +108,7 @@ def _band(values: tuple[float, float]) -> dict[str, float]:
 
 
 def estimate(scenario: Scenario) -> Estimate:
-    """Memory and time of a scenario."""
+    """Predict memory and time of a scenario."""
     memory = peak_memory(scenario)
     return Estimate(
         scenario=scenario,
@@ -122,7 +122,7 @@ def estimate(scenario: Scenario) -> Estimate:
 
 
 def peak_memory(scenario: Scenario) -> dict[str, int]:
-    """Bytes per device by part when most is held: in the backward pass, or while the optimizer steps."""
+    """Return the bytes per device, by part, when most is held: in the backward pass or while the optimizer steps."""
     states = model_states(scenario)
     on_host = scenario.offload_optimizer != "none"
     lasting = {
@@ -148,9 +148,9 @@ _KNOWN: dict[tuple[object, ...], ActivationMemory] = {}
 
 
 def activations(scenario: Scenario) -> ActivationMemory:
-    """Activations of the largest micro-step, the 4-bit weight in use included.
+    """Predict the activations of the largest micro-step, including the one 4-bit weight that is dequantised.
 
-    They don't depend on how states are sharded, so that ways to run share them.
+    They don't depend on how states are sharded, so that scenarios which differ in that alone share one prediction.
     """
     reentrant = scenario.method != "full" and scenario.zero_stage == 3
     kind = (scenario.method, scenario.lora_rank, scenario.lora_targets, scenario.lora_dropout, scenario.precision)
@@ -162,7 +162,7 @@ def activations(scenario: Scenario) -> ActivationMemory:
 
 
 def gathered_bytes(scenario: Scenario) -> int:
-    """Whole weights that ZeRO-3 holds at once: kept until `live` of them are there."""
+    """Return the bytes of whole weights that ZeRO-3 holds at once: it gathers until `live` elements are there."""
     if scenario.zero_stage != 3 or scenario.num_devices == 1:
         return 0
     elements = total([*scenario.trained, *scenario.frozen])
@@ -175,7 +175,7 @@ def gathered_bytes(scenario: Scenario) -> int:
 
 
 def bucket_bytes(scenario: Scenario) -> int:
-    """Gradients on their way: DDP's copy of all of them, or ZeRO's buckets."""
+    """Return the bytes of gradients being reduced: DDP's copy of all of them, or ZeRO's buckets."""
     if scenario.num_devices == 1 and scenario.zero_stage is None:
         return 0
     if scenario.zero_stage is None:
@@ -186,7 +186,7 @@ def bucket_bytes(scenario: Scenario) -> int:
 
 
 def update_bytes(scenario: Scenario) -> int:
-    """While the optimizer steps: fp32 gradients and a temporary of a sub-group's size."""
+    """Return what the optimizer needs while it steps: fp32 gradients and a temporary of a sub-group's size."""
     if not scenario.optimizer_bytes or scenario.offload_optimizer != "none":
         return 0
     share = scenario.num_trained / (scenario.num_devices if scenario.zero_stage else 1)
@@ -197,14 +197,14 @@ def update_bytes(scenario: Scenario) -> int:
 
 
 def collective_bytes(scenario: Scenario) -> int:
-    """NCCL's own buffers: some per device, more across nodes. An engine makes its group on one device too."""
+    """Return NCCL's own buffers: more across nodes, and some on a single device too under DeepSpeed's engine."""
     if scenario.device.is_cpu or (scenario.num_devices == 1 and scenario.zero_stage is None):
         return 0
     return int(0.5e9 if scenario.num_nodes == 1 else 0.9e9)
 
 
 def load_peak_bytes(scenario: Scenario) -> int:
-    """Most that a device holds before the first step.
+    """Return the most bytes that a device holds before the first step.
 
     A quantised model is loaded whole on each rank before it is sharded; ZeRO-3 shards any other while it is read;
     ZeRO-1 and 2 copy what is trained into flat buffers.
@@ -226,7 +226,7 @@ def load_peak_bytes(scenario: Scenario) -> int:
 
 
 def host_memory_bytes(scenario: Scenario) -> int:
-    """Memory of one node: processes, the weights while they are read, and what is offloaded to it."""
+    """Return the bytes of one node's memory: processes, weights while they are read, and what is offloaded."""
     ranks = scenario.devices_per_node
     reading = total(scenario.backbone) * 2
     states = model_states(scenario)
@@ -236,23 +236,17 @@ def host_memory_bytes(scenario: Scenario) -> int:
 
 
 def estimate_on_host(scenario: Scenario) -> int:
-    """On a processor the device's memory is the host's."""
+    """Return what a rank on a processor takes of the host's memory, which is its device memory."""
     return sum(peak_memory(scenario).values()) - int(scenario.device.context_bytes)
 
 
 def nvme_bytes(scenario: Scenario) -> int:
-    """What one node keeps on its disk."""
+    """Return the bytes that one node keeps on its disk."""
     if "nvme" not in {scenario.offload_optimizer, scenario.offload_param}:
         return 0
     return model_states(scenario).offloaded * scenario.devices_per_node
 
 
 def tokens_to_hide_communication(scenario: Scenario) -> float:
-    """Tokens per device and micro-step from which on a step is bound by computing."""
+    """Return the tokens per device and micro-step from which on computing takes longer than communicating."""
     return break_even_tokens(scenario, compute_seconds)
-
-
-def hfu(estimated: Estimate) -> float:
-    """Executed operations over the device's peak, at the fast end."""
-    executed = executed_flops(estimated.scenario).total * estimated.scenario.num_micro_steps
-    return executed / estimated.time.low / estimated.scenario.device.peak_flops

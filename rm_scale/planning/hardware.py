@@ -1,14 +1,19 @@
-"""Accelerators the planner knows: peak and achievable rates, memory, links. A user adds more in YAML."""
+"""The one table of accelerators: peak and achievable rates, memory, links, and the names that drivers give them.
+
+Plans, `rm-scale launch`, a run's MFU and the benchmarks all read it. A user adds devices in YAML (`read_devices`).
+"""
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rm_scale.errors import ConfigError
+from rm_scale.texts import did_you_mean, one_line
+from rm_scale.yaml_files import read_yaml
 
 GIB = 2**30
 GBIT = 1e9 / 8
@@ -36,6 +41,7 @@ class Device:
         layer_seconds: time of a layer's kernel launches, forward and backward; a step can't be faster.
         collective_seconds: start of a collective, where it takes longer than is usual within a node or across nodes.
         sources: where the figures are from.
+        driver_names: parts of the names by which drivers call it (`torch.cuda.get_device_name`, `nvidia-smi`).
     """
 
     name: str
@@ -53,10 +59,11 @@ class Device:
     layer_seconds: float = 0.0052
     collective_seconds: float = 0.0
     sources: str = ""
+    driver_names: tuple[str, ...] = ()
 
     @property
     def is_cpu(self) -> bool:
-        """A processor: no context, no separate host memory."""
+        """Tell whether it is a processor, which has no driver context and no memory apart from the host's."""
         return self.name == "cpu" or self.name.startswith("cpu-")
 
 
@@ -67,7 +74,8 @@ _GEFORCE = (
     "memory, as two cards without NVLink reached (fsdp_qlora)"
 )
 
-# Rates and memory: makers' data sheets (dense, without sparsity). Memory: what the driver shows as total.
+# Rates and memory: makers' data sheets (dense, without sparsity). Memory: what the driver shows as total. Where several
+# devices' driver names are in a name, the longest counts.
 _DEVICES = (
     Device(
         "a100-40g",
@@ -80,6 +88,7 @@ _DEVICES = (
         8 * 200 * GBIT,
         step_efficiency=0.88,
         sources=_MAMF,
+        driver_names=("A100",),
     ),
     Device(
         "a100-80g",
@@ -92,6 +101,7 @@ _DEVICES = (
         8 * 200 * GBIT,
         step_efficiency=0.88,
         sources=_MAMF,
+        driver_names=("A100-SXM4-80GB", "A100-SXM-80GB", "A100 80GB", "A800"),
     ),
     Device(
         "h100-80g",
@@ -104,6 +114,20 @@ _DEVICES = (
         8 * 400 * GBIT,
         step_efficiency=0.67,
         sources=_MAMF,
+        driver_names=("H100",),
+    ),
+    Device(
+        "h100-pcie",
+        "H100 PCIe 80 GB",
+        79.1 * GIB,
+        756e12,
+        605e12,
+        2.0e12,
+        64e9,
+        100 * GBIT,
+        step_efficiency=0.67,
+        sources=f"NVIDIA H100 data sheet (links: PCIe 5, without an NVLink bridge); {_ASSUMED}; else as H100 SXM",
+        driver_names=("H100 PCIe",),
     ),
     Device(
         "h100-96g",
@@ -116,6 +140,7 @@ _DEVICES = (
         8 * 400 * GBIT,
         step_efficiency=0.67,
         sources="achievable: 80 % of 912e12, between SXM and NVL as torchtitan says of its cards; else as H100",
+        driver_names=("GH200",),  # the GPU beside Grace: an H100 of 96 GB, with faster HBM3
     ),
     Device(
         "h200",
@@ -128,14 +153,98 @@ _DEVICES = (
         8 * 400 * GBIT,
         step_efficiency=0.67,
         sources=f"{_MAMF}, H100",
+        driver_names=("H200",),
     ),
-    Device("b200", "B200 180 GB", 178.0 * GIB, 2250e12, 1745e12, 8e12, 900e9, 8 * 400 * GBIT, sources=_MAMF),
-    Device("mi300x", "MI300X 192 GB", 191.0 * GIB, 1307e12, 758e12, 5.3e12, 448e9, 8 * 400 * GBIT, sources=_MAMF),
-    Device("l40s", "L40S 48 GB", 44.4 * GIB, 362e12, 290e12, 0.864e12, 32e9, 100 * GBIT, sources=_ASSUMED),
-    Device("a6000", "RTX A6000 48 GB", 47.5 * GIB, 155e12, 124e12, 0.768e12, 32e9, 100 * GBIT, 4, sources=_ASSUMED),
-    Device("a40", "A40 48 GB", 44.4 * GIB, 150e12, 120e12, 0.696e12, 32e9, 100 * GBIT, 4, sources=_ASSUMED),
-    Device("4090", "RTX 4090 24 GB", 23.6 * GIB, 165e12, 149e12, 1.008e12, 6e9, 25 * GBIT, 2, 1.0, sources=_GEFORCE),
-    Device("3090", "RTX 3090 24 GB", 23.6 * GIB, 71e12, 64e12, 0.936e12, 4.5e9, 25 * GBIT, 2, 1.0, sources=_GEFORCE),
+    Device(
+        "b200",
+        "B200 180 GB",
+        178.0 * GIB,
+        2250e12,
+        1745e12,
+        8e12,
+        900e9,
+        8 * 400 * GBIT,
+        sources=_MAMF,
+        driver_names=("B200",),
+    ),
+    Device(
+        "mi300x",
+        "MI300X 192 GB",
+        191.0 * GIB,
+        1307e12,
+        758e12,
+        5.3e12,
+        448e9,
+        8 * 400 * GBIT,
+        sources=_MAMF,
+        driver_names=("MI300X",),
+    ),
+    Device(
+        "l40s",
+        "L40S 48 GB",
+        44.4 * GIB,
+        362e12,
+        290e12,
+        0.864e12,
+        32e9,
+        100 * GBIT,
+        sources=_ASSUMED,
+        driver_names=("L40S",),
+    ),
+    Device(
+        "a6000",
+        "RTX A6000 48 GB",
+        47.5 * GIB,
+        155e12,
+        124e12,
+        0.768e12,
+        32e9,
+        100 * GBIT,
+        devices_per_node=4,
+        sources=_ASSUMED,
+        driver_names=("A6000",),
+    ),
+    Device(
+        "a40",
+        "A40 48 GB",
+        44.4 * GIB,
+        150e12,
+        120e12,
+        0.696e12,
+        32e9,
+        100 * GBIT,
+        devices_per_node=4,
+        sources=_ASSUMED,
+        driver_names=("A40",),
+    ),
+    Device(
+        "4090",
+        "RTX 4090 24 GB",
+        23.6 * GIB,
+        165e12,
+        149e12,
+        1.008e12,
+        6e9,
+        25 * GBIT,
+        devices_per_node=2,
+        step_efficiency=1.0,
+        sources=_GEFORCE,
+        driver_names=("4090",),
+    ),
+    Device(
+        "3090",
+        "RTX 3090 24 GB",
+        23.6 * GIB,
+        71e12,
+        64e12,
+        0.936e12,
+        4.5e9,
+        25 * GBIT,
+        devices_per_node=2,
+        step_efficiency=1.0,
+        sources=_GEFORCE,
+        driver_names=("3090",),
+    ),
     Device(
         "cpu",
         "a processor",
@@ -170,27 +279,26 @@ _ALIASES = {
 
 
 def known_devices() -> dict[str, Device]:
-    """All built-in devices by name."""
+    """Return all built-in devices by name."""
     return {device.name: device for device in _DEVICES}
 
 
 def find_device(name: str, file: str | None = None) -> Device:
-    """The device of this name, from the user's YAML file or the built-in table.
+    """Find a device by the name that the command line takes, in the user's YAML file or the built-in table.
 
     Args:
         name: such as "h100-80g"; upper case, spaces and underscores don't matter.
         file: YAML file with `devices: {name: {field: value}}`; see `read_devices`.
 
     Raises:
-        ConfigError: nobody knows it; the nearest names are offered.
+        ConfigError: neither has it; the text offers the nearest names.
     """
     devices = {**known_devices(), **(read_devices(file) if file else {})}
     plain = name.strip().lower().replace("_", "-").replace(" ", "-")
     found = devices.get(plain) or devices.get(_ALIASES.get(plain, "")) or devices.get(name)
     if found is not None:
         return found
-    close = difflib.get_close_matches(plain, [*devices, *_ALIASES], n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else "one of those."
+    hint = did_you_mean(plain, [*devices, *_ALIASES], "one of those.", most=3, likeness=0.4)
     raise ConfigError(
         [
             f"gpu={name!r}: not a device we know ({', '.join(devices)}). Fix: {hint} For another one give its figures "
@@ -199,31 +307,14 @@ def find_device(name: str, file: str | None = None) -> Device:
     )
 
 
-# Parts of the names that drivers give, more specific ones first.
-_DRIVER_NAMES = (
-    ("A100-SXM4-80GB", "a100-80g"),
-    ("A100-SXM-80GB", "a100-80g"),
-    ("A100 80GB", "a100-80g"),
-    ("A800", "a100-80g"),
-    ("A100", "a100-40g"),
-    ("H100", "h100-80g"),
-    ("H200", "h200"),
-    ("B200", "b200"),
-    ("MI300X", "mi300x"),
-    ("L40S", "l40s"),
-    ("A6000", "a6000"),
-    ("A40", "a40"),
-    ("4090", "4090"),
-    ("3090", "3090"),
-)
-
-
 def device_of_run(driver_name: str | None, file: str | None) -> tuple[Device, bool]:
-    """What a run is compared with, and whether its rates are known.
+    """Return the device that a run is compared with, and whether its rates are known.
+
+    A GPU that is not in the table is compared with an A100 of 80 GB, a processor with a placeholder.
 
     Args:
         driver_name: the GPU's name; `None` on a processor.
-        file: measured figures; its first device counts.
+        file: YAML file of measured figures, whose first device counts; `None` without one.
 
     Raises:
         ConfigError: the file can't be used.
@@ -237,27 +328,40 @@ def device_of_run(driver_name: str | None, file: str | None) -> tuple[Device, bo
 
 
 def device_by_driver_name(name: str) -> Device | None:
-    """The device that a driver calls so, such as "NVIDIA H100 80GB HBM3"; `None` for one we don't know."""
-    found = next((device for part, device in _DRIVER_NAMES if part in name), None)
-    return known_devices()[found] if found else None
+    """Return the device that a driver calls by this name, or `None` for one that is not in the table.
+
+    Args:
+        name: as `torch.cuda.get_device_name` and `nvidia-smi` give it, such as "NVIDIA H100 80GB HBM3".
+    """
+    if "Laptop" in name:  # these have a desktop card's number, but less memory and lower rates
+        return None
+    found = [(len(part), device) for device in _DEVICES for part in device.driver_names if _has_word(name, part)]
+    return max(found, key=lambda match: match[0])[1] if found else None
+
+
+def _has_word(name: str, part: str) -> bool:
+    """Tell whether `part` stands in `name` between other characters than letters and digits: A40 is not in A4000."""
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(part)}(?![A-Za-z0-9])", name) is not None
+
+
+def peak_flops(driver_name: str) -> float | None:
+    """Return the dense bfloat16 peak in FLOP/s of the device that a driver calls by this name; `None`: not known."""
+    device = device_by_driver_name(driver_name)
+    return device.peak_flops if device is not None else None
 
 
 def read_devices(file: str) -> dict[str, Device]:
-    """Devices that a user describes.
+    """Read the devices that a user describes, by lower-case name.
 
     A device is a mapping of `Device` fields. `like: NAME` takes what is missing from another device.
 
     Raises:
-        ConfigError: the file can't be read, or a device in it is incomplete or has fields nobody knows.
+        ConfigError: the file can't be read, or a device in it is incomplete or has unknown fields.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            [f"hardware={file}: can't be read ({' '.join(str(error).split())}). Fix: give a YAML file."]
-        ) from error
+        content = read_yaml(Path(file))
+    except ValueError as error:
+        raise ConfigError([f"hardware={file}: can't be read ({one_line(error)}). Fix: give a YAML file."]) from error
     entries = content.get("devices") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise ConfigError([f"hardware={file}: has no devices. Fix: write 'devices:' and under it a name with fields."])
@@ -275,10 +379,9 @@ def _device_from(name: str, entry: Any, file: str, problems: list[str]) -> Devic
         return None
     values = dict(entry)
     like = values.pop("like", None)
-    allowed = {item.name: item for item in fields(Device) if item.name != "name"}
+    allowed = {item.name: item for item in fields(Device) if item.name not in {"name", "driver_names"}}
     for key in values.keys() - allowed.keys():
-        close = difflib.get_close_matches(key, allowed, n=1)
-        problems.append(f"{where}.{key}: no such figure. Fix: {f'did you mean {close[0]}?' if close else 'remove it.'}")
+        problems.append(f"{where}.{key}: no such figure. Fix: {did_you_mean(str(key), allowed, 'remove it.')}")
     good = {key: value for key, value in values.items() if key in allowed}
     for key in [key for key in good if key not in {"title", "sources"}]:
         good[key] = _positive(good[key], f"{where}.{key}", problems)
@@ -308,7 +411,7 @@ _REQUIRED = {
 
 
 def _positive(value: Any, where: str, problems: list[str]) -> Any:
-    """YAML reads 312e12 as text; take it as the number it is."""
+    """Return the number that a figure is; YAML reads 312e12 as text."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -49,7 +49,7 @@ class ModelStates:
 
 
 def model_states(scenario: Scenario) -> ModelStates:
-    """Model states of one rank.
+    """Return the model states of one rank.
 
     Every rank holds the same number of bytes, but for the last partition's padding, which is counted.
     """
@@ -68,7 +68,7 @@ def model_states(scenario: Scenario) -> ModelStates:
 
 
 def partition_elements(scenario: Scenario) -> int:
-    """Trained elements whose masters and moments lie on one rank, padding included."""
+    """Count the trained elements whose masters and moments lie on one rank, padding included."""
     ranks = scenario.num_devices
     if not scenario.zero_stage:
         return scenario.num_trained
@@ -78,14 +78,14 @@ def partition_elements(scenario: Scenario) -> int:
 
 
 def _optimizer_groups(tensors: Iterable[Tensor]) -> list[int]:
-    """Elements with weight decay and without (biases and norms): transformers makes two groups."""
+    """Count elements with weight decay and without (biases and norms): transformers makes two groups."""
     decayed = [tensor for tensor in tensors if tensor.role != "vector"]
     others = [tensor for tensor in tensors if tensor.role == "vector"]
     return [total(group) for group in (decayed, others) if group]
 
 
 def _aligned(elements: int, ranks: int) -> int:
-    """ZeRO-1 and 2 round each flat group up to a multiple of two elements per rank."""
+    """Round a flat group up to a multiple of two elements per rank, as ZeRO-1 and 2 do."""
     return math.ceil(elements / (2 * ranks)) * 2 * ranks
 
 
@@ -104,7 +104,7 @@ def _weights(scenario: Scenario) -> int:
 
 
 def frozen_bytes(scenario: Scenario) -> int:
-    """Frozen weights whole, quantised where they are."""
+    """Return the bytes of all frozen weights, unsharded; in 4 bits where they are quantised."""
     size = 4 if scenario.precision == "fp32" else 2
     if scenario.method != "qlora":
         return total(scenario.frozen) * size
@@ -118,7 +118,7 @@ def _packed(numel: int) -> int:
 
 
 def constants_bytes(scenario: Scenario, tensor: Tensor) -> int:
-    """Bytes of a 4-bit tensor's constants; they are never sharded."""
+    """Return the bytes of a 4-bit tensor's constants, which are never sharded."""
     blocks = math.ceil(tensor.numel / BLOCK_4BIT)
     if not scenario.nested_quant:
         return 4 * blocks
@@ -145,7 +145,7 @@ def _frozen_sharded(scenario: Scenario, frozen: list[Tensor]) -> int:
 
 
 def _whole_small_tensors(scenario: Scenario) -> int:
-    """ZeRO-3 keeps a whole copy of tensors up to a threshold on every rank, beside its part of them."""
+    """Return the bytes of small tensors, which ZeRO-3 keeps whole on every rank beside its part of them."""
     if scenario.zero_stage != 3:
         return 0
     trained = sum(
@@ -159,7 +159,7 @@ def _whole_small_tensors(scenario: Scenario) -> int:
 
 
 def _stored_elements(scenario: Scenario, tensor: Tensor) -> int:
-    """Elements of the compute type that a frozen tensor is stored in, so that ZeRO-3 can shard 4-bit ones."""
+    """Count the elements of the compute type in which a frozen tensor is stored; ZeRO-3 shards 4-bit ones so."""
     if scenario.method == "qlora" and tensor.role == "linear":
         return _packed(tensor.numel) // scenario.weight_bytes
     return tensor.numel

@@ -55,7 +55,7 @@ class Traffic:
 
 
 def traffic(scenario: Scenario) -> Traffic:
-    """What one step of this scenario sends."""
+    """Return what one step of this scenario sends."""
     if scenario.num_devices == 1:
         return Traffic(0, 0, 0, 0, 0, 0, 0)
     trained = scenario.num_trained * scenario.weight_bytes
@@ -88,7 +88,7 @@ def traffic(scenario: Scenario) -> Traffic:
 
 
 def gathered_again(scenario: Scenario) -> float:
-    """Share of the weights that the backward pass gathers once more.
+    """Return the share of the weights that the backward pass gathers once more.
 
     DeepSpeed keeps a weight when its next use is at most `reuse` elements away. On the way to the last layer and back
     every weight behind it is met twice, three times where layers are recomputed: so many of the last elements stay.
@@ -99,7 +99,7 @@ def gathered_again(scenario: Scenario) -> float:
 
 
 def _gathered_bytes(scenario: Scenario) -> float:
-    """Bytes of all sharded weights: what one all-gather of the model moves."""
+    """Return the bytes of all sharded weights: what one all-gather of the model moves."""
     trained = total([t for t in scenario.trained if t.numel > scenario.zero.persistent]) * scenario.weight_bytes
     if scenario.method == "full":
         return trained
@@ -110,12 +110,12 @@ def _gathered_bytes(scenario: Scenario) -> float:
 
 
 def network_share(device: Device) -> float:
-    """Of what a node's cards can carry, what collectives reach."""
+    """Return the share of a node's network cards' rate that collectives reach."""
     return TCP_SHARE if device.is_cpu else NETWORK_SHARE
 
 
 def seconds_for(scenario: Scenario, num_bytes: float, num_calls: float, within_node: bool = False) -> float:
-    """Time of collectives that move `num_bytes` in `num_calls` calls."""
+    """Return the seconds of collectives that move `num_bytes` in `num_calls` calls."""
     if num_bytes == 0 or scenario.num_devices == 1:
         return 0.0
     per_node = scenario.devices_per_node
@@ -131,17 +131,17 @@ def seconds_for(scenario: Scenario, num_bytes: float, num_calls: float, within_n
 
 
 def micro_step_seconds(scenario: Scenario) -> float:
-    """Time of a micro-step's collectives, were nothing else going on."""
+    """Return the seconds of a micro-step's collectives with nothing else going on."""
     sent = traffic(scenario)
     whole = seconds_for(scenario, sent.gather + sent.reduce * _reduce_cost(scenario), sent.num_calls)
     return whole + seconds_for(scenario, sent.gather_in_node, 0, within_node=True)
 
 
 def processor_seconds(scenario: Scenario) -> float:
-    """What a micro-step's transfers take of the cores that compute, on a processor: copies, sums, TCP.
+    """Return the seconds that a micro-step's transfers take from the cores that compute, on a processor.
 
-    A link's rate as `rm-scale bench hardware` finds it between processors is how fast these are, not a wire, so that
-    nothing hides it. Devices with processors for it elsewhere have none.
+    Copies, sums and TCP run on those cores, so that computing can't hide them. The link's rate that `rm-scale bench
+    hardware` measures between processors is the rate of this work, not that of a wire. GPUs have none of it.
     """
     if not scenario.device.is_cpu:
         return 0.0
@@ -151,19 +151,19 @@ def processor_seconds(scenario: Scenario) -> float:
 
 
 def step_seconds(scenario: Scenario) -> float:
-    """Time of the collectives that happen once per optimizer step."""
+    """Return the seconds of the collectives that happen once per optimizer step."""
     sent = traffic(scenario)
     moved = sent.step_gather + sent.step_reduce * _reduce_cost(scenario)
     return seconds_for(scenario, moved, sent.num_step_calls)
 
 
 def _reduce_cost(scenario: Scenario) -> float:
-    """gloo has no reduce-scatter of its own and does an all-reduce, which moves twice as much."""
+    """Return the bytes moved per byte reduced: gloo has no reduce-scatter, and its all-reduce moves twice as much."""
     return 2.0 if scenario.device.is_cpu else 1.0
 
 
 def break_even_tokens(scenario: Scenario, compute_seconds: Callable[[Scenario], float]) -> float:
-    """Tokens per device and micro-step from which on computing takes longer than communicating.
+    """Return the tokens per device and micro-step from which on computing takes longer than communicating.
 
     Args:
         scenario: the run.

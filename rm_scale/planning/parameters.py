@@ -46,7 +46,7 @@ class Tensor:
 
 
 def backbone_tensors(shape: ModelShape) -> list[Tensor]:
-    """All parameters of the backbone, without a head."""
+    """Return all parameters of the backbone, without a head."""
     hidden, style = shape.hidden_size, shape.style
     tensors = [Tensor("embed_tokens.weight", (shape.vocab_size, hidden), "embedding")]
     if style.learned_positions and shape.max_positions:
@@ -60,23 +60,28 @@ def backbone_tensors(shape: ModelShape) -> list[Tensor]:
     return tensors
 
 
+def count_parameters(shape: ModelShape) -> int:
+    """Return the backbone's parameters: embedding, layers and norms, without a language model's head."""
+    return total(backbone_tensors(shape))
+
+
 def layer_tensors(shape: ModelShape) -> list[Tensor]:
-    """Parameters of one decoder layer."""
+    """Return the parameters of one decoder layer."""
     return [*_attention(shape), *_mlp(shape), *_layer_norms(shape)]
 
 
 def head_tensor(shape: ModelShape) -> Tensor:
-    """The scalar head."""
+    """Return the scalar reward head."""
     return Tensor("score.weight", (1, shape.hidden_size), "head")
 
 
 def lm_head_tensor(shape: ModelShape) -> Tensor:
-    """A language-model head, for published measurements of models that have one."""
+    """Return a language-model head, for published measurements of models that have one."""
     return Tensor("lm_head.weight", (shape.vocab_size, shape.hidden_size), "embedding")
 
 
 def adapter_tensors(tensors: Sequence[Tensor], rank: int, targets: Sequence[str] | None) -> list[Tensor]:
-    """The two LoRA matrices of each adapted linear layer.
+    """Return the two LoRA matrices of each adapted linear layer.
 
     Args:
         tensors: the backbone's.
@@ -94,12 +99,12 @@ def adapter_tensors(tensors: Sequence[Tensor], rank: int, targets: Sequence[str]
 
 
 def total(tensors: Sequence[Tensor]) -> int:
-    """Elements of all of them."""
+    """Count the elements of all tensors together."""
     return sum(tensor.count * tensor.numel for tensor in tensors)
 
 
 def each(tensors: Sequence[Tensor]) -> Iterator[int]:
-    """Elements of every single tensor."""
+    """Yield the elements of every single tensor."""
     for tensor in tensors:
         for _ in range(tensor.count):
             yield tensor.numel

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from rm_scale.config import RunConfig
+from rm_scale.planning.group_lengths import LengthMix
 from rm_scale.planning.hardware import Device
-from rm_scale.planning.lengths import LengthMix
 from rm_scale.planning.plan import Plan
 from rm_scale.planning.scenario import Buckets, Scenario, default_buckets
 from rm_scale.planning.shape import ModelShape
@@ -16,7 +16,7 @@ from rm_scale.planning.shape import ModelShape
 def scenario_of_run(
     config: RunConfig, plan: Plan, shape: ModelShape, device: Device, num_nodes: int, lengths: LengthMix
 ) -> Scenario:
-    """The scenario that a run is.
+    """Return the scenario that stands for a run.
 
     Args:
         config: what was asked.
@@ -79,7 +79,7 @@ def _attention(config: RunConfig, device: Device) -> str:
 
 
 def optimizer_bytes(name: str) -> float:
-    """Bytes of state per weight of a transformers optimizer name."""
+    """Return the bytes of optimizer state per weight, by transformers' name of the optimizer."""
     if "8bit" in name:
         return 2.0 if "adam" in name else 1.0
     if name.startswith("sgd"):
@@ -90,7 +90,7 @@ def optimizer_bytes(name: str) -> float:
 
 
 def buckets(zero: dict[str, Any], hidden_size: int) -> Buckets:
-    """ZeRO's buffers as a DeepSpeed file sets them; `auto` as transformers fills it."""
+    """Return ZeRO's buffers as a DeepSpeed file sets them; `auto` as transformers fills it."""
     defaults = default_buckets(hidden_size)
 
     def number(name: str, default: float) -> float:

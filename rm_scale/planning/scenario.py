@@ -1,4 +1,4 @@
-"""One way to run one model on one machine: what the planner's formulas take."""
+"""One way to run one model on one machine: the input of the planner's formulas."""
 
 from __future__ import annotations
 
@@ -38,29 +38,8 @@ class RowLoad:
     responses: float
 
     def times(self, factor: float) -> RowLoad:
-        """So many times as many groups."""
+        """Return the load of `factor` times as many groups."""
         return RowLoad(*(factor * value for value in astuple(self)))
-
-
-def uniform_rows(pairs: float, prompt: float, response: float, packing: str, padded_to: float | None = None) -> RowLoad:
-    """The load of `pairs` pairs alike.
-
-    Args:
-        pairs: how many.
-        prompt, response: tokens of each prompt and response.
-        packing: none, padding_free or prefix_shared.
-        padded_to: length of a padded response with its prompt; default no padding.
-    """
-    length = prompt + response
-    effective, effective_squared = 2 * pairs * length, 2 * pairs * length**2
-    if packing == "prefix_shared":
-        tokens = pairs * (prompt + 2 * response)
-        squared = pairs * (prompt**2 + 2 * response * (2 * prompt + response))
-    elif packing == "padding_free" or padded_to is None:
-        tokens, squared = effective, effective_squared
-    else:
-        tokens, squared = 2 * pairs * padded_to, 2 * pairs * padded_to**2
-    return RowLoad(tokens, squared, effective, effective_squared, pairs, 2 * pairs)
 
 
 @dataclass(frozen=True)
@@ -87,7 +66,7 @@ class Buckets:
 
 
 def default_buckets(hidden_size: int) -> Buckets:
-    """What transformers fills in for `auto`."""
+    """Return the sizes that transformers fills in for `auto`."""
     return Buckets(hidden_size**2, int(0.9 * hidden_size**2), 10 * hidden_size)
 
 

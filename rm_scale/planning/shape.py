@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from rm_scale.errors import ModelError
 
@@ -105,54 +108,98 @@ class ModelShape:
         """Width of all key heads together, which is also that of all value heads."""
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def num_parameters(self) -> int:
-        """Backbone parameters (embedding, layers, norms; no language-model head, which a reward model drops)."""
-        from rm_scale.planning.parameters import backbone_tensors
 
-        return sum(tensor.count * tensor.numel for tensor in backbone_tensors(self))
+_LIMITS = {
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers"): 1_000,
+    ("hidden_size", "n_embd", "d_model"): 1_000_000,
+    ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim"): 100_000,
+    ("intermediate_size", "n_inner", "ffn_dim"): 10_000_000,
+    ("vocab_size", "max_position_embeddings", "n_positions"): 1_000_000_000,
+}
+"""The largest value of each size: far above any model, since a larger one is an error that keeps a machine busy."""
+
+
+def check_sizes(config: dict[str, Any], where: str = "config.json") -> None:
+    """Refuse sizes in `config.json` that no model has: zero heads, a hundred thousand layers.
+
+    Args:
+        config: its content.
+        where: the file's name, for the message.
+
+    Raises:
+        ModelError: names the first such size.
+    """
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        for names, most in _LIMITS.items():
+            for name in names:
+                value = part.get(name)
+                if isinstance(value, bool) or (isinstance(value, int) and not _least(name) <= value <= most):
+                    raise ModelError(
+                        f"{where}: {name}={str(value)[:40]}: must be from {_least(name)} to {most:,}. Fix: correct "
+                        "it, or download the model again."
+                    )
+
+
+def _least(name: str) -> int:
+    # Some models write 0 here for "as many as query heads", or for "no limit".
+    return 0 if name in {"num_key_value_heads", "max_position_embeddings", "n_positions"} else 1
 
 
 def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """Read the shape from the dictionary in `config.json`.
 
     Raises:
-        ModelError: a needed key is missing, so this is not a decoder-only transformer that we know how to read.
+        ModelError: a needed key is missing or its value impossible, so this is not a decoder-only transformer that we
+            know how to read.
     """
+    check_sizes(config)
     text = config.get("text_config", config)
+    text = text if isinstance(text, dict) else {}
+    kind = config.get("model_type")
+
+    def optional(*names: str) -> int | None:
+        for name in names:
+            value = text.get(name)
+            if value and not isinstance(value, int | float):
+                raise ModelError(
+                    f"config.json of model type {kind!r}: {name}={str(value)[:80]}: must be a number. Fix: use a "
+                    "decoder-only language model in transformers' format."
+                )
+            if value:
+                return int(value)
+        return None
 
     def need(*names: str) -> int:
         for name in names:
             if isinstance(text.get(name), int):
                 return int(text[name])
         raise ModelError(
-            f"config.json of model type {config.get('model_type')!r} has none of {', '.join(names)}: its "
-            "shape can't be "
-            "read. Fix: use a decoder-only language model in transformers' format."
+            f"config.json of model type {kind!r} has none of {', '.join(names)}: its shape can't be read. Fix: use a "
+            "decoder-only language model in transformers' format."
         )
 
     hidden = need("hidden_size", "n_embd", "d_model")
     heads = need("num_attention_heads", "n_head", "n_heads")
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
     return ModelShape(
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=hidden,
         num_layers=need("num_hidden_layers", "n_layer", "n_layers"),
         num_heads=heads,
-        num_kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
-        intermediate_size=int(
-            text.get("intermediate_size") or text.get("n_inner") or text.get("ffn_dim") or 4 * hidden
-        ),
+        num_kv_heads=optional("num_key_value_heads") or heads,
+        head_dim=optional("head_dim") or max(1, hidden // heads),
+        intermediate_size=optional("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
         vocab_size=need("vocab_size"),
         style=_style(text, str(text.get("model_type", config.get("model_type")))),
-        max_positions=text.get("max_position_embeddings") or text.get("n_positions"),
-        quantization=quantization.get("quant_method"),
+        max_positions=optional("max_position_embeddings", "n_positions"),
+        quantization=quantization.get("quant_method") if isinstance(quantization, dict) else None,
     )
 
 
 def _style(text: dict[str, Any], model_type: str) -> LayerStyle:
-    """The architecture's style, with the biases that its config.json turns on or off."""
+    """Return the architecture's style, with the biases that its config.json turns on or off."""
     style = LAYER_STYLES.get(model_type, LayerStyle())
     if "attention_bias" in text and model_type not in {"gpt_neox"}:
         on = bool(text["attention_bias"])
@@ -166,11 +213,13 @@ def _style(text: dict[str, Any], model_type: str) -> LayerStyle:
 
 
 def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:
-    """The `config.json` of a local folder or a hub model.
+    """Read the `config.json` of a local folder or a hub model.
 
     Raises:
-        ModelError: nothing of that name, or the file can't be read.
+        ModelError: nothing of that name, the file can't be read, or it holds sizes that no model has.
     """
+    if not name.strip():
+        raise ModelError(f"model_name_or_path={name!r}: must not be empty. Fix: give a folder or a hub name.")
     folder = Path(name)
     if folder.exists():
         return _read_local(folder)
@@ -201,7 +250,7 @@ def _read_local(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"model_name_or_path={name!r}: {path.name} can't be read ({error}). Fix: download the model again."
         ) from error
@@ -209,6 +258,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         raise ModelError(
             f"model_name_or_path={name!r}: {path.name} is not a JSON object. Fix: download the model again."
         )
+    check_sizes(config, f"model_name_or_path={name!r}: {path.name}")
     return config
 
 
@@ -217,10 +267,25 @@ def _download(name: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        # The hub's client waits and tries again for a minute where a machine has no network.
+        offline = not _hub_has_an_address()
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except (HfHubHTTPError, OSError, ValueError) as error:
         cause = type(error).__name__
         raise ModelError(
             f"model_name_or_path={name!r} (revision {revision}): not a folder here, and the hub gave no config.json "
             f"({cause}). Fix: check the name; for a gated model set HF_TOKEN; without network give a local folder."
         ) from error
+
+
+def _hub_has_an_address() -> bool:
+    """Tell whether the hub's name can be resolved; a proxy may resolve what this machine can't."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(name.lower() in {"https_proxy", "http_proxy", "all_proxy"} for name in os.environ):
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True

@@ -1,1 +1,1 @@
-"""What a run leaves behind for people: its records and the model card."""
+"""Pages, charts and model cards made from runs, evaluations and benchmark records."""

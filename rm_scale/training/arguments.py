@@ -1,8 +1,7 @@
-"""The run's settings in TRL's own terms."""
+"""Translate the run's settings into TRL's `RewardConfig`."""
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import RewardConfig
 
 from rm_scale.config import RunConfig
+from rm_scale.planning.deepspeed_config import engine_config
+from rm_scale.planning.optimizer_choice import optimizer_that_runs
 from rm_scale.planning.plan import Plan
 
 _SAME_NAME = (
@@ -22,7 +23,6 @@ _SAME_NAME = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
-    "optim",
     "bf16",
     "fp16",
     "disable_dropout",
@@ -58,9 +58,11 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         # An earlier run in this process may have left ZeRO-3 on, and weights would be sharded without an engine.
         unset_hf_deepspeed_config()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_NAME}
+    optim, _ = optimizer_that_runs(config, plan.device, plan.deepspeed_config is not None, plan.offload)
     warmup = config.warmup_steps if config.warmup_steps is not None else _warmup_steps(config, plan)
     return RewardConfig(
         **values,
+        optim=optim,
         learning_rate=plan.learning_rate,
         num_train_epochs=plan.num_train_epochs,
         # To transformers' loop and to DeepSpeed a step is one batch: the trainer runs its micro-batches itself.
@@ -69,11 +71,11 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         gradient_accumulation_steps=1,
         warmup_steps=warmup,
         run_name=config.run_name or Path(config.output_dir).name,
-        deepspeed=copy.deepcopy(plan.deepspeed_config),
+        deepspeed=engine_config(plan.deepspeed_config, plan.reduces_once),
         use_cpu=plan.device == "cpu",
         center_rewards_coefficient=config.center_rewards_coefficient,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs=_checkpointing(config, plan),
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs=_checkpointing(config, plan),
         # A NaN must be seen, not replaced by the average of earlier losses.
         logging_nan_inf_filter=False,
         logging_first_step=True,

@@ -1,8 +1,7 @@
-"""What watches a run: the metrics file, log lines that know their step, and early warnings."""
+"""Callbacks that watch a run: the metrics file, the step number of log lines, and early warnings."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rm_scale.errors import TrainingError
+from rm_scale.files import append_json_line
 from rm_scale.logs import get_logger, set_log_step
 
 logger = get_logger(__name__)
@@ -31,13 +30,11 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write one line on the main rank; numbers that JSON has no name for become strings."""
+        """Write one line on the main rank; NaN and infinity, which JSON lacks, become strings."""
         if not state.is_world_process_zero or not logs:
             return
         record = {"step": state.global_step, **{key: _jsonable(value) for key, value in logs.items()}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(self.path, record)
 
 
 def _jsonable(value: Any) -> Any:
@@ -54,13 +51,13 @@ class StepInLogs(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step that begins is the one log lines belong to."""
+        """Set the step that begins as the one that log lines belong to."""
         set_log_step(state.global_step + 1)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Later lines belong to no step."""
+        """Let later lines belong to no step."""
         set_log_step(None)
 
 
@@ -70,7 +67,7 @@ class EarlyWarnings(TrainerCallback):
     - `rewards_equal`: all responses of a logging interval got the same reward.
     - `accuracy_stuck`: training accuracy can't be told from 0.5 over the last `window` pairs.
 
-    A non-finite loss or gradient stops the run (see `not_finite_error`).
+    A non-finite loss or gradient stops the run (see `rm_scale.training.nonfinite_steps`).
 
     Args:
         window: number of pairs over which accuracy is judged.
@@ -122,26 +119,3 @@ class EarlyWarnings(TrainerCallback):
         if name not in self.said:
             self.said.add(name)
             logger.warning(f"[{name}] {text}")
-
-
-def not_finite_error(
-    num_bad_losses: int, grad_norm: Any, step: int, suspects: list[str], num_skipped: int, record: Path
-) -> TrainingError:
-    """The error that ends a run at a NaN or infinite loss or gradient.
-
-    Args:
-        num_bad_losses: ranks whose loss is not finite.
-        grad_norm: the step's gradient norm, if known.
-        step: optimizer step.
-        suspects: the groups of the step whose rewards are not finite, of all ranks.
-        num_skipped: such steps that were skipped before.
-        record: where all rows of the step are listed.
-    """
-    named = f"Groups with such rewards: {', '.join(suspects[:8])}. " if suspects else ""
-    before = f" ({num_skipped} such steps were skipped before, as max_nonfinite_steps allows)" if num_skipped else ""
-    return TrainingError(
-        f"step {step}: the loss is not finite on {num_bad_losses} ranks (gradient norm {grad_norm}){before}: the "
-        f"weights can't be trusted from here on. {named}Rows of this step: {record}. "
-        "Fix: lower learning_rate, check these rows, resume from the last checkpoint, or skip such steps with "
-        "--max_nonfinite_steps."
-    )

@@ -1,7 +1,7 @@
 """Preference losses on scalar rewards, in fp32.
 
-Every loss gives a *sum* and the number of terms in it. The caller divides by the number of terms of the whole step
-over all ranks, so that the result does not depend on how the batch was cut up.
+Every loss is a *sum*, and the number of its terms is counted beside it. The caller divides by the number of terms of
+the whole step over all ranks, so that the result does not depend on how the batch was cut up.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class LossSettings:
 
 
 def num_loss_terms(batch: Mapping[str, torch.Tensor], settings: LossSettings) -> int:
-    """How many terms `preference_loss` adds up for this batch: pairs, or ranking stages for Plackett-Luce."""
+    """Return how many terms `preference_loss` adds up for this batch: pairs, or ranking stages for Plackett-Luce."""
     if settings.kind == "bradley_terry":
         return int(batch["pair_better"].numel())
     return int(_stages(batch["row_group"], batch["row_rank"]).sum())
 
 
 def preference_loss(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], settings: LossSettings) -> torch.Tensor:
-    """Sum of the preference terms of a micro-batch; `centering` comes on top, with its own number of terms.
+    """Return the sum of the preference terms of a micro-batch; `centering` comes on top, with its own number of terms.
 
     Args:
         rewards: `(N,)`, one per response.
-        batch: the collator's labels (see `rm_scale.packing.collator.PaddedCollator`).
+        batch: the collator's labels (see `rm_scale.batching.collator.PaddedCollator`).
         settings: which loss.
 
     Returns:
@@ -59,7 +59,7 @@ def preference_loss(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], se
 def bradley_terry(
     rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Sum over pairs of -log sigmoid(r_better - r_worse - margin), with soft targets.
+    """Return the sum over pairs of -log sigmoid(r_better - r_worse - margin), with soft targets.
 
     With target p the term is -p log sigmoid(d) - (1 - p) log sigmoid(-d), d = r_better - r_worse - margin. A tie
     has p = 0.5 and pulls the rewards together; smoothing e turns p into p (1 - e) + (1 - p) e.
@@ -72,7 +72,7 @@ def bradley_terry(
 
 
 def plackett_luce(rewards: torch.Tensor, row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:
-    """Sum over ranking stages of -log P(this response is picked first among those not ranked above it).
+    """Return the sum over ranking stages of -log P(this response is picked first among those not ranked above it).
 
     Tied responses share one set of rivals (Breslow's rule); the last rank class has no rivals below and adds nothing.
     For K = 2 this is Bradley-Terry.
@@ -90,11 +90,11 @@ def plackett_luce(rewards: torch.Tensor, row_group: torch.Tensor, row_rank: torc
 
 
 def _stages(row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:
-    """Which responses open a ranking stage: those with at least one response ranked below them. `(N,)` bool."""
+    """Return which responses open a ranking stage, `(N,)` bool: those with at least one response ranked below."""
     below = (row_group[:, None] == row_group[None, :]) & (row_rank[None, :] > row_rank[:, None])
     return below.any(dim=1) & (row_group >= 0)
 
 
 def centering(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over pairs of (r_better + r_worse)^2, fp32: what keeps rewards around 0 (arXiv 2312.09244, eq. 2)."""
+    """Return the sum over pairs of (r_better + r_worse)^2, fp32: it keeps rewards near 0 (arXiv 2312.09244, eq. 2)."""
     return (rewards[batch["pair_better"]] + rewards[batch["pair_worse"]]).float().square().sum()

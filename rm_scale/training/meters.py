@@ -1,7 +1,8 @@
-"""What a run does per second and how its rewards move, counted on each rank and summed over all when logged."""
+"""Speed and rewards of a run, counted on each rank and summed over all ranks at each log line."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -10,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from rm_scale.distributed import gather_from_ranks
-from rm_scale.planning.compute import StepFlops
+from rm_scale.errors import ModelError
+from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.planning.flops import StepFlops, linear_parameters, step_flops
+from rm_scale.planning.hardware import peak_flops
+from rm_scale.planning.shape import shape_from_config
 
 _SUMS = (
     "pairs",
@@ -50,7 +57,7 @@ class StepMeter:
     _running_since: float | None = None
 
     def resume(self) -> None:
-        """Start or go on with the clock."""
+        """Let the clock run, if it does not."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
@@ -66,7 +73,7 @@ class StepMeter:
         return self._running_since is not None
 
     def running_seconds(self) -> float:
-        """Time spent training since the last reading."""
+        """Return the seconds spent training since the last `read`."""
         since = self._running_since
         return self.seconds + (time.perf_counter() - since if since is not None else 0.0)
 
@@ -80,25 +87,24 @@ class StepMeter:
         """
         # A step with NaN or infinite rewards stops the run or is left out; it must not spoil the figures of others.
         rewards = rewards.detach().float().nan_to_num(0.0, 0.0, 0.0)
+        # Zeros stand for what doesn't count: to leave it out, a GPU would have to tell the host how much is left.
         real = batch["row_group"] >= 0
         labelled = batch["pair_target"] != 0.5
-        difference = (rewards[batch["pair_better"]] - rewards[batch["pair_worse"]])[labelled]
-        counted = rewards[real]
+        difference = torch.where(labelled, rewards[batch["pair_better"]] - rewards[batch["pair_worse"]], 0.0)
         sums = torch.stack(
             [
                 (difference > 0).sum().float(),
-                (difference == 0).sum().float(),
+                (labelled & (difference == 0)).sum().float(),
                 difference.sum(),
-                counted.sum(),
+                torch.where(real, rewards, 0.0).sum(),
                 labelled.sum().float(),
+                real.sum().float(),
             ]
         ).double()
         self._device_sums = sums if self._device_sums is None else self._device_sums + sums
-        if counted.numel():
-            low, high = counted.aminmax()
-            extremes = torch.stack([-low, high])
-            self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
-        self.counts["responses"] += float(counted.numel())
+        if rewards.numel():
+            highest = torch.stack([torch.where(real, sign * rewards, -torch.inf).max() for sign in (-1.0, 1.0)])
+            self._extremes = highest if self._extremes is None else torch.maximum(self._extremes, highest)
         tokens = batch["tokens"]
         self.counts["processed_tokens"] += tokens.processed
         self.counts["real_tokens"] += tokens.real
@@ -109,24 +115,25 @@ class StepMeter:
             self.counts["useful_flops"] += self.flops.of(tokens.unshared, tokens.squares)
 
     def read(self) -> dict[str, Any]:
-        """World totals as logged metrics, and start counting afresh. A collective: every rank must call it."""
+        """Return the totals of all ranks as logged metrics, and count anew. A collective: every rank must call it."""
         was_running = self._running_since is not None
         self.pause()
-        mine = dict(self.counts)
-        if self._device_sums is not None:
-            names = ("correct", "ties", "margin_sum", "reward_sum", "pairs")
-            mine.update(zip(names, self._device_sums.tolist(), strict=True))
-        low, high = (
-            (-self._extremes[0].item(), self._extremes[1].item()) if self._extremes is not None else (None, None)
-        )
-        ranks = gather_from_ranks(
-            {**mine, "min": low, "max": high, "seconds": self.seconds, "memory": peak_memory_bytes()}
-        )
+        mine = {**self.counts, **self._device_counts()}
+        ranks = gather_from_ranks({**mine, "seconds": self.seconds, "memory": peak_memory_bytes()})
         self.counts = dict.fromkeys(_SUMS, 0.0)
         self.seconds, self._device_sums, self._extremes = 0.0, None, None
         if was_running:
             self.resume()
         return _as_metrics(ranks, self.peak_flops)
+
+    def _device_counts(self) -> dict[str, float | None]:
+        """Return what was counted on the device; on a GPU the host waits for it, once."""
+        if self._device_sums is None or self._extremes is None:
+            return {"min": None, "max": None}
+        *sums, negative_low, high = torch.cat([self._device_sums, self._extremes.double()]).tolist()
+        names = ("correct", "ties", "margin_sum", "reward_sum", "pairs", "responses")
+        counted = {"min": -negative_low, "max": high} if math.isfinite(high) else {"min": None, "max": None}
+        return {**dict(zip(names, sums, strict=True)), **counted}
 
 
 def _as_metrics(ranks: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
@@ -163,18 +170,36 @@ def _as_metrics(ranks: list[dict[str, Any]], peak: float | None) -> dict[str, An
     return metrics
 
 
+def flops_of_steps(model: PreTrainedModel | PeftModel) -> StepFlops | None:
+    """Return what the model's steps cost by their tokens; `None` for a shape that can't be read."""
+    counts = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in ("embed", *HEAD_NAMES)):
+            counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    try:
+        shape = shape_from_config(model.config.to_dict())
+    except ModelError:
+        return None
+    return step_flops(shape, counts[True], linear_parameters(shape) if counts[False] else 0)
+
+
+def device_peak_flops() -> float | None:
+    """Return the GPU's peak rate in FLOP/s; `None` without one, or when its name is not known."""
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
 def peak_memory_bytes() -> int:
-    """Most memory this rank has held: allocated on its GPU, or resident in the process on a CPU."""
+    """Return the most bytes this rank has held: allocated on its GPU, or resident in the process on a CPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resident_peak_bytes()
 
 
 def resident_peak_bytes() -> int:
-    """Most bytes that were resident in this process, since its start or since the peak was last forgotten.
+    """Return the most bytes that were resident in this process, since its start or since the peak was last reset.
 
-    Not `ru_maxrss` where the kernel tells more: that figure is inherited from the process that started this one, and
-    can't be forgotten.
+    `ru_maxrss` is used only where the kernel has no better figure: it is inherited from the process that started this
+    one, and can't be reset.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""What a run took beside what was predicted for it: logged, recorded, and warned about when they differ."""
+"""Compare the memory and time that a run took with the plan's prediction: logged, recorded, warned about."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rm_scale.errors import TrainingError
+from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
+from rm_scale.modeling.out_of_memory import is_out_of_memory
 from rm_scale.planning.estimate import Estimate
+from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
 
@@ -32,9 +34,9 @@ class PlanCheck(TrainerCallback):
     """Compare peak memory and step time with the plan's, at the end of training.
 
     Args:
-        predicted: what the planner said of this run.
-        path: where both are written.
-        knows_speed: the device's rates are known, so that the time means something.
+        predicted: the plan's estimate for this run.
+        path: the file that prediction and measurement are written to.
+        knows_speed: the device's rates are known, so that its predicted time means something.
     """
 
     def __init__(self, predicted: Estimate, path: Path, knows_speed: bool) -> None:
@@ -53,7 +55,7 @@ class PlanCheck(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             predicted = predicted_record(self.predicted, self.knows_speed)
             record: dict[str, Any] = {"predicted": predicted, "measured": None, "warnings": []}
-            self.path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_whole(self.path, json.dumps(record, indent=2) + "\n")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,19 +81,19 @@ class PlanCheck(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare, on the main rank."""
+        """Compare, on rank 0."""
         if not state.is_world_process_zero or not self.peak:
             return
         record = comparison(self.predicted, self.peak, self.seconds[WARM_UP_STEPS:], self.knows_speed)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path, json.dumps(record, indent=2) + "\n")
         logger.info(_summary(record))
         for warning in record["warnings"]:
             logger.warning(f"[plan] {warning}")
 
 
 def predicted_memory(trainer: Any) -> Estimate | None:
-    """What the planner said of a trainer's run, if it was asked."""
+    """Return the plan's estimate for a trainer's run, `None` when the trainer has no `PlanCheck`."""
     checks = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PlanCheck)]
     return checks[0].predicted if checks else None
 
@@ -106,20 +108,14 @@ def out_of_memory_explained(predicted: Estimate | None) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(out_of_memory_text(str(error), predicted)) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    known = ("DefaultCPUAllocator: not enough memory", "DefaultCPUAllocator: can't allocate", "CUDA out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in text for part in known)
-
-
 def out_of_memory_text(seen: str, predicted: Estimate | None) -> str:
-    """What was predicted, by part, beside what happened, and which settings take memory away."""
-    text = f"out of memory: {' '.join(seen.split())[:160]}. "
+    """Return a message with what was predicted, by part, what happened, and which settings need less memory."""
+    text = f"out of memory: {one_line(seen, 160)}. "
     if predicted is not None:
         parts = sorted(predicted.memory.items(), key=lambda part: part[1], reverse=True)[:3]
         largest = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts)
@@ -132,7 +128,7 @@ def out_of_memory_text(seen: str, predicted: Estimate | None) -> str:
 
 
 def predicted_record(predicted: Estimate, knows_speed: bool) -> dict[str, Any]:
-    """The planner's figures as they are written."""
+    """Return the plan's figures as they are written to `plan_check.json`."""
     return {
         "peak_memory_bytes": predicted.peak_memory_bytes,
         "memory": predicted.memory,
@@ -141,7 +137,7 @@ def predicted_record(predicted: Estimate, knows_speed: bool) -> dict[str, Any]:
 
 
 def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed: bool) -> dict[str, Any]:
-    """Predicted and measured figures, and what differs by more than `TOLERANCE`.
+    """Return predicted and measured figures, and a warning for each that differs by more than `TOLERANCE`.
 
     Args:
         predicted: the plan's estimate.
@@ -166,7 +162,7 @@ def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed
 
 
 def _uncertain_part(predicted: Estimate) -> str:
-    """The largest part that is not known exactly."""
+    """Return the largest part of the prediction that is an estimate, with its size."""
     parts = {name: predicted.memory.get(name, 0) for name in _UNCERTAIN}
     name = max(parts, key=lambda part: parts[part])
     return f"{name} ({parts[name] / 1e9:.2f} GB)"

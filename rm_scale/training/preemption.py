@@ -1,7 +1,7 @@
-"""Being asked to stop: signals, a STOP file and the wall clock, remembered from the first moment of the process.
+"""Requests to stop: signals, a STOP file and the wall clock.
 
-Nothing heavy is imported here, so that the handlers stand before torch is read: a signal that came during those seconds
-would otherwise end the rank without a trace. What the ranks then agree on is in `rm_scale.training.stopping`.
+The handlers of signals are installed before torch is imported, which takes seconds: a signal in that time would end
+the rank without a trace. So nothing heavy is imported here. `rm_scale.training.agreed_stop` lets the ranks agree.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ EXIT_REQUEUE = 85
 STOP_FILE = "STOP"
 
 FLOOR_SECONDS = 60.0
-"""Least time before the wall clock's end at which a checkpoint is begun, when nothing else was asked for."""
+"""A checkpoint is begun at least this long before the job's time is up, unless `stop_margin_seconds` is set."""
 
 
 class StopReason(IntEnum):
-    """Why a run is to stop. When several are given, the largest counts."""
+    """Why a run is to stop. When there are several reasons, the largest counts."""
 
     NONE = 0
     WALL_CLOCK = 1
@@ -35,7 +35,7 @@ class StopReason(IntEnum):
 
     @property
     def text(self) -> str:
-        """For people and records."""
+        """The reason in words, for logs and records."""
         return {1: "wall clock", 2: "STOP file", 3: "SIGUSR1", 4: "SIGTERM"}.get(int(self), "none")
 
 
@@ -44,36 +44,37 @@ _received: dict[StopReason, float] = {}
 
 
 def watch_signals() -> None:
-    """Remember SIGUSR1 and SIGTERM instead of dying of them. Safe to call again; only the main thread may."""
+    """Remember SIGUSR1 and SIGTERM instead of dying of them. Outside the main thread, do nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _remember)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    """Only note it: a handler runs between any two instructions, where saving would tear the step apart."""
+    """Note the time, and nothing else: a handler runs between any two instructions, in the middle of a step."""
     _received.setdefault(_SIGNALS[signal.Signals(number)], time.time())
 
 
 def received_signal() -> StopReason:
-    """The signal this process has got, if any."""
+    """Return the signal that this process has got, `NONE` without one."""
     return max(_received, default=StopReason.NONE)
 
 
 def received_at() -> float | None:
-    """When the first one came, unix seconds."""
+    """Return when the first signal came, in unix seconds; `None` without one."""
     return min(_received.values(), default=None)
 
 
 def forget_signals() -> None:
-    """Start anew, for another run in this process."""
+    """Forget all signals, for another run in this process."""
     _received.clear()
 
 
 def end_time(environ: Mapping[str, str] | None = None) -> float | None:
-    """When this job will be ended, unix seconds: `RM_SCALE_END_TIME`, else Slurm's `SLURM_JOB_END_TIME`.
+    """Return when this job's time is up, in unix seconds, `None` when that is not known.
 
-    A value that is no number is as good as none: a run must not die of a hint.
+    Read from `RM_SCALE_END_TIME`, else from Slurm's `SLURM_JOB_END_TIME`. A value that is no number is ignored: it is
+    only a hint, and no reason to end a run.
     """
     env = os.environ if environ is None else environ
     for name in ("RM_SCALE_END_TIME", "SLURM_JOB_END_TIME"):
@@ -85,7 +86,7 @@ def end_time(environ: Mapping[str, str] | None = None) -> float | None:
 
 
 def margin_seconds(asked: float | None, save_seconds: float, step_seconds: float) -> float:
-    """How long before the end a checkpoint must be begun.
+    """Return how long before the job's time is up a checkpoint must be begun.
 
     Args:
         asked: the setting `stop_margin_seconds`, if given.
@@ -93,7 +94,7 @@ def margin_seconds(asked: float | None, save_seconds: float, step_seconds: float
         step_seconds: the longest of the last steps.
 
     Returns:
-        Seconds: room for a save twice as slow as seen, and for two more steps, since the clock is read between steps.
+        Seconds: enough for a save twice as slow as any so far and for two more steps (the clock is read between steps).
     """
     if asked is not None:
         return asked
@@ -101,7 +102,7 @@ def margin_seconds(asked: float | None, save_seconds: float, step_seconds: float
 
 
 def reason_now(output_dir: Path, margin: float, environ: Mapping[str, str] | None = None) -> StopReason:
-    """What asks this process to stop at this moment; only rank 0 should look at file and clock."""
+    """Return what asks this process to stop at this moment; only rank 0 should look at file and clock."""
     reason = received_signal()
     if reason is StopReason.NONE and (output_dir / STOP_FILE).exists():
         reason = StopReason.STOP_FILE

@@ -1,8 +1,11 @@
-"""A thread that watches the main one: it names the rank that keeps the others waiting, for ever or step after step.
+"""A thread that watches the main one, to name the rank that keeps the others waiting, for ever or in every step.
 
-Ten times a second it looks where the main thread is: inside a collective, or at work. From the shares follows who is
-slow. When nothing has moved for `ddp_timeout`, every rank writes down where it stands; whoever is missing from the
-collective that the others wait in is then known by name, and the process ends instead of burning its hours.
+When nothing has moved for `ddp_timeout`, every rank writes down where it stands and how many collectives each process
+group has been given (`collective_progress`). The rank with fewer than the others is the one that did not reach the
+collective; the stacks only tell a person where it stands. The processes then end instead of burning their hours.
+
+Where a rank that waits for others blocks the host (gloo), the thread also looks ten times a second whether the main one
+is inside a collective, or at work. From the shares follows who is slow.
 """
 
 from __future__ import annotations
@@ -16,18 +19,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
-from rm_scale.training import timing
+from rm_scale.training import step_timing
+from rm_scale.training.collective_progress import (
+    GroupCount,
+    count_collectives,
+    since,
+    waiting_blocks_the_host,
+)
+from rm_scale.training.hang_report import explain_hang
 
 logger = get_logger(__name__)
 
 EXIT_HUNG = 1
-SLOW_RATIO = 1.5
-"""A rank is named when it works this many times as long per step as the median rank."""
 
 _SAMPLE_SECONDS = 0.1
 _LEAST_SAMPLES = 15
@@ -36,17 +46,44 @@ _ZERO_FILES = f"deepspeed{os.sep}runtime{os.sep}zero{os.sep}"
 _WRAPPER_FILE = f"deepspeed{os.sep}utils{os.sep}nvtx.py"
 _BACKWARD_FILE = f"torch{os.sep}autograd{os.sep}graph.py"
 
+# In small letters. gloo, the store and NCCL each say it in their own way; NCCL's last error comes with the system's.
+_BROKEN = (
+    "closed by peer",
+    "closed by remote peer",
+    "remote peer closed",
+    "remote process exited",
+    "connection reset",
+    "connection refused",
+    "connection timed out",
+    "connection was likely closed",
+    "no route to host",
+    "broken pipe",
+    "ncclremoteerror",
+    "nccl communicator was aborted",
+    "net/ib : got completion",
+)
+_TIMED_OUT = (
+    "watchdog caught collective operation timeout",
+    "timed out waiting",
+    "wait timeout after",
+    "socket timeout",
+    "nccl timeout",
+)
+
 
 class Watchdog(threading.Thread):
-    """See the module.
+    """The thread that watches this rank (see the module's text).
 
     Args:
         folder: the run's `run/` folder, where ranks leave where they stand.
         rank, world_size: of this process.
         timeout: seconds without progress, `ddp_timeout`.
-        life: which life of the run; reports of earlier ones are not mixed up.
+        attempt: which attempt of the run; reports of earlier ones are not mixed up.
         is_training: whether the time now counts as training.
-        note_end: writes the reason to `run/lives.jsonl`.
+        note_end: writes the reason to `run/attempts.jsonl`.
+
+    Attributes:
+        knows_work: whether it can tell work from waiting for other ranks, once it has begun to watch.
     """
 
     def __init__(
@@ -55,41 +92,57 @@ class Watchdog(threading.Thread):
         rank: int,
         world_size: int,
         timeout: float,
-        life: int,
+        attempt: int,
         is_training: Callable[[], bool],
         note_end: Callable[[str], None],
     ) -> None:
         super().__init__(name="rm_scale-watchdog", daemon=True)
-        self.folder = folder / f"hang-life{life}"
+        self.folder = folder / f"hang-attempt{attempt}"
         self.rank, self.world_size = rank, world_size
-        # A little before the collective's own timeout, whose error tells only that somebody was late.
-        self.limit = max(0.5 * timeout, timeout - max(5.0, 0.05 * timeout))
-        self.grace = min(15.0, max(2.0, 0.1 * timeout))
+        # A little before the collective's own timeout, whose error tells only that somebody was late. What is left
+        # is the time in which the ranks tell each other where they stand.
+        left = min(0.5 * timeout, max(5.0, 0.05 * timeout))
+        self.limit = timeout - left
+        # All ranks look at the shared folder: one of thousands of nodes must not do so ten times a second.
+        self._look_seconds = max(1.0, world_size / 64)
+        self.grace = max(2.0, min(0.6 * left, max(15.0, 2 * self._look_seconds)))
         self.is_training = is_training
         self.note_end = note_end
         self.step = 0
         self.place = "start"
+        self.knows_work = False
         self._moved = time.monotonic()
         self._samples = {"work": 0, "collective": 0}
         self._main = threading.main_thread().ident
         self._stopped = threading.Event()
-        self._has_reported = False
+        self._leaving = threading.Lock()
+        self._counted_before: list[GroupCount] = []
+        self._old_reports: set[tuple[str, int]] = set()
         self._looked = time.monotonic()
-        # All ranks look at the shared folder: one of thousands of nodes must not do so ten times a second.
-        self._look_seconds = max(1.0, world_size / 64)
+
+    def start(self) -> None:
+        """Begin to watch; called by every rank at the same place of the program, from which collectives are counted."""
+        self._counted_before = count_collectives()
+        self._old_reports = set(self._reports())
+        self.knows_work = waiting_blocks_the_host()
+        super().start()
 
     def beat(self, place: str, step: int | None = None) -> None:
-        """The main thread has got here."""
+        """Note that the main thread has come this far, so that something moves."""
         self.place = place
         self.step = self.step if step is None else step
         self._moved = time.monotonic()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stopped.set()
 
     def work_share(self) -> float | None:
-        """Share of the time since the last share given that this rank did not wait for others; `None`: too short."""
+        """Return the share of time, since the last call, in which this rank did not wait for others; `None`: not known.
+
+        It is not known after too short a time, and never under NCCL: there the GPU waits for the other ranks, and the
+        host for its own GPU, which looks the same whether that computes or waits.
+        """
         total = sum(self._samples.values())
         if total < _LEAST_SAMPLES:
             return None
@@ -97,60 +150,95 @@ class Watchdog(threading.Thread):
         return samples["work"] / total
 
     def run(self) -> None:
-        """Look until stopped."""
+        """Look at the main thread and at the other ranks' reports, until stopped."""
         while not self._stopped.wait(_SAMPLE_SECONDS):
-            if self.is_training():
+            if self.knows_work and self.is_training():
                 state = where(self._main)["state"]
                 if state in self._samples:
                     self._samples[state] += 1
             now = time.monotonic()
             if now - self._looked > self._look_seconds:
                 self._looked = now
-                if self.folder.exists():
-                    self._report()  # another rank has found something wrong, and wants to know who is still there
+                if self._reports():
+                    # Another rank is about to leave. This one may be the one it waits for, busy and within its limit.
+                    self.report_and_leave(None)
             if now - self._moved > self.limit:
                 self.report_and_leave(f"nothing has moved for {now - self._moved:.0f} s (ddp_timeout)")
 
-    def report_and_leave(self, what: str) -> NoReturn:
+    def report_and_leave(self, what: str | None) -> NoReturn:
         """Write down where this rank stands, wait for the others to do so, say who is missing, and end the process.
 
         Args:
-            what: what was seen.
+            what: what was seen; `None` on a rank that saw nothing itself, but another's report.
         """
-        self._report()
-        time.sleep(self.grace)
-        with contextlib.suppress(OSError, ValueError):
-            reports = [json.loads(path.read_text()) for path in sorted(self.folder.glob("rank-*.json"))]
-            text = explain_hang(reports, self.world_size, what)
-            # One speaks for all; the others give it the time to do so.
-            if min(report["rank"] for report in reports) == self.rank:
-                print(f"rm_scale: {text} Stacks of every rank: {self.folder}", file=sys.stderr, flush=True)
-                self.note_end(text)
-            else:
-                time.sleep(2.0)
-        os._exit(EXIT_HUNG)
+        with self._leaving:  # the main thread may come here with an error while this one watches; one is enough
+            try:
+                self._report(what)
+                self._wait_for_reports()
+                self._explain()
+            except Exception as error:
+                text = f"rm_scale: rank {self.rank}: {what}; who is missing can't be said: {error!r}"
+                print(text, file=sys.stderr, flush=True)
+            finally:
+                os._exit(EXIT_HUNG)
 
-    def _report(self) -> None:
-        if self._has_reported:
+    def _explain(self) -> None:
+        """Say who is missing. One rank speaks for all; the others give it the time to do so."""
+        names = sorted(name for name, _ in self._reports())
+        if names[0] != self._report_name():
+            time.sleep(2.0 + self._look_seconds)
             return
-        self._has_reported = True
-        mine = {"rank": self.rank, "step": self.step, "place": self.place, **where(self._main)}
+        reports = [json.loads((self.folder / name).read_text(encoding="utf-8")) for name in names]
+        seen = next((report["what"] for report in reports if report["what"]), "a rank found something wrong")
+        text = explain_hang(reports, self.world_size, seen)
+        print(f"rm_scale: {text} Stacks of every rank: {self.folder}", file=sys.stderr, flush=True)
+        self.note_end(text)
+
+    def _report_name(self) -> str:
+        return f"rank-{self.rank:05d}.json"
+
+    def _reports(self) -> list[tuple[str, int]]:
+        """Return name and time of each report that was not there when this rank began to watch."""
+        found = []
         with contextlib.suppress(OSError):
-            self._write_report(mine)
+            found = [(path.name, path.stat().st_mtime_ns) for path in self.folder.glob("rank-*.json")]
+        return [report for report in found if report not in self._old_reports]
+
+    def _wait_for_reports(self) -> None:
+        """Wait until every rank has reported, at most `grace` seconds; the others are then called silent."""
+        end = time.monotonic() + self.grace
+        while time.monotonic() < end and len(self._reports()) < self.world_size:
+            time.sleep(2 * _SAMPLE_SECONDS)
+
+    def _report(self, what: str | None) -> None:
+        mine = {"rank": self.rank, "step": self.step, "place": self.place, "what": what, **self._where()}
+        counts: list[GroupCount] = []
+        with contextlib.suppress(Exception):  # groups may go while they are read; the rest is worth having
+            counts = since(count_collectives(), self._counted_before)
+        self._write_report(mine | {"collectives": [asdict(count) for count in counts]})
+
+    def _where(self) -> dict[str, str]:
+        """Return where the main thread is; when that thread itself asks after an error, where the error was raised."""
+        error = sys.exc_info()[1]
+        if threading.get_ident() != self._main or error is None:
+            return where(self._main)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return {"state": "collective", "at": f"{last.filename}:{last.lineno} ({last.name})"}
 
     def _write_report(self, mine: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank-{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        aside = self.folder / f".rank-{self.rank:05d}.json"
-        aside.write_text(json.dumps(mine), encoding="utf-8")
-        aside.rename(self.folder / f"rank-{self.rank:05d}.json")
+        write_whole(self.folder / self._report_name(), json.dumps(mine))
 
 
 def where(thread: int | None) -> dict[str, str]:
-    """Where a thread is: `state` is collective, backward (which may hide one) or work; `at` is the innermost line."""
+    """Return where a thread is: `at`, its innermost line, and `state`.
+
+    The state is collective, backward (which may hide a collective) or work.
+    """
     frame = sys._current_frames().get(thread or -1)
-    while frame is not None and frame.f_code.co_filename == timing.__file__:
+    while frame is not None and frame.f_code.co_filename == step_timing.__file__:
         frame = frame.f_back  # the clock around a collective's wait is not where a rank stands
     if frame is None:
         return {"state": "work", "at": "unknown"}
@@ -169,56 +257,15 @@ def where(thread: int | None) -> dict[str, str]:
 
 
 def _waits_in_zero(files: list[str]) -> bool:
-    """Is the innermost frame ZeRO's own? It computes nothing there itself, but waits for handles of collectives."""
+    """Return whether the innermost frame is ZeRO's own: it computes nothing there, but waits for collectives."""
     return _ZERO_FILES in next((file for file in files if _WRAPPER_FILE not in file), "")
 
 
-def is_broken_connection(error: BaseException) -> bool:
-    """Is this what a collective raises when the process at the other end is gone?"""
-    text = str(error)
-    known = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(part in text for part in known)
-
-
-def explain_hang(reports: list[dict[str, Any]], world_size: int, what: str) -> str:
-    """Say which rank is missing and at which step, from where each rank says it stands.
-
-    Args:
-        reports: of the ranks that still answer.
-        world_size: ranks of the run.
-        what: what was seen.
-    """
-    step = min(report["step"] for report in reports)
-    text = f"step {step}: {what}: "
-    silent = sorted(set(range(world_size)) - {report["rank"] for report in reports})
-    behind = [report for report in reports if report["state"] == "work"]
-    waiting = [report for report in reports if report["state"] != "work"]
-    if silent:
-        text += f"rank {_listed(silent)} does not answer (dead, frozen, or its node is lost). "
-    if behind and len(behind) < world_size:
-        standing = "; ".join(f"rank {r['rank']} stands at {r['at']} in {r['place']}" for r in behind[:8])
-        text += f"rank {_listed([r['rank'] for r in behind])} did not reach the collective: {standing}. "
-    if not silent and not behind:
-        places = sorted({f"{r['place']} at {r['at']}" for r in waiting})
-        text += f"all ranks wait in a collective, at: {'; '.join(places[:4])}. "
-    elif waiting:
-        text += f"Rank {_listed([r['rank'] for r in waiting])} waited for it in {waiting[0]['place']}. "
-    return f"{text}Fix: look at that rank's node and its stack; a longer wait is allowed by --ddp_timeout."
-
-
-def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:16]))
-    return shown if len(ranks) <= 16 else f"{shown} and {len(ranks) - 16} more"
-
-
-def slow_ranks(work_seconds: list[float], ratio: float = SLOW_RATIO) -> list[tuple[int, float]]:
-    """Ranks that work much longer per step than the others, with how many times as long.
-
-    Args:
-        work_seconds: time of each rank not spent waiting for others, since the last look.
-        ratio: to the median rank (of an even number, the faster of the two in the middle).
-    """
-    median = sorted(work_seconds)[(len(work_seconds) - 1) // 2]
-    if median <= 0:
-        return []
-    return [(rank, seconds / median) for rank, seconds in enumerate(work_seconds) if seconds > ratio * median]
+def collective_failure(error: BaseException) -> str | None:
+    """Return what went wrong, if a collective raises this error when another rank is gone or late; else `None`."""
+    text = str(error).lower()
+    if not isinstance(error, RuntimeError):  # torch's DistBackendError, DistNetworkError and DistStoreError are
+        return None
+    if any(part in text for part in _TIMED_OUT):
+        return "a collective timed out"
+    return "the connection to another rank broke" if any(part in text for part in _BROKEN) else None

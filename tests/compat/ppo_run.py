@@ -21,7 +21,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from rm_scale.inference.scorer import RewardScorer
+from rm_scale.inference.scoring.scorer import RewardScorer
 
 MAX_DIFFERENCE = 1e-4
 LEAST_RISE = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -15,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from rm_scale.launch import bench_hardware
+from rm_scale.cli import main as rm_scale
+from rm_scale.files import free_port
 from rm_scale.planning.hardware import read_devices
-from tests.support.launching import environment, free_port, run
+from tests.support.launching import environment, run
 
 pytestmark = pytest.mark.distributed
 
 _PROGRAM = (
     "import argparse, sys\n"
-    "from rm_scale.launch import doctor\n"
+    "from rm_scale.commands import doctor\n"
     "parser = argparse.ArgumentParser()\n"
     "doctor.add_arguments(parser)\n"
     "sys.exit(doctor.run(parser.parse_args()))\n"
@@ -40,7 +40,7 @@ def checks_of(output: str) -> dict[str, dict[str, Any]]:
 def test_two_ranks_under_the_launcher(tmp_path: Path, tiny_model: Path) -> None:
     words = ["--nproc", "2", "--output_dir", str(tmp_path), "--model", str(tiny_model)]
     done = subprocess.run(
-        [*DOCTOR, *words], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [*DOCTOR, *words], env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
     content = json.loads(done.stdout)
     assert (done.returncode, content["ok"]) == (0, True), done.stdout + done.stderr
@@ -68,6 +68,7 @@ exit "$(cat "$CODES"/* | sort -n | tail -1)"
 """
 
 
+@pytest.mark.long
 def test_machines_of_a_hostfile(tmp_path: Path) -> None:
     """Two machines, played by this one; real are DeepSpeed's launcher, the ranks, and what they say."""
     tools = tmp_path / "tools"
@@ -132,6 +133,7 @@ def can_play_nodes() -> bool:
     return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.long
 def test_two_nodes_whose_disk_is_not_shared(tmp_path: Path) -> None:
     """Each node has its own name and its own disk at the same place."""
     if not can_play_nodes():
@@ -140,7 +142,7 @@ def test_two_nodes_whose_disk_is_not_shared(tmp_path: Path) -> None:
     tasks = [
         start_step(rank, port, words, f"hostname node{rank} && mount -t tmpfs none {tmp_path}") for rank in range(2)
     ]
-    outputs = [task.communicate(timeout=300)[0] for task in tasks]
+    outputs = [task.communicate(timeout=600)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [1, 1], outputs
     checks = checks_of(outputs[0])
     assert (
@@ -154,12 +156,13 @@ def test_two_nodes_whose_disk_is_not_shared(tmp_path: Path) -> None:
     assert "{\n" not in outputs[1], "one rank prints for all"
 
 
+@pytest.mark.long
 def test_ranks_that_miss_each_other(tmp_path: Path) -> None:
     """Each of the two waits at a port of its own: both must end, and say what they waited for."""
     words = ["--output_dir", str(tmp_path)]
     started = time.monotonic()
     tasks = [start_step(rank, free_port(), words, timeout="4") for rank in range(2)]
-    outputs = [task.communicate(timeout=200)[0] for task in tasks]
+    outputs = [task.communicate(timeout=600)[0] for task in tasks]
     assert time.monotonic() - started < 150
     assert [task.returncode for task in tasks] == [1, 1]
     lost = checks_of(outputs[0])["ranks"]
@@ -167,12 +170,11 @@ def test_ranks_that_miss_each_other(tmp_path: Path) -> None:
     assert "rank 1:\n" in outputs[1] and "fail  ranks" in outputs[1] and "{\n" not in outputs[1]
 
 
+@pytest.mark.long
 def test_bench_of_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    bench_hardware.add_arguments(parser)
     path = tmp_path / "here.yaml"
     words = ["--nproc", "2", "--seconds", "2", "--output", str(path), "--name", "here"]
-    assert bench_hardware.run(parser.parse_args(words)) == 0
+    assert rm_scale(["bench", "hardware", *words]) == 0
     (device,) = read_devices(str(path)).values()
     assert device.is_cpu and device.name == "cpu-here" and device.devices_per_node == 2
     assert device.peak_flops == device.matmul_flops > 1e9

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import losses, read_lines, run_cases, scores
+from tests.support.launching import Launches, losses, read_lines, scores
+from tests.support.marks import mostly_long
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +39,10 @@ def common(tiny_model: Path, ranked_file: Path) -> list[str]:
     return [*flags, "--global_batch_size", "12", "--per_device_train_batch_size", "3", "--max_length", "200"]
 
 
+SHORT = ("full-none-none", "full-none-prefix_shared", "lora-none-none", "lora-zero3-prefix_shared")
+"""The cases of `make test`: DDP and ZeRO-3, and what they are compared with."""
+
+
 def cases(common: list[str]) -> dict[str, list[str]]:
     """Every layout, ZeRO stage and method; the budget makes two to four micro-steps out of each step."""
     made = {}
@@ -59,50 +64,56 @@ def cases(common: list[str]) -> dict[str, list[str]]:
     return made
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    finished = run_cases(folder, cases(common))
-    assert finished.code == 0, finished.output[-6000:]
-    return folder
+def groups(common: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Two launches: what `make test` needs, and the rest."""
+    made = cases(common)
+    short = {name: made.pop(name) for name in SHORT}
+    return {"short": short, "long": made}
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    picked = {name: flags for name, flags in cases(common).items() if "zero2" not in name}
-    finished = run_cases(folder, picked, ranks=1)
-    assert finished.code == 0, finished.output[-6000:]
-    return folder
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Launches:
+    return Launches(tmp_path_factory.mktemp("two"), groups(common))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Launches:
+    picked = groups(common)
+    picked["long"] = {name: flags for name, flags in picked["long"].items() if "zero2" not in name}
+    return Launches(tmp_path_factory.mktemp("one"), picked, ranks=1)
 
 
 def assert_same(folder: Path, reference: Path) -> None:
     expected = losses(reference)
-    assert losses(folder)[0] == pytest.approx(expected[0], rel=1e-6)
-    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+    assert losses(folder)[0] == pytest.approx(expected[0], rel=1e-5)
+    assert losses(folder) == pytest.approx(expected, rel=1e-4)
     norms = [
         [line["grad_norm"] for line in read_lines(f / "run" / "metrics.jsonl") if "loss" in line]
         for f in (folder, reference)
     ]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    assert scores(folder) == pytest.approx(scores(reference), abs=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    # Each update widens what two kernels round differently, by how much depends on the processor.
+    assert scores(folder) == pytest.approx(scores(reference), abs=1e-3)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_ranks_equal_one_padded_rank(one_rank: Path, two_ranks: Path, method: str, layout: str, stage: str) -> None:
-    assert_same(two_ranks / f"{method}-{stage}-{layout}", one_rank / f"{method}-none-none")
+MATRIX = [f"{method}-{stage}-{layout}" for method in ("full", "lora") for stage in STAGES for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("stage", ["none", "zero3"])
-def test_layouts_agree_on_one_rank(one_rank: Path, method: str, layout: str, stage: str) -> None:
-    assert_same(one_rank / f"{method}-{stage}-{layout}", one_rank / f"{method}-none-none")
+@pytest.mark.parametrize("case", mostly_long(MATRIX, short=SHORT))
+def test_two_ranks_equal_one_padded_rank(one_rank: Launches, two_ranks: Launches, case: str) -> None:
+    assert_same(two_ranks[case], one_rank[f"{case.partition('-')[0]}-none-none"])
 
 
+ON_ONE_RANK = [case for case in MATRIX if "zero2" not in case and not case.endswith("-none")]
+
+
+@pytest.mark.parametrize("case", mostly_long(ON_ONE_RANK, short=SHORT))
+def test_layouts_agree_on_one_rank(one_rank: Launches, case: str) -> None:
+    assert_same(one_rank[case], one_rank[f"{case.partition('-')[0]}-none-none"])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["zero1", "zero3_offload"])
-def test_other_engines_agree(one_rank: Path, two_ranks: Path, stage: str) -> None:
-    for folder in (one_rank, two_ranks):
-        assert_same(folder / f"full-{stage}-prefix_shared", one_rank / "full-none-none")
+def test_other_engines_agree(one_rank: Launches, two_ranks: Launches, stage: str) -> None:
+    for launches in (one_rank, two_ranks):
+        assert_same(launches[f"full-{stage}-prefix_shared"], one_rank["full-none-none"])

@@ -112,7 +112,7 @@ def pipeline_scores(folder: Path, kind: str, texts: list[str], scratch: Path) ->
 @pytest.fixture(scope="module")
 def texts(two_ranks: Path, pairs_file: Path) -> list[str]:
     """The evaluation texts as the scoring contract renders them, in the order of `scores`."""
-    from rm_scale.inference.scorer import RewardScorer
+    from rm_scale.inference.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(two_ranks / "full", device="cpu")
     rows = {row["id"]: row for row in map(json.loads, pairs_file.read_text().splitlines())}
@@ -128,8 +128,8 @@ def texts(two_ranks: Path, pairs_file: Path) -> list[str]:
     [
         ("full", "model", 1e-4),
         ("lora", "adapter", 1e-4),
-        ("lora/merged", "model", 1e-4),
-        ("qlora", "adapter", 1e-4),
+        pytest.param("lora/merged", "model", 1e-4, marks=pytest.mark.long),
+        pytest.param("qlora", "adapter", 1e-4, marks=pytest.mark.long),
     ],
 )
 def test_fresh_pipeline_gives_the_trainers_scores(
@@ -141,7 +141,7 @@ def test_fresh_pipeline_gives_the_trainers_scores(
 
 def test_one_rank_equals_two(one_rank: Path, two_ranks: Path) -> None:
     assert losses(one_rank / "full") == pytest.approx(losses(two_ranks / "full"), rel=1e-5)
-    assert scores(one_rank / "full") == pytest.approx(scores(two_ranks / "full"), abs=1e-4)
+    assert scores(one_rank / "full") == pytest.approx(scores(two_ranks / "full"), abs=1e-3)
     one, two = (read_json(folder / "full" / "run" / "evaluation.json") for folder in (one_rank, two_ranks))
     assert (one["accuracy"], one["num_pairs"]) == (two["accuracy"], two["num_pairs"])
 
@@ -149,9 +149,10 @@ def test_one_rank_equals_two(one_rank: Path, two_ranks: Path) -> None:
 @pytest.mark.parametrize("case", ["accumulated", "ddp"])
 def test_splits_of_the_batch_agree(one_rank: Path, two_ranks: Path, case: str) -> None:
     assert losses(two_ranks / case) == pytest.approx(losses(one_rank / "full"), rel=1e-5)
-    assert scores(two_ranks / case) == pytest.approx(scores(one_rank / "full"), abs=1e-4)
+    assert scores(two_ranks / case) == pytest.approx(scores(one_rank / "full"), abs=1e-3)
 
 
+@pytest.mark.long
 def test_hpz_agrees(two_ranks: Path, common: list[str], tmp_path: Path) -> None:
     """In a launch of its own: DeepSpeed makes hpZ's process groups once per process."""
     hpz = json.loads((REPOSITORY / "ds_configs" / "zero3_hpz.json").read_text())
@@ -165,9 +166,9 @@ def test_hpz_agrees(two_ranks: Path, common: list[str], tmp_path: Path) -> None:
 
 def test_one_by_eight_equals_eight_by_one(one_rank: Path) -> None:
     assert losses(one_rank / "accumulated") == pytest.approx(losses(one_rank / "full"), rel=1e-5)
-    assert scores(one_rank / "accumulated") == pytest.approx(scores(one_rank / "full"), abs=1e-4)
+    assert scores(one_rank / "accumulated") == pytest.approx(scores(one_rank / "full"), abs=1e-3)
 
 
 def test_smaller_last_step_of_an_epoch_agrees(one_rank: Path, two_ranks: Path) -> None:
     assert losses(two_ranks / "ragged") == pytest.approx(losses(one_rank / "ragged"), rel=1e-5)
-    assert scores(two_ranks / "ragged") == pytest.approx(scores(one_rank / "ragged"), abs=1e-4)
+    assert scores(two_ranks / "ragged") == pytest.approx(scores(one_rank / "ragged"), abs=1e-3)

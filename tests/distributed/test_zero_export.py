@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from rm_scale.cli import main
 from rm_scale.errors import CheckpointError, DiskError, ModelError
-from rm_scale.inference import zero_states
-from rm_scale.inference.scorer import RewardScorer
-from rm_scale.inference.zero_states import consolidated
-from rm_scale.modeling.contract import ScoringContract
+from rm_scale.inference.export import zero_states
+from rm_scale.inference.export.zero_states import consolidated
+from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.modeling.scoring_contract import ScoringContract
 from tests.support.launching import REPOSITORY, deepspeed_command, run
 
 pytestmark = pytest.mark.distributed

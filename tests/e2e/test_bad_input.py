@@ -1,6 +1,6 @@
 """Every mistake gives one clear message, a non-zero exit code, no traceback, and nothing half-written.
 
-All through the real command, as a user types it.
+Through the function that the command calls; what only the command itself can show has tests with processes below.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.in_process import train_here
 from tests.support.launching import TRAIN, Finished, deepspeed_command, run
 
 pytestmark = pytest.mark.e2e
@@ -21,10 +22,10 @@ Command = Callable[..., Finished]
 
 
 @pytest.fixture
-def train(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> Command:
-    """Run train.py with good settings, except for those given."""
+def flags(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> Callable[..., list[str]]:
+    """Good settings, except for those given."""
 
-    def start(**settings: Any) -> Finished:
+    def write(**settings: Any) -> list[str]:
         values = {
             "model_name_or_path": tiny_model,
             "dataset_path": pairs_file,
@@ -32,10 +33,15 @@ def train(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> Command:
             "max_steps": 1,
             **settings,
         }
-        flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
-        return run([sys.executable, str(TRAIN), *flags])
+        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
-    return start
+    return write
+
+
+@pytest.fixture
+def train(flags: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]) -> Command:
+    """Train in this process."""
+    return lambda **settings: train_here(flags(**settings), capfd)
 
 
 def refuse(finished: Finished, tmp_path: Path, *parts: str) -> None:
@@ -107,7 +113,7 @@ def test_bad_rows_within_the_share_are_counted_and_written(train: Command, tmp_p
         ({"deepspeed": "zero33"}, ["deepspeed='zero33': no such file", "zero3_offload"]),
         ({"dataset_format": "ranked"}, ["ranked"]),
         ({"lr_scheduler_type": "wavy"}, ["lr_scheduler_type=wavy", "linear"]),
-        ({"report_to": "nobody"}, ["report_to=['nobody']", "tensorboard"]),
+        ({"report_to": "nobody"}, ["report_to=nobody", "tensorboard"]),
         ({"pad_token": "</s>"}, ["pad_token"]),
         ({"lora_target_modules": "nothing", "use_peft": "true"}, ["lora_target_modules=['nothing']", "q_proj"]),
         ({"resume_from_checkpoint": "last"}, ["holds no checkpoint"]),
@@ -140,13 +146,14 @@ def test_launcher_passes_the_message_and_the_code_on(tmp_path: Path, tiny_model:
     assert "Traceback" not in finished.output
 
 
+@pytest.mark.long
 def test_a_full_output_directory_stops_all_ranks(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
     """Only one rank looks; the other must hear of it rather than wait."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file)]
     finished = run(
-        deepspeed_command(TRAIN, *words, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"), timeout=120
+        deepspeed_command(TRAIN, *words, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"), timeout=900
     )
     assert finished.code != 0
     assert finished.output.count("already holds files") == 1
@@ -154,8 +161,12 @@ def test_a_full_output_directory_stops_all_ranks(tmp_path: Path, tiny_model: Pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_debug_shows_the_traceback(train: Command) -> None:
-    finished = train(dataset_path="gone.jsonl", debug="true")
+def test_the_command_ends_with_the_message_and_the_code(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    refuse(run([sys.executable, str(TRAIN), *flags(lora_rankk=64)]), tmp_path, "lora_rankk")
+
+
+def test_debug_shows_the_traceback(flags: Callable[..., list[str]]) -> None:
+    finished = run([sys.executable, str(TRAIN), *flags(dataset_path="gone.jsonl", debug="true")])
     assert finished.code == 2
     assert "Traceback" in finished.output and "gone.jsonl: no such file" in finished.output
 

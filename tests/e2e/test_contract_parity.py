@@ -18,13 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rm_scale.cli import main
-from rm_scale.data.synthetic import generate_pairs
-from rm_scale.inference.scorer import RewardScorer
-from rm_scale.modeling.assets import make_tiny_model
+from rm_scale.demo.assets import make_tiny_model
+from rm_scale.demo.synthetic_preferences import generate_pairs
+from rm_scale.inference.scoring.scorer import RewardScorer
 from tests.support.launching import read_lines, run, run_cases
 from tests.support.serving import served
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 MODELS = ("llama-full", "llama-lora", "qwen2-full", "qwen2-lora")
 EXPORTED = ("llama-lora", "qwen2-lora")
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[Messages, str, str]] = {
     "special_tokens": ([TURN], "It ends.<eos> Or not?", "<|user|>Who said that?"),
 }
 UNTRAINED = {"empty": ([TURN], "", "x")}
-"""The data room refuses a pair with an empty response; a scorer meets them all the same."""
+"""`rm_scale.data` refuses a pair with an empty response; a scorer meets them all the same."""
 
 
 def digits(tokenizer: PreTrainedTokenizerBase, digit: str, num_tokens: int) -> tuple[Messages, str]:
@@ -235,16 +235,17 @@ def test_serve(model: str, work: Path, scorers: dict[str, RewardScorer], expecte
     items = {row.pop("case"): row for row in texts(work, model)}
     known = [name for name in items if name in expected[model]]
     with served(scorers[model]) as (url, _):
-        answer = httpx.post(f"{url}/score", json={"items": [items[name] for name in known]}, timeout=60)
+        answer = httpx.post(f"{url}/score", json={"items": [items[name] for name in known]}, timeout=600)
         assert answer.status_code == 200, answer.text
         agree(dict(zip(known, answer.json()["scores"], strict=True)), expected[model])
         # As vLLM's clients ask: the whole text. What was cut has no text that says so.
         whole = [name for name in known if not name.startswith("over_long")]
         rendered = [scorers[model].encoder.render(items[name]["prompt"], items[name]["completion"]) for name in whole]
-        answer = httpx.post(f"{url}/classify", json={"input": rendered}, timeout=60)
+        answer = httpx.post(f"{url}/classify", json={"input": rendered}, timeout=600)
+        assert answer.status_code == 200, answer.text
         agree({name: row["probs"][0] for name, row in zip(whole, answer.json()["data"], strict=True)}, expected[model])
         for name in items.keys() - set(known):
-            refused = httpx.post(f"{url}/score", json={"items": [items[name]]}, timeout=60)
+            refused = httpx.post(f"{url}/score", json={"items": [items[name]]}, timeout=600)
             assert refused.status_code == 422 and "too long to be scored" in refused.text
 
 
@@ -331,6 +332,7 @@ def test_export_under_the_contract(
     agree(dict(zip([row["case"] for row in rows], found, strict=True)), expected[model])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_grpo_by_path(architecture: str, work: Path, exports: dict[str, Path], uncut: dict[str, Scores]) -> None:
     """TRL loads the folders and computes their rewards; only the texts are ours."""

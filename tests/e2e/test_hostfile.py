@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import environment, free_port, read_json, run
+from rm_scale.files import free_port
+from tests.support.launching import environment, read_json, run
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 TOOLS = SSHD is not None and all(shutil.which(tool) for tool in ("ssh", "ssh-keygen", "pdsh"))
@@ -56,7 +57,7 @@ def ssh_commands(tmp_path: Path) -> Iterator[Path]:
         yield commands
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=600)
 
 
 def _wait_for(port: int, log: Path) -> None:

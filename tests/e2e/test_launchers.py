@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from rm_scale.files import free_port
 from tests.support.launching import (
     TRAIN,
+    Launches,
     deepspeed_command,
     environment,
-    free_port,
     losses,
     read_json,
     run,
-    run_cases,
     scores,
 )
+from tests.support.marks import mostly_long
 
 pytestmark = pytest.mark.e2e
 
@@ -73,7 +74,7 @@ def _run_as_slurm_step(words: list[str]) -> list[tuple[int, str]]:
     outputs: list[tuple[int, str]] = [(-1, "")] * 2
 
     def wait(rank: int) -> None:
-        text, _ = processes[rank].communicate(timeout=300)
+        text, _ = processes[rank].communicate(timeout=600)
         outputs[rank] = (processes[rank].returncode, text[-3000:])
 
     threads = [threading.Thread(target=wait, args=(rank,)) for rank in range(2)]
@@ -106,6 +107,7 @@ def test_plain_python_trains_and_scores_samples(flags: list[str], tmp_path: Path
     assert "eval_accuracy" in last, "the final evaluation reaches the loggers"
 
 
+@pytest.mark.long
 def test_overwriting_leaves_nothing_of_the_earlier_run(flags: list[str], tmp_path: Path) -> None:
     words = [sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--sample_scores", "0"]
     assert run([*words, "--save_strategy", "steps", "--save_steps", "1"]).code == 0
@@ -119,7 +121,7 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(flags: list[str], tmp_pat
 def test_dry_run_prints_settings_and_plan_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:
     done = run([sys.executable, str(TRAIN), *flags, "--output_dir", str(tmp_path / "out"), "--dry_run"])
     assert done.code == 0, done.output
-    for part in ('"learning_rate": 0.001', '"global_batch_size": 2', '"method": "full"', '"max_length": 1024'):
+    for part in ("full training of ", "learning_rate: 0.001", "max_length: 1024"):
         assert part in done.output
     assert not (tmp_path / "out").exists()
 
@@ -130,45 +132,50 @@ def test_help_needs_no_torch() -> None:
     assert "| torch\n" not in done.output.replace("|   ", "| ")
 
 
-@pytest.mark.parametrize(
-    ("method", "stage"),
-    [
-        ("full", "zero3"),
-        ("lora", "zero3"),
-        ("qlora", "zero2"),
-        ("full", "zero1"),
-        ("full", "zero3_offload"),
-        ("lora", "none"),
-    ],
-)
+RESUMED = [
+    ("full", "zero3"),
+    ("lora", "zero3"),
+    ("qlora", "zero2"),
+    ("full", "zero1"),
+    ("full", "zero3_offload"),
+    ("lora", "none"),
+]
+SHORT = ("lora", "zero3")
+
+
+@pytest.fixture(scope="module")
+def whole_and_resumed(
+    tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Launches, Launches]:
+    """Runs that were not interrupted, and those that go on from a checkpoint of them in new processes."""
+    words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file), "--eval_split_size", "20"]
+    words += ["--per_device_train_batch_size", "10", "--num_train_epochs", "2", "--logging_steps", "1"]
+    words += ["--learning_rate", "2e-3", "--save_strategy", "steps", "--save_steps", "4"]
+    words += ["--sample_scores", "0", "--disable_tqdm"]
+    first, second = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("resumed")
+    whole: dict[str, dict[str, list[str]]] = {"short": {}, "long": {}}
+    resumed: dict[str, dict[str, list[str]]] = {"short": {}, "long": {}}
+    for method, stage in RESUMED:
+        name, group = f"{method}-{stage}", "short" if (method, stage) == SHORT else "long"
+        flags = [*words, *([] if stage == "none" else ["--deepspeed", stage])]
+        flags += [] if method == "full" else ["--use_peft", *(["--load_in_4bit"] if method == "qlora" else [])]
+        whole[group][name] = flags
+        resumed[group][name] = [*flags, "--resume_from_checkpoint", str(first / name / "checkpoint-4")]
+    return Launches(first, whole), Launches(second, resumed)
+
+
+@pytest.mark.parametrize(("method", "stage"), mostly_long(RESUMED, short=[SHORT]))
 def test_resumed_run_is_the_uninterrupted_run(
-    method: str, stage: str, tiny_model: Path, pairs_file: Path, tmp_path: Path
+    method: str, stage: str, whole_and_resumed: tuple[Launches, Launches]
 ) -> None:
     """Bit for bit on CPU, across an epoch's end, under ZeRO-3 in bf16 (head master included)."""
-    words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file), "--eval_split_size", "20"]
-    words += [
-        "--per_device_train_batch_size",
-        "10",
-        "--num_train_epochs",
-        "2",
-        "--logging_steps",
-        "1",
-        "--disable_tqdm",
-    ]
-    words += ["--learning_rate", "2e-3", "--save_strategy", "steps", "--save_steps", "4"]
-    words += ["--sample_scores", "0", *([] if stage == "none" else ["--deepspeed", stage])]
-    words += [] if method == "full" else ["--use_peft", *(["--load_in_4bit"] if method == "qlora" else [])]
-    first = run_cases(tmp_path / "first", {"whole": words})
-    assert first.code == 0, first.output[-5000:]
-    checkpoint = tmp_path / "first" / "whole" / "checkpoint-4"
-    second = run_cases(tmp_path / "second", {"resumed": [*words, "--resume_from_checkpoint", str(checkpoint)]})
-    assert second.code == 0, second.output[-5000:]
-    assert losses(tmp_path / "second" / "resumed") == losses(tmp_path / "first" / "whole")[4:]
-    assert scores(tmp_path / "second" / "resumed") == scores(tmp_path / "first" / "whole")
+    whole, resumed = (launches[f"{method}-{stage}"] for launches in whole_and_resumed)
+    assert losses(resumed) == losses(whole)[4:]
+    assert scores(resumed) == scores(whole)
 
 
 def test_ranked_lists_ties_and_subsets_train_and_evaluate(tiny_model: Path, tmp_path: Path) -> None:
-    from rm_scale.data.synthetic import generate_rows
+    from rm_scale.demo.synthetic_preferences import generate_rows
 
     path = tmp_path / "ranked.jsonl"
     rows = generate_rows(40, 0, "train", None, "ranked")
@@ -182,6 +189,7 @@ def test_ranked_lists_ties_and_subsets_train_and_evaluate(tiny_model: Path, tmp_
     assert sum(part["num_pairs"] for part in evaluation["subsets"].values()) == 8 * 5
 
 
+@pytest.mark.long
 def test_launch_plans_tries_rows_and_trains(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
     """`rm-scale launch --auto_batch`: real trials, then the run itself, with its figures beside the plan's."""
     output = tmp_path / "run"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rm_scale.training.lives import read_lives
-from rm_scale.training.manifest import files_in, newest_valid, read_manifest
+from rm_scale.training.attempts import read_attempts
+from rm_scale.training.checkpoint.manifest import files_in, newest_valid, read_manifest
 from tests.support.launching import case_log, losses, read_lines, run_faulty_cases, weights
 
 pytestmark = pytest.mark.e2e
@@ -30,6 +30,10 @@ def common(tiny_model: Path, pairs_file: Path) -> list[str]:
     words = ["--model_name_or_path", str(tiny_model), "--dataset_path", str(pairs_file), "--eval_split_size", "8"]
     words += ["--per_device_train_batch_size", "4", "--max_steps", str(STEPS), "--logging_steps", "1"]
     return [*words, "--learning_rate", "3e-3", "--disable_tqdm", "--sample_scores", "0"]
+
+
+SHORT = ("whole", "stopped", "again", "finished", "slow", "nan", "disk")
+"""The cases of `make test`."""
 
 
 def cases(common: list[str]) -> dict[str, dict[str, Any]]:
@@ -71,14 +75,23 @@ def cases(common: list[str]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
-    """One start of two ranks for all cases that don't end the process."""
-    folder = tmp_path_factory.mktemp("faults")
-    todo = cases(common)
+    """One start of two ranks for all cases of `make test` that don't end the process."""
+    todo = {name: case for name, case in cases(common).items() if name in SHORT}
+    return train(tmp_path_factory.mktemp("faults"), todo)
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
+    """The same for the other cases."""
+    todo = {name: case for name, case in cases(common).items() if name not in SHORT}
+    return train(tmp_path_factory.mktemp("further"), todo)
+
+
+def train(folder: Path, todo: dict[str, dict[str, Any]]) -> Path:
     finished, codes = run_faulty_cases(folder, todo)
     assert finished.code == 0, finished.output[-6000:]
-    expected = dict.fromkeys(todo, 0)
-    expected |= dict.fromkeys(("stopped", "again", "file", "clock", "ticks"), 85)
-    expected |= dict.fromkeys(("changed", "nan", "memory", "no_disk"), 2)
+    stopped, refused = ("stopped", "again", "file", "clock", "ticks"), ("changed", "nan", "memory", "no_disk")
+    expected = {name: 85 if name in stopped else 2 if name in refused else 0 for name in todo}
     assert codes == [expected, expected], finished.output[-6000:]
     return folder
 
@@ -93,7 +106,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(runs: Pa
     """USR1 to rank 1, later TERM to rank 0: saved at the step they came in, resumed twice, the same bits at the end."""
     assert same(runs / "stopped", runs / "whole")
     assert losses(runs / "stopped") == losses(runs / "whole")
-    events = [(e["life"], e["event"], e["step"], e.get("reason")) for e in read_lives(runs / "stopped" / "run")]
+    events = [(e["attempt"], e["event"], e["step"], e.get("reason")) for e in read_attempts(runs / "stopped" / "run")]
     assert events[:12] == [
         (1, "start", 0, None),
         (1, "first_step", 1, None),
@@ -111,31 +124,35 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(runs: Pa
     assert "asked to stop (SIGUSR1 on rank 1): all ranks stop at step 3" in case_log(runs, "stopped")
 
 
-def test_a_run_that_was_at_its_end_takes_no_further_step(runs: Path) -> None:
+@pytest.mark.long
+def test_a_run_that_was_at_its_end_takes_no_further_step(runs: Path, further: Path) -> None:
     """A job that is killed after its last checkpoint comes back; transformers would train one step too many."""
-    assert "resuming from" in case_log(runs, "ended_again") and same(runs / "twice", runs / "whole")
-    assert losses(runs / "twice") == losses(runs / "whole")
+    assert "resuming from" in case_log(further, "ended_again") and same(further / "twice", runs / "whole")
+    assert losses(further / "twice") == losses(runs / "whole")
 
 
-def test_a_stop_file_is_obeyed_once(runs: Path) -> None:
-    assert not (runs / "file" / "STOP").exists()
-    assert read_manifest(runs / "file" / "checkpoint-2").step == 2
+@pytest.mark.long
+def test_a_stop_file_is_obeyed_once(further: Path) -> None:
+    assert not (further / "file" / "STOP").exists()
+    assert read_manifest(further / "file" / "checkpoint-2").step == 2
 
 
-def test_the_wall_clock_stops_a_run_that_got_no_signal(runs: Path) -> None:
+@pytest.mark.long
+def test_the_wall_clock_stops_a_run_that_got_no_signal(further: Path) -> None:
     """Before the first step when there is no time for one; between steps otherwise, early enough."""
-    assert "asked to stop (wall clock): all ranks stop at step 0" in case_log(runs, "clock")
-    saved = [event for event in read_lives(runs / "ticks" / "run") if event["event"] == "saved"]
+    assert "asked to stop (wall clock): all ranks stop at step 0" in case_log(further, "clock")
+    saved = [event for event in read_attempts(further / "ticks" / "run") if event["event"] == "saved"]
     assert len(saved) == 1 and 1 <= saved[0]["step"] < STEPS
 
 
-def test_another_configuration_is_refused_by_name(runs: Path) -> None:
-    log = case_log(runs, "changed")
+@pytest.mark.long
+def test_another_configuration_is_refused_by_name(further: Path) -> None:
+    log = case_log(further, "changed")
     assert "  - learning_rate: 0.003 then, 0.001 now" in log
     assert "  - adam_beta2: 0.999 then, 0.9 now" in log
     assert "--allow_changed adam_beta2 learning_rate" in log
     # With the change allowed it takes effect, on the schedule where it was.
-    rates = [line["learning_rate"] for line in read_lines(runs / "file" / "run" / "metrics.jsonl") if "loss" in line]
+    rates = [line["learning_rate"] for line in read_lines(further / "file" / "run" / "metrics.jsonl") if "loss" in line]
     assert rates == pytest.approx([3e-3, 3e-3 * 7 / 8, *(1e-3 * left / 8 for left in (6, 5, 4, 3, 2, 1))])
 
 
@@ -155,17 +172,19 @@ def test_a_nan_stops_all_ranks_and_its_rows_are_kept(runs: Path) -> None:
     assert len(losses(runs / "nan")) == 2
 
 
-def test_steps_with_nan_are_left_out_up_to_the_limit(runs: Path) -> None:
-    log = case_log(runs, "left_out")
+@pytest.mark.long
+def test_steps_with_nan_are_left_out_up_to_the_limit(runs: Path, further: Path) -> None:
+    log = case_log(further, "left_out")
     assert "step 3 is left out" in log and "step 5 is left out" in log
-    steps = read_lines(runs / "left_out" / "run" / "metrics.jsonl")
+    steps = read_lines(further / "left_out" / "run" / "metrics.jsonl")
     assert all(isinstance(line["loss"], float) for line in steps if "loss" in line)
-    assert all(tensor.isfinite().all() for tensor in weights(runs / "left_out").values())
-    assert losses(runs / "left_out")[:2] == losses(runs / "nan")
+    assert all(tensor.isfinite().all() for tensor in weights(further / "left_out").values())
+    assert losses(further / "left_out")[:2] == losses(runs / "nan")
 
 
-def test_out_of_memory_comes_with_the_plan(runs: Path) -> None:
-    log = case_log(runs, "memory")
+@pytest.mark.long
+def test_out_of_memory_comes_with_the_plan(further: Path) -> None:
+    log = case_log(further, "memory")
     assert "out of memory: " in log and "The plan predicted a peak of " in log
     assert "a smaller max_tokens_per_device" in log
 
@@ -180,10 +199,11 @@ def test_a_failed_save_is_survived_and_leaves_nothing(runs: Path) -> None:
     assert same(runs / "disk", runs / "whole")
 
 
-def test_a_run_that_can_not_be_saved_ends_with_the_earlier_checkpoint_intact(runs: Path) -> None:
-    log = case_log(runs, "no_disk")
+@pytest.mark.long
+def test_a_run_that_can_not_be_saved_ends_with_the_earlier_checkpoint_intact(further: Path) -> None:
+    log = case_log(further, "no_disk")
     assert "checkpoint-6 could not be written, and 2 in a row failed" in log
-    assert newest_valid(runs / "no_disk", 0, 1) == runs / "no_disk" / "checkpoint-2"
+    assert newest_valid(further / "no_disk", 0, 1) == further / "no_disk" / "checkpoint-2"
 
 
 def test_only_the_newest_are_kept(runs: Path) -> None:
@@ -244,7 +264,7 @@ def test_foreign_checkpoints_are_recognised(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "checkpoint-8", tmp_path / "c" / "checkpoint-8")
     (tmp_path / "c" / "checkpoint-8" / "latest_states.pt").write_bytes(b"x")
     assert newest_valid(tmp_path / "c", 0, 1) is None
-    shutil.copytree(source / "checkpoint-8", tmp_path / "d" / ".tmp-checkpoint-8-life1-00000000")
+    shutil.copytree(source / "checkpoint-8", tmp_path / "d" / ".tmp-checkpoint-8-attempt1-00000000")
     assert newest_valid(tmp_path / "d", 0, 1) is None
 
 

@@ -19,12 +19,14 @@ import httpx
 import pytest
 import torch
 
+from rm_scale.commands import serve
 from rm_scale.errors import DataError
-from rm_scale.launch import serve_command
-from tests.support.launching import REPOSITORY, environment, free_port, read_lines, run
+from rm_scale.files import free_port
+from tests.support.launching import REPOSITORY, environment, read_lines, run
+from tests.support.marks import mostly_long
 from tests.support.tiny_runs import train_tiny
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 EXAMPLES = REPOSITORY / "examples"
 TRAINERS = ("grpo", "rloo", "online_dpo")
 QUESTION = [{"role": "user", "content": "How many?"}]
@@ -72,7 +74,7 @@ def padless_adapter(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A LoRA adapter on a Qwen2 whose own tokenizer pads with EOS, as many published ones do."""
     from transformers import AutoTokenizer
 
-    from rm_scale.modeling.assets import make_tiny_model
+    from rm_scale.demo.assets import make_tiny_model
 
     folder = tmp_path_factory.mktemp("padless")
     base = make_tiny_model(folder / "base", "qwen2", vocab_size=400, hidden_size=32)
@@ -85,18 +87,20 @@ def padless_adapter(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) 
 # --- Learning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", mostly_long(TRAINERS, short=["grpo"]))
 def test_mean_reward_rises(name: str, plain_task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = recipe(name, capsys, *task_words(plain_task, tmp_path))
     assert found["steps"] == 40
     assert found["last_quarter"] > found["first_quarter"] + 2
 
 
+@pytest.mark.long
 def test_by_path_learns_on_conversations(chat_task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = recipe("rloo", capsys, *task_words(chat_task, tmp_path, "--by_path"))
     assert found["last_quarter"] > found["first_quarter"] + 1
 
 
+@pytest.mark.long
 def test_best_of_n_rises_with_n(plain_task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     points = recipe("best_of_n", capsys, *task_words(plain_task, tmp_path, "--num_samples", "6"))
     assert [point["n"] for point in points] == [1, 2, 3, 4, 5, 6]
@@ -108,6 +112,7 @@ def test_best_of_n_rises_with_n(plain_task: Path, tmp_path: Path, capsys: pytest
 # --- By path and by function: the same numbers -----------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINERS)
 def test_conversations_go_the_same_way_by_path(
     name: str, chat_task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -179,6 +184,7 @@ def conversations(scorer: Any) -> tuple[list[Any], list[Any]]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "llama adapter", "qwen2", "qwen2 adapter"])
 def test_grpo_by_path_is_the_contract_on_conversations(
     kind: str,
@@ -224,6 +230,7 @@ def test_trl_reads_an_adapter_with_the_tokenizer_of_its_base(
         assert (by_path == pytest.approx(by_function, abs=1e-4)) is equal
 
 
+@pytest.mark.long
 def test_bf16_training_rounds_rewards_by_path(chat_task: Path, tmp_path: Path) -> None:
     """`bf16`, TRL's default, puts a model by path under autocast, its head included; the function stays in fp32."""
     from rm_scale.inference.reward_function import reward_function
@@ -237,6 +244,7 @@ def test_bf16_training_rounds_rewards_by_path(chat_task: Path, tmp_path: Path) -
     assert 1e-4 < float((by_path - by_function).abs().max()) < 0.1
 
 
+@pytest.mark.long
 def test_plain_text_by_path_lacks_the_end(plain_task: Path, tmp_path: Path) -> None:
     """TRL tokenises prompt + completion without BOS and EOS; the contract, as in training, has both."""
     from rm_scale.inference.reward_function import plain_text_tokenizer, reward_function
@@ -259,10 +267,11 @@ def test_plain_text_by_path_lacks_the_end(plain_task: Path, tmp_path: Path) -> N
         rewards_in_trl(trainer, [QUESTION], [[{"role": "assistant", "content": "1"}]])
 
 
+@pytest.mark.long
 def test_logged_rewards_are_the_scorers(chat_task: Path, tmp_path: Path) -> None:
     """What TRL logs by path and by function, for the texts that it generated itself."""
     from rm_scale.inference.reward_function import reward_function
-    from rm_scale.inference.scorer import RewardScorer
+    from rm_scale.inference.scoring.scorer import RewardScorer
 
     folder = chat_task / "reward_model"
     seen: list[tuple[Any, Any]] = []
@@ -313,11 +322,11 @@ def serving(model: Path, log: Path) -> Iterator[str]:
         server = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             try:
-                if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                if httpx.get(f"{url}/ready", timeout=30).status_code == 200:
                     break
             except httpx.TransportError:
                 pass
@@ -325,7 +334,7 @@ def serving(model: Path, log: Path) -> Iterator[str]:
         yield url
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(600)
 
 
 @pytest.fixture(scope="module")
@@ -335,10 +344,11 @@ def server(plain_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield url
 
 
+@pytest.mark.long
 def test_remote_scores_are_the_models(server: str, plain_task: Path) -> None:
-    from rm_scale.inference.remote import RemoteScorer, Unscorable
+    from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
     from rm_scale.inference.reward_function import reward_function
-    from rm_scale.inference.scorer import RewardScorer
+    from rm_scale.inference.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(plain_task / "reward_model", device="cpu")
     remote = RemoteScorer(server, items_per_request=3)
@@ -359,6 +369,7 @@ def test_remote_scores_are_the_models(server: str, plain_task: Path) -> None:
     assert given == [pytest.approx(mixed[0], abs=1e-6), None]
 
 
+@pytest.mark.long
 def test_two_ranks_under_zero3_get_the_same_rewards_in_three_ways(
     server: str, plain_task: Path, tmp_path: Path
 ) -> None:
@@ -367,7 +378,7 @@ def test_two_ranks_under_zero3_get_the_same_rewards_in_three_ways(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [str(plain_task), server, str(tmp_path)]
     env = environment(ACCELERATE_USE_DEEPSPEED="true", PYTHONPATH=str(REPOSITORY))
-    done = run([*command, str(REPOSITORY / "tests/support/rl_ranks.py"), *arguments], env=env, timeout=300)
+    done = run([*command, str(REPOSITORY / "tests/support/rl_ranks.py"), *arguments], env=env, timeout=600)
     assert done.code == 0, done.output[-3000:]
     rewards = json.loads((tmp_path / "rewards.json").read_text())
     assert len(rewards["function"]) == 3
@@ -384,7 +395,7 @@ def scores_served(server: str) -> int:
 def openrlhf_rewards(url: str, queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
     """What OpenRLHF's trainer does, from its documentation: post three lists, read `rewards`, try again on errors."""
     for _ in range(5):
-        answer = httpx.post(url, json={"query": queries, "prompts": prompts, "labels": labels}, timeout=180)
+        answer = httpx.post(url, json={"query": queries, "prompts": prompts, "labels": labels}, timeout=600)
         if answer.is_success:
             rewards: list[float] = answer.json()["rewards"]
             return rewards
@@ -394,7 +405,7 @@ def openrlhf_rewards(url: str, queries: list[str], prompts: list[str], labels: l
 
 def test_openrlhf_gets_the_contracts_rewards(server: str, plain_task: Path) -> None:
     """Queries are decoded with special tokens and, depending on the version, with padding on either side."""
-    from rm_scale.inference.scorer import RewardScorer
+    from rm_scale.inference.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(plain_task / "reward_model", device="cpu")
     tokenizer = scorer.tokenizer
@@ -422,7 +433,7 @@ def test_the_openrlhf_recipe_starts_real_commands(tmp_path: Path) -> None:
     script = str(EXAMPLES / "openrlhf_remote.sh")
     served = run([script, "serve"], env=env).output.split()
     parser = argparse.ArgumentParser()
-    serve_command.add_arguments(parser)
+    serve.add_arguments(parser)
     assert served.pop(0) == "serve"
     options = parser.parse_args(served)
     assert (options.model, options.port) == ("some/model", 5000)

@@ -35,7 +35,7 @@ def texts(lora_run: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFac
 def one_rank(lora_run: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scored by one process, undisturbed."""
     output = tmp_path_factory.mktemp("scores") / "scores.jsonl"
-    words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "16"]
+    words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "64"]
     done = run([*CLI, "score", *words])
     assert done.code == 0 and "480 of 480 rows scored" in done.output, done.output
     return output
@@ -49,10 +49,10 @@ def test_killed_it_goes_on(
     one_rank: Path, lora_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "scores.jsonl"
-    words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "16"]
+    words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "64"]
     process = subprocess.Popen([*CLI, "score", *words], env=environment(), stderr=subprocess.DEVNULL)
     parts = Path(f"{output}.parts")
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while len(list(parts.glob("part-*"))) < 2 and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -60,39 +60,38 @@ def test_killed_it_goes_on(
     process.wait()
     assert not output.exists()
     begun = {path.name: path.read_bytes() for path in parts.glob("part-*")}
-    assert 2 <= len(begun) < 30
+    assert 2 <= len(begun) < 8
     assert main(["score", *words, "--dtype", "bfloat16"]) == 2
     assert "scored with other settings. Fix: start it as it was begun, or begin anew with --restart" in (
         capsys.readouterr().err
     )
     done = run([*CLI, "score", *words])
-    assert done.code == 0 and f"{len(begun)} parts of 16 rows are there already" in done.output, done.output
+    assert done.code == 0 and f"{len(begun)} parts of 64 rows are there already" in done.output, done.output
     assert output.read_bytes() == one_rank.read_bytes()
 
 
+@pytest.mark.long
 def test_two_ranks_end_when_one_dies_and_go_on_to_the_same_file(
     one_rank: Path, lora_run: Path, texts: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "scores.jsonl"
-    words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "16"]
+    words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "64"]
     command = [*CLI, "score", *words, "--num_processes", "2"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    parts, until = Path(f"{output}.parts"), time.monotonic() + 120
+    parts, until = Path(f"{output}.parts"), time.monotonic() + 600
     while not list(parts.glob("part-*")) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
     next(child for child in ranks if child.environ()["RANK"] == "1").kill()
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode != 0 and "a rank ended with code" in said, said
     assert "the same command again, it goes on from there" in said
     assert not output.exists() and not any(child.is_running() for child in ranks), "none is left behind"
     done = run(command)
-    assert done.code == 0 and "parts of 16 rows are there already" in done.output, done.output
+    assert done.code == 0 and "parts of 64 rows are there already" in done.output, done.output
     assert done.output.count("480 of 480 rows scored") == 1 and list(tmp_path.iterdir()) == [output]
-    assert [row["score"] for row in read_lines(output)] == pytest.approx(
-        [row["score"] for row in read_lines(one_rank)], abs=1e-5
-    )
+    assert output.read_bytes() == one_rank.read_bytes(), "whatever the number of ranks, and of threads in each"
 
 
 def test_wrong_requests_are_all_named_at_once(lora_run: Path, texts: Path, tmp_path: Path) -> None:
@@ -105,11 +104,11 @@ def test_wrong_requests_are_all_named_at_once(lora_run: Path, texts: Path, tmp_p
         "chunk_rows=0: must be at least 1",
         "max_rejected_share=2: must be from 0 to 1",
         "no.jsonl: there is no such file",
-        "taken.jsonl: exists. Fix: --overwrite, or another --output",
+        "taken.jsonl: exists. Fix: another name, or --overwrite",
     ):
         assert text in done.output
     same = run([*CLI, "score", "--model", str(lora_run), "--input", str(taken), "--output", str(taken), "--overwrite"])
-    assert same.code == 2 and "is the input. Fix: another --output" in same.output
+    assert same.code == 2 and "is the input; it is not written over. Fix: another name" in same.output
     assert taken.read_text() == "x"
     words = ["--model", str(lora_run), "--input", str(texts), "--output", str(tmp_path / "a.jsonl")]
     template = run([*CLI, "score", *words, "--chat_template_path", str(tmp_path / "none.jinja")])

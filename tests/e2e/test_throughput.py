@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from rm_scale.cli import main
-from rm_scale.reporting.records import Record, measures, read_records
+from rm_scale.reporting.benchmarks.sealed_records import Record, measures, read_records
 from tests.support.launching import REPOSITORY
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 FIGURES = (
     "devices: {cpu-test: {like: cpu, title: Test Processor, matmul_flops: 1.0e+12, memory_bandwidth: 2.0e+10, "
     "memory_bytes: 2.0e+10, devices_per_node: 2}}\n"
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    fixed = ["--tier", "tiny", "--work", str(folder / "work"), "--results", str(folder / "results" / "tiny")]
+    fixed = ["--tier", "tiny", "--work", str(folder / "work"), "--results", str(folder / "results")]
     fixed += ["--hardware", str(folder / "hardware.yaml"), "--steps", "2", "--warmup", "1", "--global_batch_size", "4"]
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "throughput.py"), *fixed, *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
@@ -42,6 +42,7 @@ def measured(folder: Path) -> list[Record]:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     found = read_records([folder / "results"])
     assert not found.refused and len(found.records) == 3
+    assert [path.name for path in (folder / "results").glob("*.jsonl")] == ["tiny.jsonl"], "a line per case"
     return list(found.records)
 
 
@@ -85,7 +86,7 @@ def test_finished_cases_are_not_run_again(folder: Path, measured: list[Record]) 
 def test_a_case_that_fails_is_recorded_and_the_rest_goes_on(
     folder: Path, measured: list[Record], tmp_path: Path
 ) -> None:
-    words = ["--methods", "full", "--results", str(tmp_path / "tiny"), "--train", "--head_lr", "3"]
+    words = ["--methods", "full", "--results", str(tmp_path), "--train", "--head_lr", "3"]
     done = bench(folder, *words)
     assert done.returncode == 1
     (record,) = read_records([tmp_path]).records

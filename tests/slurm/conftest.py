@@ -49,8 +49,8 @@ def own_cluster(cluster: Cluster) -> Cluster:
 @pytest.fixture(scope="session")
 def inputs(cluster: Cluster) -> list[str]:
     """Settings that put the tiny model and generated pairs in the place of a template's own."""
-    from rm_scale.data.synthetic import generate_pairs
-    from rm_scale.modeling.assets import make_tiny_model
+    from rm_scale.demo.assets import make_tiny_model
+    from rm_scale.demo.synthetic_preferences import generate_pairs
 
     model = make_tiny_model(cluster.work / "model", vocab_size=400, hidden_size=32)
     pairs = cluster.work / "pairs.jsonl"

@@ -12,7 +12,7 @@ import pytest
 from tests.support.cluster import Cluster, Job, pid_of_rank, template, until
 from tests.support.launching import losses, read_json, read_lines
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 STEPS, EVERY = 100, 20
 SETTINGS = ["--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", str(EVERY), "--deepspeed", "zero2"]
@@ -24,7 +24,7 @@ def undisturbed(own_cluster: Cluster, inputs: list[str]) -> Path:
     """The same run on healthy nodes."""
     output = own_cluster.work / "healthy"
     job = own_cluster.submit("--nodes=2", template("1b"), *inputs, *SETTINGS, "--output_dir", str(output))
-    assert own_cluster.wait(job, 300)["JobState"] == "COMPLETED", job.output()[-3000:]
+    assert own_cluster.wait(job, 900)["JobState"] == "COMPLETED", job.output()[-3000:]
     return output
 
 
@@ -42,34 +42,34 @@ def test_a_lost_node_costs_what_came_after_the_checkpoint(
         os.kill(pid_of_rank(1, output), signal.SIGSTOP)
     cluster.fault("fault", lost, fault)
     try:
-        until(lambda: cluster.show(job).get("Restarts") == "1", 120, job.output, 0.5)
+        until(lambda: cluster.show(job).get("Restarts") == "1", 900, job.output, 0.5)
         if fault in {"link", "slurmd"}:
             _old_tasks_end(job, lost)
-        shown = cluster.wait(job, 240)
+        shown = cluster.wait(job, 900)
         assert shown["JobState"] == "COMPLETED", job.output()[-3000:]
-        assert lost not in read_json(job.logs / "life-1" / "start.json")["nodes"]
+        assert lost not in read_json(job.logs / "attempt-1" / "start.json")["nodes"]
     finally:
         cluster.fault("heal", lost)
     assert losses(output) == losses(undisturbed)
     assert (output / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
-    starts = [line["step"] for line in read_lines(output / "run" / "lives.jsonl") if line["event"] == "start"]
+    starts = [line["step"] for line in read_lines(output / "run" / "attempts.jsonl") if line["event"] == "start"]
     assert len(starts) == 2 and starts[1] >= EVERY and starts[1] % EVERY == 0
 
 
 def _second_node(cluster: Cluster, job: Job) -> str:
     """A node that the job's script does not run on."""
-    return str(read_json(job.logs / "life-0" / "start.json")["nodes"][1])
+    return str(read_json(job.logs / "attempt-0" / "start.json")["nodes"][1])
 
 
 def _old_tasks_end(job: Job, node: str) -> None:
     """The node that was given up still runs, and sees on the disk that it has been replaced."""
-    end = job.logs / "life-0" / f"{node}.end.json"
-    until(end.exists, 60, lambda: f"{node} goes on beside the new life")
-    assert "life 1 has begun elsewhere" in read_json(end)["reason"]
+    end = job.logs / "attempt-0" / f"{node}.end.json"
+    until(end.exists, 60, lambda: f"{node} goes on beside the new attempt")
+    assert "attempt 1 has begun elsewhere" in read_json(end)["reason"]
 
 
-def test_two_lives_never_write_at_once(own_cluster: Cluster, inputs: list[str]) -> None:
-    """A run on one node that loses its network but not its disk: it trains and saves on, until the next life begins."""
+def test_two_attempts_never_write_at_once(own_cluster: Cluster, inputs: list[str]) -> None:
+    """A run on one node that loses its network, not its disk: it trains and saves on until the next attempt begins."""
     cluster, output = own_cluster, own_cluster.work / "split"
     cluster.wait_until_idle()
     words = ["--max_steps", "3000", "--num_train_epochs", "999", "--save_strategy", "steps", "--save_steps", "50"]
@@ -77,26 +77,26 @@ def test_two_lives_never_write_at_once(own_cluster: Cluster, inputs: list[str]) 
         "--nodes=1", template("1b"), *inputs, *words, "--save_total_limit", "3", "--output_dir", str(output)
     )
     cluster.wait_for_step(output, 20)
-    lost = str(read_json(job.logs / "life-0" / "start.json")["nodes"][0])
+    lost = str(read_json(job.logs / "attempt-0" / "start.json")["nodes"][0])
     cluster.fault("fault", lost, "link")
     try:
-        until((job.logs / "life-1" / "start.json").exists, 120, job.output)
+        until((job.logs / "attempt-1" / "start.json").exists, 900, job.output)
         _old_tasks_end(job, lost)
-        lives = output / "run" / "lives.jsonl"
-        until(lambda: _event(lives, "first_step", 1) != {}, 90, job.output)
+        attempts = output / "run" / "attempts.jsonl"
+        until(lambda: _event(attempts, "first_step", 1) != {}, 900, job.output)
         cluster.run("scancel", job.number)
         cluster.wait(job)
     finally:
         cluster.fault("heal", lost)
-    began = _event(lives, "start", 1)
-    assert began["step"] > 50, "the old life went on saving after it had been cut off"
+    began = _event(attempts, "start", 1)
+    assert began["step"] > 50, "the old attempt went on saving after it had been cut off"
     steps = [line["step"] for line in read_lines(output / "run" / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)), "each step once, whoever made it"
-    late = [line for line in read_lines(lives) if line["restart_count"] == 0 and line["time"] > began["time"]]
-    assert late == [], "the old life wrote after the new one had begun"
+    late = [line for line in read_lines(attempts) if line["restart_count"] == 0 and line["time"] > began["time"]]
+    assert late == [], "the old attempt wrote after the new one had begun"
 
 
-def _event(lives: Path, name: str, restart: int) -> dict[str, Any]:
-    """An event of a job's life, empty while it has not happened."""
-    found = (line for line in read_lines(lives) if line["event"] == name and line["restart_count"] == restart)
+def _event(attempts: Path, name: str, restart: int) -> dict[str, Any]:
+    """An event of a job's attempt, empty while it has not happened."""
+    found = (line for line in read_lines(attempts) if line["event"] == name and line["restart_count"] == restart)
     return next(found, {})

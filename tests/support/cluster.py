@@ -70,7 +70,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=180,
+            timeout=600,
             check=False,
         )
         return Finished(done.returncode, done.stdout)
@@ -88,7 +88,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", number).output
         return dict(re.findall(r"(\w[\w:/]*)=(\S*)", text.splitlines()[0]))
 
-    def wait(self, job: Job, seconds: float = 180) -> dict[str, str]:
+    def wait(self, job: Job, seconds: float = 900) -> dict[str, str]:
         """Wait for a job's end."""
         shown: dict[str, str] = {}
 
@@ -109,11 +109,11 @@ class Cluster:
                 lambda: not re.search(r"^\d", self.run(*left).output, re.M), 60, lambda: self.run("squeue").output, 0.5
             )
 
-    def wait_for_text(self, job: Job, text: str, seconds: float = 120) -> None:
+    def wait_for_text(self, job: Job, text: str, seconds: float = 900) -> None:
         """Wait until the job's log holds a text."""
         until(lambda: text in job.output(), seconds, lambda: f"no {text!r} in:\n{job.output()[-3000:]}")
 
-    def wait_for_step(self, output_dir: Path, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, output_dir: Path, step: int, seconds: float = 900) -> None:
         """Wait until a run has logged a step."""
         path = output_dir / "run" / "metrics.jsonl"
 
@@ -127,7 +127,7 @@ class Cluster:
         done = subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    def wait_until_idle(self, seconds: float = 90) -> None:
+    def wait_until_idle(self, seconds: float = 900) -> None:
         """Wait until all nodes can take jobs again."""
 
         def idle() -> bool:

@@ -21,8 +21,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from rm_scale.distributed import detect_world, init_process_group, prepare_environment
+from rm_scale.guard import leave
 from rm_scale.launch.extensions import prepare_extensions
-from rm_scale.launch.guard import leave
 from rm_scale.train import main
 from rm_scale.training import preemption
 

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from tests.support.launching import TRAIN, environment, free_port, losses, weights
+from rm_scale.files import free_port
+from tests.support.launching import TRAIN, environment, losses, weights
 
 
 def start(words: list[str], log: Path, ranks: int = 2) -> list[subprocess.Popen[bytes]]:
-    """The ranks of one life, with Slurm's variables."""
+    """The ranks of one attempt, with Slurm's variables."""
     step = {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_TASKS_PER_NODE": str(ranks), "SLURM_JOB_ID": "77"}
     step |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
     with log.open("ab") as file:
@@ -56,60 +57,60 @@ def finish(ranks: list[subprocess.Popen[bytes]], timeout: float = 120) -> list[i
     return [rank.wait() for rank in ranks]
 
 
-def has_begun(output: Path, life: int) -> bool:
-    """Has this life done its first step?"""
-    path = output / "run" / "lives.jsonl"
+def has_begun(output: Path, attempt: int) -> bool:
+    """Has this attempt done its first step?"""
+    path = output / "run" / "attempts.jsonl"
     if not path.is_file():
         return False
     lines = path.read_text(errors="replace").splitlines()
-    return any('"first_step"' in line and f'"life": {life},' in line for line in lines)
+    return any('"first_step"' in line and f'"attempt": {attempt},' in line for line in lines)
 
 
-def wait_until_begun(output: Path, life: int, ranks: list[subprocess.Popen[bytes]], timeout: float = 90) -> None:
+def wait_until_begun(output: Path, attempt: int, ranks: list[subprocess.Popen[bytes]], timeout: float = 90) -> None:
     """Return once training is under way, or a rank has ended."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end and all(rank.poll() is None for rank in ranks) and not has_begun(output, life):
+    while time.monotonic() < end and all(rank.poll() is None for rank in ranks) and not has_begun(output, attempt):
         time.sleep(0.02)
 
 
 def kill_and_resume(words: list[str], output: Path, num_kills: int, seed: int) -> dict[str, object]:
-    """Kill `num_kills` lives, let the last one finish; gives what happened.
+    """Kill `num_kills` attempts, let the last one finish; gives what happened.
 
     The first half of the kills strikes within a few steps of the first; one in six during the start.
     """
     chance = random.Random(seed)
     log = output.with_suffix(".log")
     kills: list[dict[str, object]] = []
-    life = 0
+    attempt = 0
     while True:
-        life += 1
+        attempt += 1
         ranks = start([*words, "--output_dir", str(output)], log)
         if len(kills) < num_kills:
             early = chance.random() < 1 / 6
             if not early:
-                wait_until_begun(output, life, ranks)
+                wait_until_begun(output, attempt, ranks)
             delay = chance.uniform(0.0, 6.0 if early else 1.2)
             time.sleep(delay)
             victims = chance.choice([[0], [1], [0, 1]])
             alive = [rank for rank in victims if ranks[rank].poll() is None]
             for rank in alive:
                 os.kill(ranks[rank].pid, signal.SIGKILL)
-            # Before a life has begun, such a folder is what the kill before it left.
+            # Before an attempt has begun, such a folder is what the kill before it left.
             in_save = not early and bool(list(output.glob(".tmp-checkpoint-*")))
             codes = finish(ranks)
-            kills.append({"life": life, "ranks": alive, "early": early, "in_save": in_save, "codes": codes})
+            kills.append({"attempt": attempt, "ranks": alive, "early": early, "in_save": in_save, "codes": codes})
             print(json.dumps(kills[-1]), flush=True)
             if codes == [0, 0]:
-                return {"kills": kills, "codes": codes, "lives": life}
-            # A kill during the start has no life in the records.
-            life = sum('"start"' in line for line in _lines(output))
+                return {"kills": kills, "codes": codes, "attempts": attempt}
+            # A kill during the start has no attempt in the records.
+            attempt = sum('"start"' in line for line in _lines(output))
             continue
-        codes = finish(ranks, timeout=300)
-        return {"kills": kills, "codes": codes, "lives": life}
+        codes = finish(ranks, timeout=600)
+        return {"kills": kills, "codes": codes, "attempts": attempt}
 
 
 def _lines(output: Path) -> list[str]:
-    path = output / "run" / "lives.jsonl"
+    path = output / "run" / "attempts.jsonl"
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
@@ -130,7 +131,7 @@ def main() -> int:
     words += ["--learning_rate", "1e-3", "--disable_tqdm", "--sample_scores", "0", "--save_strategy", "steps"]
     words += ["--save_steps", "1", "--save_total_limit", "2", *more]
     whole = known.output / "whole"
-    codes = finish(start([*words, "--output_dir", str(whole)], known.output / "whole.log"), timeout=400)
+    codes = finish(start([*words, "--output_dir", str(whole)], known.output / "whole.log"), timeout=600)
     assert codes == [0, 0], (known.output / "whole.log").read_text()[-3000:]
     auto = ["--resume_from_checkpoint", "auto", "--force", "idle_restarts"]
     report = kill_and_resume([*words, *auto], known.output / "killed", known.kills, known.seed)

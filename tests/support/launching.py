@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rm_scale.files import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = REPOSITORY / "rm_scale" / "train.py"
@@ -25,13 +27,6 @@ class Finished:
     output: str
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without the traces of an earlier launcher, on CPU."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED"}
@@ -40,7 +35,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    command: list[str], timeout: float = 300, env: dict[str, str] | None = None, cwd: Path | None = None
+    command: list[str], timeout: float = 1200, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> Finished:
     """Run a command to its end; output and errors come together."""
     done = subprocess.run(
@@ -64,17 +59,57 @@ def deepspeed_command(script: Path, *arguments: str, ranks: int = 2) -> list[str
     return [*launcher, "--master_port", str(free_port()), str(script), *arguments]
 
 
-def run_cases(folder: Path, cases: dict[str, list[str]], ranks: int = 2, timeout: float = 600) -> Finished:
+def run_cases(
+    folder: Path,
+    cases: dict[str, list[str]],
+    ranks: int = 2,
+    timeout: float = 1200,
+    env: dict[str, str] | None = None,
+    runner: Path = CASE_RUNNER,
+) -> Finished:
     """Train several cases one after the other in the same processes, under the real launcher.
 
-    Each case runs `rm_scale.train.main` with its own flags and writes to `folder / name`.
+    Each case runs `rm_scale.train.main` with its own flags and writes to `folder / name`, unless its flags say where.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    todo = {name: [*flags, "--output_dir", str(folder / name)] for name, flags in cases.items()}
+    todo = {
+        name: flags if "--output_dir" in flags else [*flags, "--output_dir", str(folder / name)]
+        for name, flags in cases.items()
+    }
     (folder / "cases.json").write_text(json.dumps(todo))
-    finished = run(deepspeed_command(CASE_RUNNER, str(folder / "cases.json"), ranks=ranks), timeout)
+    finished = run(deepspeed_command(runner, str(folder / "cases.json"), ranks=ranks), timeout, env)
     (folder / "log.txt").write_text(finished.output)
     return finished
+
+
+class Launches:
+    """Cases that share launches: each group of cases is trained in one launch, when a case of it is first asked for.
+
+    Args:
+        folder: each case writes to `folder / case`.
+        groups: cases and their flags, as for `run_cases`, by group.
+        ranks: of every launch.
+        env: of the processes.
+    """
+
+    def __init__(
+        self, folder: Path, groups: dict[str, dict[str, list[str]]], ranks: int = 2, env: dict[str, str] | None = None
+    ) -> None:
+        self.folder, self._groups, self._ranks, self._env = folder, groups, ranks, env
+        self._launched: dict[str, str] = {}
+
+    def __getitem__(self, case: str) -> Path:
+        self.log_of(case)
+        return self.folder / case
+
+    def log_of(self, case: str) -> str:
+        """Return what the launch of this case printed."""
+        group = next(name for name, cases in self._groups.items() if case in cases)
+        if group not in self._launched:
+            finished = run_cases(self.folder, self._groups[group], ranks=self._ranks, env=self._env)
+            assert finished.code == 0, finished.output[-6000:]
+            self._launched[group] = finished.output
+        return self._launched[group]
 
 
 def read_json(path: Path) -> Any:
@@ -83,8 +118,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The content of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the rows of a JSONL file, compressed when its name ends in .gz."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def losses(run_folder: Path) -> list[float]:
@@ -98,7 +135,7 @@ def scores(run_folder: Path) -> list[float]:
 
 
 def run_faulty_cases(
-    folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 2, timeout: float = 600
+    folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 2, timeout: float = 1200
 ) -> tuple[Finished, list[dict[str, int]]]:
     """Train cases that meet faults (see `tests/support/fault_runner.py`); gives the exit codes of each rank too.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rm_scale.reporting.records import Case, Memory, Prediction, Record, Step
+from rm_scale.reporting.benchmarks.sealed_records import Case, Memory, Prediction, Record, Step
 
 
 def case(**more: Any) -> Case:

@@ -13,21 +13,25 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from rm_scale.inference.scorer import RewardScorer
-from rm_scale.inference.server.app import Service, build_app
-from rm_scale.inference.server.limits import Limits
-from rm_scale.inference.server.running import listen
-from tests.support.launching import environment, free_port
+from rm_scale.files import free_port
+from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.inference.server.app import build_app
+from rm_scale.inference.server.http_protocol import protocol_with_header_limit
+from rm_scale.inference.server.run_server import listen
+from rm_scale.inference.server.server_options import ServerOptions
+from rm_scale.inference.server.service import Service
+from tests.support.launching import environment
 
 
 @contextmanager
 def served(
-    scorer: RewardScorer, limits: Limits | None = None, token: str | None = None
+    scorer: RewardScorer, options: ServerOptions | None = None, token: str | None = None
 ) -> Iterator[tuple[str, Service]]:
     """Serve in a thread; gives the address and the service."""
-    service = Service(scorer, "tiny", limits or Limits())
+    service = Service(scorer, "tiny", options or ServerOptions())
     bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(service, token), log_level="error"))
+    http = protocol_with_header_limit(service.options.header_timeout_seconds)
+    server = uvicorn.Server(uvicorn.Config(build_app(service, token), log_level="error", http=http))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     wait_for(lambda: server.started or not thread.is_alive())
@@ -35,7 +39,7 @@ def served(
         yield f"http://127.0.0.1:{bound.getsockname()[1]}", service
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(600)
         bound.close()
 
 
@@ -61,7 +65,7 @@ def serving_process(model: Path, *words: str, **variables: str) -> Iterator[tupl
 def is_ready(url: str) -> bool:
     """Does it take work?"""
     try:
-        return httpx.get(f"{url}/ready", timeout=5).status_code == 200
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 

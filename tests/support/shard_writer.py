@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_scale.distributed import detect_world, init_process_group, prepare_environment
+from rm_scale.guard import leave
 from rm_scale.launch.extensions import prepare_extensions
-from rm_scale.launch.guard import leave
 
 NUM_STEPS = 2
 

@@ -1,4 +1,4 @@
-"""What the launcher starts for `test_model_states`: train cases and write down what the engine holds on each rank."""
+"""What the launcher starts for tests of methods and stages: train cases, write down what each rank's engine holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rm_scale.launch.guard import leave
+from rm_scale.guard import leave
 from tests.support.case_runner import run_all
 
 
@@ -70,12 +70,12 @@ def states(trainer: Any) -> dict[str, int]:
 
 
 def watch_training() -> None:
-    """Let `rm_scale.launch.steps.train` write `run/states-rank.json` when it is done."""
-    from rm_scale.launch import steps
+    """Let `rm_scale.training_run.train` write `run/states-rank.json` when it is done."""
+    from rm_scale import training_run
 
-    original = steps.train
+    original = training_run.train
 
-    def train(trainer: Any, life: Any) -> int:
+    def train(trainer: Any, attempt: Any) -> int:
         seen: dict[str, int] = {}
         before = trainer._get_grad_norm
 
@@ -102,13 +102,13 @@ def watch_training() -> None:
             return prepared
 
         trainer.accelerator.prepare = prepare
-        code = original(trainer, life)
+        code = original(trainer, attempt)
         folder = Path(trainer.args.output_dir) / "run"
         record = {**states(trainer), **seen}
         (folder / f"states-{trainer.args.process_index}.json").write_text(json.dumps(record))
         return code
 
-    steps.train = train
+    training_run.train = train
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rm_scale.config import RunConfig, parse_config
+from rm_scale.config import RunConfig
+from rm_scale.config_parsing import parse_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.y*ml"))

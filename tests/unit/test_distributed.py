@@ -6,11 +6,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from rm_scale.distributed import World, detect_world, export_world, gather_from_ranks, raise_together, sum_over_ranks
+from rm_scale.distributed import (
+    World,
+    detect_world,
+    export_world,
+    gather_from_ranks,
+    host_group,
+    init_process_group,
+    prepare_environment,
+    raise_together,
+    sum_over_ranks,
+)
 from rm_scale.errors import DataError, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -61,6 +72,23 @@ def test_srun_rendezvous_is_the_same_on_all_nodes() -> None:
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("1", "2")
 
 
+def test_a_rank_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rm_scale.distributed._num_visible_gpus", lambda: 1)
+    for launcher in ("srun", "torchrun"):
+        with mock.patch.dict(os.environ, {"SLURM_STEP_NODELIST": "node7"}, clear=True):
+            export_world(World(3, 4, 3, launcher, 4))
+            assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_a_rank_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rm_scale.distributed._num_visible_gpus", lambda: 2)
+    monkeypatch.setattr("rm_scale.distributed.has_gpu", lambda: True)
+    with mock.patch.dict(os.environ, {}, clear=True):
+        export_world(World(3, 4, 3, "torchrun", 4))
+        with pytest.raises(UserError, match=r"rank 3 is number 3 on its node, and it sees 2 GPUs: each rank takes one"):
+            init_process_group(World(3, 4, 3, "torchrun", 4), False, 60)
+
+
 def test_alone_collectives_are_the_identity() -> None:
     assert sum_over_ranks([1, 2.5]) == [1.0, 2.5]
     assert gather_from_ranks("x") == ["x"]
@@ -96,3 +124,59 @@ def test_loading_takes_the_memory_of_what_stays() -> None:
     done = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.5
+
+
+def test_threads_and_allocator_are_set_before_torch_is_imported() -> None:
+    """Both are read when torch is imported; under srun counting the GPUs used to import it first."""
+    code = """
+import importlib.abc, os, sys
+import rm_scale.train
+assert "torch" not in sys.modules, "the entry imports torch before the environment is ready"
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ["OMP_NUM_THREADS"], os.environ["PYTORCH_ALLOC_CONF"])
+sys.meta_path.insert(0, Watch())
+from rm_scale.distributed import detect_world, prepare_environment
+world = detect_world()
+assert world.launcher == "srun"
+prepare_environment(world)
+"""
+    drop = {"OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    env = {name: value for name, value in os.environ.items() if name not in drop}
+    env |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "here", "SLURM_JOB_ID": "7"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert done.stdout.splitlines()[0] == f"{threads} expandable_segments:True"
+
+
+def test_an_allocator_setting_of_the_users_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:256")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    with mock.patch.dict(os.environ):
+        prepare_environment(World())
+        assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_gloo_follows_the_interface_that_nccl_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside NCCL ranks share numbers over gloo, which would take whatever interface the host's name resolves to."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for named, expected in (("=lo", "lo"), ("l", "lo"), ("ib", None), ("^lo", None), ("", None)):
+        with mock.patch.dict(os.environ, {"MASTER_ADDR": "10.0.0.1", "NCCL_SOCKET_IFNAME": named}):
+            prepare_environment(World(0, 2, 0, "torchrun", 1))
+            assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+def test_ranks_that_gloo_cannot_connect_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def fail(**kwargs: object) -> None:
+        raise RuntimeError("connect failed: no route")
+
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=object()))
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "new_group", fail)
+    with pytest.raises(UserError, match=r"gloo, .*can't connect them .*no route.* Fix: name the interface"):
+        host_group()

@@ -20,26 +20,43 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "rm_scale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Data flows one way: a room imports itself and rooms before it.
-ROOMS = (
+# Data flows one way: a package imports itself and those before it.
+PACKAGES = (
+    "config_names",
     "config",
+    "config_rules",
+    "config_parsing",
+    "config_help",
     "tiers",
     "planning",
     "data",
-    "packing",
+    "batching",
     "modeling",
     "training",
     "inference",
     "evaluation",
     "reporting",
+    "launch",
+    "slurm",
+    "demo",
+    "doctor",
+    "hardware_bench",
+    "training_run",
+    "train",
+    "api",
+    "commands",
+    "cli",
 )
-ANYWHERE = ("errors", "logs", "distributed")
-# These use everything; launch is used by the other two, and nothing imports cli and train.
-FRONT = ("launch", "cli", "train")
+ANYWHERE = (
+    *("version", "errors", "logs", "files", "texts", "yaml_files", "output_paths", "output_lock"),
+    *("distributed", "guard"),
+)
+# Entries: nothing may import them but the command line.
+ENTRIES = {"train": {"api", "commands"}, "api": set(), "cli": set(), "commands": {"cli"}}
 
 
-def room_of(path: Path) -> str:
-    """The room a file lives in: the first name below `rm_scale`."""
+def package_of(path: Path) -> str:
+    """The first name of a file's path below `rm_scale`."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -54,31 +71,32 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, name) for name in names)
 
 
-def allowed_rooms(room: str) -> set[str]:
-    """The rooms that `room` may import from."""
-    if room in ANYWHERE:
+def allowed_packages(package: str) -> set[str]:
+    """The packages that `package` may import from."""
+    if package in ANYWHERE:
         return set(ANYWHERE)
-    if room in FRONT:
-        return {*ROOMS, *ANYWHERE, "launch"}
-    return {*ROOMS[: ROOMS.index(room) + 1], *ANYWHERE}
+    before = PACKAGES[: PACKAGES.index(package)]
+    return {package, *ANYWHERE, *(name for name in before if package in ENTRIES.get(name, {package}))}
 
 
 def import_problems(path: Path, source: str) -> list[str]:
     """Imports of `source`, to be read as the file `path`, that go against the direction."""
-    room = room_of(path)
-    if room == "__init__":
-        allowed = {"inference"}  # `from rm_scale import RewardScorer`, loaded when it is asked for
-    elif room in {*ROOMS, *ANYWHERE, *FRONT}:
-        allowed = allowed_rooms(room)
+    package = package_of(path)
+    if package == "__init__":
+        allowed = {"api", "inference", "version"}  # the Python API, loaded when it is asked for
+    elif package in {*PACKAGES, *ANYWHERE}:
+        allowed = allowed_packages(package)
     else:
-        return [f"{room}: a room nobody knows. Fix: put it where it belongs in ROOMS and in CONTRIBUTING.md"]
+        return [f"{package}: an unknown package. Fix: put it where it belongs in PACKAGES and in docs/architecture.md"]
     problems = []
     for line, name in imported_names(ast.parse(source)):
         parts = name.split(".")
         if parts[0] == "":
-            problems.append(f"{path.name}:{line}: relative import. Fix: from rm_scale.room import ...")
+            problems.append(f"{path.name}:{line}: relative import. Fix: from rm_scale.package import ...")
         elif parts[0] == "rm_scale" and len(parts) > 1 and not parts[1].startswith("__") and parts[1] not in allowed:
-            problems.append(f"{path.name}:{line}: {room} imports {name}. Fix: {room} may import {sorted(allowed)}")
+            problems.append(
+                f"{path.name}:{line}: {package} imports {name}. Fix: {package} may import {sorted(allowed)}"
+            )
     return problems
 
 
@@ -88,25 +106,30 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "line", "bad"),
+    ("file", "line", "bad"),
     [
         ("data/x.py", "from rm_scale.training.trainer import a", True),
         ("data/x.py", "def f():\n    import rm_scale.training.trainer", True),
         ("data/x.py", "from rm_scale import training", True),
         ("data/x.py", "from . import groups", True),
-        ("reporting/x.py", "from rm_scale.launch.steps import a", True),
+        ("reporting/x.py", "from rm_scale.training_run import a", True),
         ("launch/x.py", "from rm_scale.train import main", True),
+        ("training_run.py", "from rm_scale.commands.score import run", True),
+        ("commands/x.py", "from rm_scale.cli import main", True),
+        ("commands/x.py", "from rm_scale.train import main", False),
+        ("api.py", "from rm_scale.train import main", False),
+        ("commands/x.py", "from rm_scale.api import train_reward_model", True),
         ("errors.py", "from rm_scale.config import RunConfig", True),
         ("planing/x.py", "", True),
-        ("training/x.py", "from rm_scale.data.groups import a", False),
+        ("training/x.py", "from rm_scale.data.preference_group import a", False),
         ("data/x.py", "from rm_scale import __version__", False),
         ("config.py", "from rm_scale.errors import ConfigError", False),
-        ("cli.py", "from rm_scale.launch import demo", False),
+        ("cli.py", "from rm_scale.commands import plan", False),
     ],
 )
-def test_the_import_rule_itself(room: str, line: str, bad: bool) -> None:
+def test_the_import_rule_itself(file: str, line: str, bad: bool) -> None:
     """The check above sees what it must see."""
-    assert bool(import_problems(PACKAGE / room, line)) is bad
+    assert bool(import_problems(PACKAGE / file, line)) is bad
 
 
 def test_planning_is_pure_arithmetic() -> None:
@@ -134,7 +157,7 @@ def test_train_is_a_table_of_contents() -> None:
     assert not [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)]
 
 
-@pytest.mark.parametrize("module", ["rm_scale", "rm_scale.config", "rm_scale.tiers", "rm_scale.cli"])
+@pytest.mark.parametrize("module", ["rm_scale", "rm_scale.config", "rm_scale.tiers", "rm_scale.api", "rm_scale.cli"])
 def test_import_without_torch(module: str) -> None:
     """A command's help and a typo in a setting must not cost the seconds that torch takes to import."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -163,7 +186,7 @@ def test_quality_and_pre_commit_check_the_same() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     hooks = (REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     quality = makefile.partition("\nquality:")[2].partition("\n\n")[0]
-    for check in ("ruff check", "ruff format", "mypy", "shellcheck"):
+    for check in ("ruff check", "ruff format", "mypy", "deptry", "shellcheck"):
         assert re.search(rf"\b{check}\b", quality), f"make quality lacks {check}"
         assert re.search(rf"\b{check}\b", hooks), f"pre-commit lacks {check}"
 

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from rm_scale import cli
-from rm_scale.config import RunConfig, parse_config
+from rm_scale.config import RunConfig
+from rm_scale.config_parsing import parse_config
 from rm_scale.inference.reward_function import reward_function
 from rm_scale.tiers import SIZE_TIERS
 from tests.support.launching import environment, read_json, read_lines
@@ -88,12 +89,20 @@ def test_every_command_parses() -> None:
 
 def _parse_command(words: list[str]) -> None:
     try:
-        options, rest = cli._parser().parse_known_args(words)
+        options, rest = cli.build_parser().parse_known_args(words)
     except SystemExit as error:
         raise AssertionError(f"rm-scale {shlex.join(words)}") from error
     if rest:
-        assert getattr(options, "takes_settings", False), f"rm-scale {shlex.join(words)}: unknown {rest}"
+        assert cli.takes_settings(options), f"rm-scale {shlex.join(words)}: unknown {rest}"
         _parse_settings(rest, complete=False)
+
+
+def test_the_example_of_every_command_parses() -> None:
+    for group in cli.COMMANDS.values():
+        for module in group.values():
+            program, *words = shlex.split(module.EXAMPLE)
+            assert program == "rm-scale"
+            _parse_command(words)
 
 
 def _parse_settings(words: list[str], complete: bool = True) -> None:
@@ -113,7 +122,7 @@ def test_an_invented_option_would_be_noticed() -> None:
 
 def test_settings_named_in_the_text_exist() -> None:
     """Options outside the blocks too."""
-    known = set(RunConfig.model_fields) | _options(cli._parser())
+    known = set(RunConfig.model_fields) | _options(cli.build_parser())
     prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
     named = set(re.findall(r"--(\w+)", prose))
     assert named - known == set()
@@ -144,6 +153,7 @@ def test_files_named_in_the_text_exist() -> None:
     assert [page for page in pages if not (REPOSITORY / "docs" / f"{page}.md").is_file()] == []
 
 
+@pytest.mark.long
 def test_quick_start_runs(tmp_path: Path) -> None:
     """The block as an agent would paste it, in the repository, with the environment's commands on PATH."""
     section = TEXT.partition("## Quick start")[2]
@@ -159,7 +169,7 @@ def test_quick_start_runs(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rm_scale.evaluation.benchmarks.items import Benchmark, BenchmarkItem
-from rm_scale.evaluation.benchmarks.reading import FORMATS, read_benchmark
+from rm_scale.evaluation.benchmarks.benchmark import Benchmark, BenchmarkItem
+from rm_scale.evaluation.benchmarks.benchmark_files import FORMATS, read_benchmark
 
 __all__ = ["FORMATS", "Benchmark", "BenchmarkItem", "read_benchmark"]

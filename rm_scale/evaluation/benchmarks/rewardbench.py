@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from rm_scale.evaluation.benchmarks.items import Benchmark, mean, subset_table
+from rm_scale.evaluation.benchmarks.benchmark import Benchmark, mean, subset_table
 
 # Pairs of each subset, by which subsets are weighted within a section. math-prm has 447 pairs and counts as 984, so
 # that mathematics weighs as much as the six programming languages together.
@@ -119,7 +119,7 @@ class RewardBench2(Benchmark):
 
 
 def ties_score(items: Sequence[tuple[str, Sequence[float], int]]) -> dict[str, float]:
-    """The Ties subset: questions with many good answers (`tied:N`) beside the same with one (`ref:N`).
+    """Score the Ties subset: questions with many good answers (`tied:N`) beside the same with one (`ref:N`).
 
     Args:
         items: id, rewards with the good answers first, and how many these are.
@@ -156,7 +156,7 @@ def _share(hits: Any) -> float:
 
 
 def _margin_term(gap: float, spread: float) -> float:
-    """tanh(gap / spread - 1), with the limits where the spread is 0 (0/0 counts nothing)."""
+    """Return tanh(gap / spread - 1), with the limits where the spread is 0 (0/0 counts nothing)."""
     if spread == 0:
         return 0.0 if gap == 0 else math.copysign(1.0, gap)
     return math.tanh(gap / spread - 1)

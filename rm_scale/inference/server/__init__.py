@@ -1,1 +1,1 @@
-"""The HTTP server: what comes in, how it waits, how it is batched, what is counted. Needs the extra rm-scale[serve]."""
+"""Serve a reward model over HTTP: routes, limits, batching, metrics. Needs the extra rm-scale[serve]."""

@@ -1,4 +1,4 @@
-"""What is sent and answered: this package's own form, OpenRLHF's remote reward model, and vLLM's pooling endpoints."""
+"""Bodies of requests and answers: this package's own, OpenRLHF's remote reward model's, vLLM's pooling endpoints'."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ class _Strict(BaseModel):
 
 
 class ScoreItem(_Strict):
-    """A completion with its prompt; or `messages`, of which the last one is scored; or a whole rendered `text`."""
+    """A completion with its prompt; or `messages`, of which the last one is scored; or a whole rendered `text`.
+
+    Prompt, messages and tools may be the JSON text of what they are, as in the cells of a table.
+    """
 
     prompt: TextOrMessages | None = None
     completion: TextOrMessages | None = None
-    messages: list[Message] | None = None
+    messages: str | list[Message] | None = None
     text: str | None = None
-    tools: list[JsonValue] | None = None
+    tools: str | list[JsonValue] | None = None
 
 
 class ScoreRequest(_Strict):
@@ -44,7 +47,7 @@ class RankRequest(_Strict):
 
     prompt: TextOrMessages = ""
     completions: list[TextOrMessages] = Field(min_length=1)
-    tools: list[JsonValue] | None = None
+    tools: str | list[JsonValue] | None = None
     top_k: int | None = Field(default=None, ge=1)
 
 
@@ -59,7 +62,7 @@ class RankResponse(_Strict):
 
 
 class OpenRLHFRequest(BaseModel):
-    """`query` holds prompt and response with the template, as OpenRLHF decodes them. Other keys are not used."""
+    """`query` holds prompt and response with the template, as OpenRLHF decodes them. Other keys are ignored."""
 
     query: list[str] = Field(min_length=1)
     prompts: list[Any] | None = None
@@ -132,7 +135,7 @@ class ClassificationResponse(BaseModel):
 
 
 class Problem(BaseModel):
-    """What a refused request gets."""
+    """The answer to a refused request."""
 
     detail: str
     reason: str
@@ -140,7 +143,10 @@ class Problem(BaseModel):
 
 
 class Info(BaseModel):
-    """What is served."""
+    """What is served.
+
+    `exact`: a score depends on what is computed with it by 1e-5 of a few units; in a lower type, by 0.05 and more.
+    """
 
     model: str
     rm_scale: str
@@ -150,4 +156,6 @@ class Info(BaseModel):
     score_std: float | None
     chat_template_sha256: str | None
     packed: bool
+    dtype: str
+    exact: bool
     limits: dict[str, float | None]

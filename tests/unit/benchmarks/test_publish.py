@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import publish
-from rm_scale.reporting.record_tables import rows_of
-from rm_scale.reporting.records import read_records
+from rm_scale.reporting.benchmarks.record_tables import rows_of
+from rm_scale.reporting.benchmarks.sealed_records import read_records
 from tests.support.records import record
 
 

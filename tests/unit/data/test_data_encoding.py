@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl.trainer import reward_trainer
 
-from rm_scale.data.encoding import EncodedGroup, EncodingRules, TextEncoder, common_prefix_length, tokenizer_sha256
-from rm_scale.data.groups import Message, PreferenceGroup, RejectedRow, Text
+from rm_scale.data.encoding import EncodedGroup, EncodingRules, TextEncoder, common_prefix_length
+from rm_scale.data.preference_group import Message, PreferenceGroup, Text
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.tokenizer_checks import tokenizer_sha256
 from rm_scale.errors import DataError, ModelError
 
 USER = {"role": "user", "content": "How do I bake bread?"}

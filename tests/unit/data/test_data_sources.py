@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rm_scale.data import sources
-from rm_scale.data.groups import RejectedRow
+from rm_scale.data import text_files
+from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.sources import Source, hub_source, local_sources
 from rm_scale.errors import DataError
 
@@ -99,14 +99,14 @@ def test_dirty_lines_are_kept_with_their_line_numbers(tmp_path: Path, jsonl: Jso
     rows = dict(read_path(jsonl(tmp_path / "rows.jsonl", lines), tmp_path))
     assert sorted(rows) == [0, 2, 3, 4, 5, 6, 7]
     assert rows[0] == {"prompt": "a\u2028b"}
-    assert (rows[4], rows[5], rows[7]) == ([1], None, {"a": "\ud800"})
+    assert (rows[4], rows[5]) == ([1], None)
     reasons = {index: row.reason for index, row in rows.items() if isinstance(row, RejectedRow)}
-    assert reasons == {2: "bad_json", 3: "bad_unicode", 6: "bad_json"}
+    assert reasons == {2: "bad_json", 3: "bad_unicode", 6: "bad_json", 7: "bad_unicode"}
     assert "byte 12 of the row is not UTF-8" in rows[3].detail
 
 
 def test_json_lists_larger_than_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_READ_CHARACTERS", 7)
+    monkeypatch.setattr(text_files, "_READ_CHARACTERS", 7)
     path = tmp_path / "rows.json"
     values = [{"text": "x" * 50, "list": [1, 2]}, 12345678901234, "ü]}", {}, 1]
     for indent in (None, 2):
@@ -151,9 +151,9 @@ def test_bad_csv_records_are_kept(tmp_path: Path) -> None:
     path.write_bytes(b'prompt,chosen,rejected\na,b\n\na,b,c,d\na,"b"x,c\na,\xff,c\na,b,c\n"open,b,c\n')
     rows = dict(read_path(path, tmp_path))
     reasons = {index: row.reason for index, row in rows.items() if isinstance(row, RejectedRow)}
-    assert reasons == {0: "bad_csv", 1: "bad_csv", 2: "bad_csv", 5: "bad_csv"}
+    assert reasons == {0: "bad_csv", 1: "bad_csv", 2: "bad_csv", 3: "bad_unicode", 5: "bad_csv"}
     assert rows[0].detail == "2 cells, the header has 3" and "line" in rows[2].detail
-    assert rows[3]["chosen"] == "\udcff" and rows[4] == {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert rows[4] == {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
 def test_csv_header_with_a_repeated_name(tmp_path: Path) -> None:
@@ -176,9 +176,7 @@ def test_several_files_and_patterns(tmp_path: Path, jsonl: Jsonl) -> None:
 
 def test_missing_file_names_the_nearest(tmp_path: Path, jsonl: Jsonl) -> None:
     jsonl(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(
-        DataError, match=r"there is no such file. Nearest name there: .*/train.jsonl. Fix: correct the path"
-    ):
+    with pytest.raises(DataError, match=r"there is no such file. Did you mean .*train.jsonl. Fix: correct the path"):
         local_sources([str(tmp_path / "trian.jsonl")])
     with pytest.raises(DataError, match=r"The folder .*/nowhere does not exist either"):
         local_sources([str(tmp_path / "nowhere" / "x.jsonl")])

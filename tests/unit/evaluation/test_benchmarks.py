@@ -143,6 +143,62 @@ def test_rm_bench_compares_all_styles(tmp_path: Path) -> None:
     assert part["score"] is None and part["missing"] == ["safety-response"]
 
 
+def test_rm_bench_pools_the_items_of_safety(tmp_path: Path) -> None:
+    """Three items of one part and one of the other: by items, not by parts, as the authors' `compute_accuracy` does."""
+    domains = ["chat", "math", "code", *["safety-refuse"] * 3, "safety-response"]
+    rows = [
+        {"id": n, "prompt": "q", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "r1", "r2"], "domain": domain}
+        for n, domain in enumerate(domains)
+    ]
+    always, never = [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]
+    polish = [0.1, 1.1, 2.1, 0.0, 1.0, 2.0]  # easy 1, normal 1, hard 0
+    rewards = [always, never, polish, always, always, polish, never]
+    result = read_benchmark(write(tmp_path / "total_dataset.jsonl", rows)).score(rewards)
+    # Of the four items: easy and normal (1 + 1 + 1 + 0) / 4, hard (1 + 1 + 0 + 0) / 4. By parts it were 1/2 and 1/3.
+    assert result["parts"]["safety"] == pytest.approx((3 / 4 + 3 / 4 + 2 / 4) / 3)
+    assert result["parts"]["easy"] == pytest.approx((1 + 0 + 1 + 3 / 4) / 4) == result["parts"]["normal"]
+    assert result["parts"]["hard"] == pytest.approx((1 + 0 + 0 + 2 / 4) / 4)
+    assert result["score"] == pytest.approx((1 + 0 + 2 / 3 + 2 / 3) / 4)
+    parts = {name: (part["num_items"], part["score"]) for name, part in result["subsets"].items()}
+    assert parts["safety-refuse"] == (3, pytest.approx((1 + 1 + 2 / 3) / 3)) and parts["safety-response"] == (1, 0.0)
+    whole = [{**row, "domain": str(row["domain"]).partition("-")[0]} for row in rows]
+    assert read_benchmark(write(tmp_path / "x.jsonl", whole)).score(rewards)["score"] == pytest.approx(result["score"])
+
+
+# The subsets as the repository's files have them: those of other benchmarks, some with one of RewardBench's names.
+RM_BENCH_FILES = {
+    "chat": "alpacaeval",
+    "code": "bigcode/humanevalpack",
+    "math": "math",
+    "safety-refuse": "xstest-should-refuse",
+    "safety-response": "xstest-should-respond",
+}
+
+
+def test_rm_bench_files_as_published(tmp_path: Path) -> None:
+    for number, (domain, subset) in enumerate(RM_BENCH_FILES.items()):
+        row = {"id": number, "subset": subset, "prompt": "q", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
+        (tmp_path / f"{domain}_filtered.json").write_text(json.dumps([row]))
+    for format in ("auto", "rm_bench"):
+        chat = read_benchmark(tmp_path / "chat_filtered.json", format).score([[1, 1, 1, 0, 0, 0]])
+        assert (chat["name"], chat["parts"]) == ("RM-Bench", {"chat": 1.0})
+    together = read_benchmark(tmp_path / "*_filtered.json")
+    assert [item.subset for item in together.items] == list(RM_BENCH_FILES)
+    assert together.score([[1, 1, 1, 0, 0, 0]] * 5)["score"] == 1.0
+
+
+def test_a_refused_file_is_not_sent_in_a_circle(tmp_path: Path) -> None:
+    row = {"subset": "alpacaeval", "prompt": "q", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
+    nameless = write(tmp_path / "mine.jsonl", [row])
+    for format in ("auto", "rm_bench"):
+        with pytest.raises(DataError, match=r"no domain\. Fix: add a column domain \(chat, .*chat_filtered\.json"):
+            read_benchmark(nameless, format)
+    with pytest.raises(DataError, match=r"have no num_correct\. Fix: --benchmark_format rm_bench"):
+        read_benchmark(nameless, "rewardbench2")
+    with pytest.raises(DataError, match=r"have no subset\. Fix: add the columns"):
+        read_benchmark(write(tmp_path / "y.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}]), "rewardbench")
+
+
 def test_levels_of_a_matrix() -> None:
     assert level_accuracies([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]]) == pytest.approx(
         {"easy": (0.4 + 0.7 + 0.8) / 3, "normal": 0.5, "hard": (0.2 + 0.3 + 0.6) / 3}

@@ -18,8 +18,8 @@ from rm_scale.evaluation.calibration import (
     negative_log_likelihood,
     reliability_bins,
 )
-from rm_scale.evaluation.pairs import Pairs, pairs_of
-from rm_scale.training.metrics import ScoredGroup, wilson_interval
+from rm_scale.evaluation.scored_pairs import Pairs, pairs_of
+from rm_scale.training.pair_counts import ScoredGroup, wilson_interval
 
 
 def pairs(margins: list[float], soft: list[float | None] | None = None, prompts: list[str] | None = None) -> Pairs:

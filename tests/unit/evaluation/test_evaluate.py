@@ -21,9 +21,9 @@ from rm_scale.evaluation.evaluate import (
     margins,
     ties,
 )
-from rm_scale.evaluation.pairs import pairs_of
+from rm_scale.evaluation.scored_pairs import pairs_of
 from rm_scale.training.losses import LossSettings
-from rm_scale.training.metrics import ScoredGroup, evaluate_groups
+from rm_scale.training.pair_counts import ScoredGroup, evaluate_groups
 
 FAST = Resampling(num_resamples=100)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rm_scale.evaluation.length_bias import fit_line, length_bias, length_bins
-from rm_scale.evaluation.pairs import pairs_of
-from rm_scale.training.metrics import ScoredGroup, wilson_interval
+from rm_scale.evaluation.scored_pairs import pairs_of
+from rm_scale.training.pair_counts import ScoredGroup, wilson_interval
 
 
 def group(margin: float, better: int, worse: int, prompt: str = "") -> ScoredGroup:

@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 
 from rm_scale.errors import DataError
-from rm_scale.evaluation.record import read_scores, score_lines, write_evaluation
+from rm_scale.evaluation.final_evaluation import write_evaluation
+from rm_scale.evaluation.scores_file import read_scores, score_lines
 from rm_scale.training.losses import LossSettings
-from rm_scale.training.metrics import ScoredGroup, evaluate_groups
+from rm_scale.training.pair_counts import ScoredGroup, evaluate_groups
 
 GROUPS = [
     ScoredGroup(
-        [1.5, -0.25, 0.1], [0, 2, 1], subset="ä", lengths=[3, 4, 5], id="x", source="a", prompt="p", content="c"
+        [1.5, -0.25, 0.1],
+        [0, 2, 1],
+        subset="ä",
+        lengths=[3, 4, 5],
+        id="x",
+        source="a",
+        prompt="p",
+        content="c\N{LINE SEPARATOR}d",
     ),
     ScoredGroup([0.5, 0.5], [0, 1], margin=2.0),
     ScoredGroup([0.5, 0.0], [1, 0], soft_label=0.25),

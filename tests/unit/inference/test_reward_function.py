@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rm_scale.errors import ConfigError, DataError, ModelError
-from rm_scale.inference.remote import RemoteError, RemoteScorer
+from rm_scale.inference.remote_scorer import RemoteError, RemoteScorer
 from rm_scale.inference.reward_function import RewardFunction, reward_function
-from rm_scale.inference.scorer import RewardScorer
+from rm_scale.inference.scoring.scorer import RewardScorer
 from tests.support.launching import read_json
 
 PROMPTS = ["What is 2 + 2?", "Say no.", "Say no."]

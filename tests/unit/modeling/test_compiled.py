@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rm_scale.batching.collator import PackedCollator
 from rm_scale.modeling.loading import _compile_layers
-from rm_scale.modeling.packed import enable_packed_rows
-from rm_scale.modeling.scoring import batch_rewards
-from rm_scale.packing.collator import PackedCollator
+from rm_scale.modeling.packed_model import enable_packed_rows
+from rm_scale.modeling.token_scores import batch_rewards
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_compiled_layers_give_the_same_rewards_and_gradients(tiny_model: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -31,4 +32,5 @@ def test_compiled_layers_give_the_same_rewards_and_gradients(tiny_model: Path) -
             rewards.square().sum().backward()
             results.append([rewards.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
     for expected, given in zip(results[0] + results[1], results[2] + results[3], strict=True):
-        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
+        # Compiled kernels add in another order, and in which one depends on the processor.
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rm_scale.config import config_from_dict
+from rm_scale.config_parsing import config_from_dict
+from rm_scale.demo.assets import make_tiny_model
 from rm_scale.errors import ModelError
-from rm_scale.modeling.assets import make_tiny_model
 from rm_scale.modeling.head import ScalarHead, active_head
-from rm_scale.modeling.loading import checkpoint_has_head, load_for_training, load_reward_model
-from rm_scale.modeling.scoring import score_sequences
-from rm_scale.modeling.tokenizers import ADDED_PAD_TOKEN, load_tokenizer, settle_pad_token
+from rm_scale.modeling.loading import load_for_training, load_reward_model
+from rm_scale.modeling.padding_token import ADDED_PAD_TOKEN, settle_pad_token
+from rm_scale.modeling.token_scores import score_sequences
+from rm_scale.modeling.tokenizers import load_tokenizer
 from rm_scale.planning.plan import make_plan
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3"]
@@ -70,29 +71,6 @@ def test_existing_head_keeps_its_fp32_value_in_bf16_training(reward_model: Path,
     loaded, _ = load(reward_model, bf16=True, dtype="bfloat16", **settings)
     assert torch.equal(active_head(loaded.model).effective_weight(), saved)
     assert loaded.saved_head is not None and torch.equal(loaded.saved_head, saved)
-
-
-def test_other_libraries_heads_are_not_dropped_silently(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "vhead"
-    shutil.copytree(tiny_model, folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "v_head.summary.weight": torch.ones(1, 32)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"holds a head that can't be used here \(v_head\.summary\.weight\)"):
-        load(folder)
-
-
-def test_reward_model_whose_head_is_missing_is_refused(reward_model: Path) -> None:
-    weights = load_file(reward_model / "model.safetensors")
-    weights["v_head.weight"] = weights.pop("score.weight")
-    save_file(weights, reward_model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"the weights hold no head .*it would be random"):
-        checkpoint_has_head(str(reward_model))
-
-
-def test_classifier_with_two_outputs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2).save_pretrained(tmp_path / "two")
-    with pytest.raises(ModelError, match="a classifier with 2 outputs"):
-        checkpoint_has_head(str(tmp_path / "two"))
 
 
 def test_checkpoint_with_missing_layers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -161,7 +139,7 @@ def _without_pad(folder: Path) -> PreTrainedTokenizerBase:
 def test_pad_token_is_added_when_there_is_none(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rm_scale.modeling.tokenizers.PAD_CANDIDATES", ())
+    monkeypatch.setattr("rm_scale.modeling.padding_token.PAD_CANDIDATES", ())
     assert _without_pad(tiny_model).pad_token == "<bos>", "no new row in the embedding when BOS can serve"
     folder = tmp_path / "m"
     shutil.copytree(tiny_model, folder)

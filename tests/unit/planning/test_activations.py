@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.activations import MODELS, Case, all_cases, measure, measure_allocator, predict, predict_flops
-from rm_scale.planning.activations import Options, Row, activation_memory, activations_of
+from benchmarks.activation_cases import MODELS, Case, all_cases
+from benchmarks.activation_counts import measure, measure_allocator
+from benchmarks.activations import predict, predict_flops
+from rm_scale.planning.activations.activation_memory import activation_memory, activations_of
+from rm_scale.planning.activations.settings import Options, Row
 from rm_scale.planning.shape import LAYER_STYLES, shape_from_config
 
 SHARED = {"prompt": 1536, "response": 256, "shares": True}
@@ -54,7 +57,7 @@ def test_memory_and_operations_are_what_torch_counts(model: str, options: dict[s
 @pytest.mark.parametrize("options", [{}, {"checkpointing": "none", "method": "lora"}])
 def test_real_steps_allocate_what_is_predicted(options: dict[str, Any]) -> None:
     settings = Options(precision="fp32", attention="matmul", **options)
-    case = Case("Llama-3.2-1B", settings, 96, 96, num_layers=2, num_words=1000)
+    case = Case("Llama-3.2-1B", settings, 96, 96, num_layers=2, vocab_size=1000)
     assert predict(case, as_tracked=False).peak_bytes == pytest.approx(measure_allocator(case), rel=0.01)
 
 
@@ -176,7 +179,6 @@ def test_the_benchmark_s_cases_have_different_names() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = (
-        "import sys; import rm_scale.planning.activations, rm_scale.planning.compute; sys.exit('torch' in sys.modules)"
-    )
+    modules = "rm_scale.planning.activations.activation_memory, rm_scale.planning.flops"
+    code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

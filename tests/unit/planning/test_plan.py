@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from rm_scale.config import config_from_dict
+from rm_scale.config_parsing import config_from_dict, parse_config
 from rm_scale.errors import ConfigError, ModelError
-from rm_scale.planning.plan import Plan, make_plan
+from rm_scale.planning.deepspeed_config import ZERO_KEYS, engine_config, find_deepspeed_config, read_deepspeed_config
+from rm_scale.planning.parameters import count_parameters
+from rm_scale.planning.plan import Plan, dry_run_text, make_plan
 from rm_scale.planning.shape import read_model_config, shape_from_config
-from rm_scale.planning.zero import ZERO_KEYS, find_deepspeed_config, read_deepspeed_config
+from rm_scale.train import main
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -52,10 +54,10 @@ def plan(model: Path, data: Path, world_size: int = 2, device: str = "cuda", **s
 
 def test_parameters_of_known_models() -> None:
     # Published totals without the language-model head: Llama-3.1-8B 8.03e9 - 128256 x 4096; Llama-2-13B 13.02e9 - ...
-    assert shape_from_config(LLAMA_8B).num_parameters == pytest.approx(8.030e9 - 128256 * 4096, rel=1e-3)
+    assert count_parameters(shape_from_config(LLAMA_8B)) == pytest.approx(8.030e9 - 128256 * 4096, rel=1e-3)
     llama_13b = {**LLAMA_8B, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}
     llama_13b |= {"num_key_value_heads": 40, "intermediate_size": 13824, "vocab_size": 32000}
-    assert shape_from_config(llama_13b).num_parameters == pytest.approx(13.016e9 - 32000 * 5120, rel=1e-3)
+    assert count_parameters(shape_from_config(llama_13b)) == pytest.approx(13.016e9 - 32000 * 5120, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,10 @@ def test_defaults_by_size_are_applied_and_said(
 
 
 def test_given_values_are_kept_without_a_note(model: Path, data: Path) -> None:
-    made = plan(model, data, learning_rate=3e-4, per_device_train_batch_size=1, num_train_epochs=2, packing="none")
+    values = {"learning_rate": 3e-4, "per_device_train_batch_size": 1, "num_train_epochs": 2, "packing": "none"}
+    made = plan(model, data, device="cpu", **values)
+    (only,) = plan(model, data, device="cuda", **values).notes
+    assert only.startswith("optim adamw_torch runs fused on cuda")
     assert (made.learning_rate, made.per_device_train_batch_size, made.notes) == (3e-4, 1, ())
 
 
@@ -113,7 +118,7 @@ def test_problems_of_files_and_settings_come_together(tmp_path: Path, model: Pat
     with pytest.raises(ConfigError) as caught:
         plan(model, tmp_path / "pears.jsonl", lora_r=0, model_name_or_path=str(tmp_path / "nowhere"), deepspeed="zero9")
     text = str(caught.value)
-    assert "did you mean" in text and "pairs.jsonl" in text
+    assert "Did you mean" in text and "pairs.jsonl" in text
     for part in ("lora_r=0", "there is no such folder", "deepspeed='zero9': no such file"):
         assert part in text
 
@@ -134,7 +139,19 @@ def test_existing_run_is_not_overwritten_unasked(model: Path, data: Path, tmp_pa
     (output / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"already holds files.*--force overwrite"):
         plan(model, data, output_dir=str(output))
+    with pytest.raises(ConfigError, match=r"holds config.json, which no run of rm_scale wrote .*Fix: another"):
+        plan(model, data, output_dir=str(output), force=["overwrite"])
+    (output / "run").mkdir()
+    (output / "run" / "run_config.yaml").write_text("{}")
     plan(model, data, output_dir=str(output), force=["overwrite"])
+    pairs = output / "run" / "pairs.jsonl"
+    pairs.write_text(data.read_text())
+    with pytest.raises(ConfigError, match=r"pairs.jsonl lies in .*run, which is removed with the earlier run"):
+        plan(model, pairs, output_dir=str(output), force=["overwrite"])
+    (output / "merged").mkdir()
+    (output / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"merged holds no merged model of ours, which would be lost"):
+        plan(model, data, output_dir=str(output), force=["overwrite"])
 
 
 def test_missing_checkpoint_and_template(model: Path, data: Path) -> None:
@@ -270,3 +287,70 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 def test_unknown_hub_name_says_what_to_do() -> None:
     with pytest.raises(ModelError, match=r"the hub gave no config.json .*without network give a local folder"):
         read_model_config("nobody/no-such-model")
+
+
+def test_deepspeed_is_handed_the_file_less_what_waits_for_nothing() -> None:
+    asked = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
+    handed = engine_config(asked, reduces_once=False)
+    assert handed == {**asked, "timers": {"throughput": {"enabled": False}}}
+    assert engine_config(asked, reduces_once=True)["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert asked == {"zero_optimization": {"stage": 2, "overlap_comm": True}}, "plan.json says what was asked"
+    own = {"timers": {"throughput": {"enabled": True}}}
+    assert engine_config(own, reduces_once=False) == own
+    assert engine_config(None, reduces_once=False) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "setting", "expected"),
+    [
+        ("zero2", {}, "each_step", True),
+        ("zero2", {}, "each_micro_step", False),
+        ("zero2", {}, "auto", False),  # on a processor
+        ("zero1", {}, "each_step", False),
+        ("zero2", {"data_types": {"grad_accum_dtype": "fp32"}}, "each_step", False),
+    ],
+)
+def test_when_gradients_are_reduced_once(
+    stage: str, more: dict[str, Any], setting: str, expected: bool, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    from rm_scale.training_run import _reduce_once_if_it_fits
+
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(read_deepspeed_config(stage) | more))
+    values = {"model_name_or_path": str(tiny_model), "dataset_path": str(pairs_file), "output_dir": str(tmp_path / "o")}
+    parsed = config_from_dict({**values, "deepspeed": str(file), "gradient_reduction": setting})
+    plan = make_plan(parsed, 1, "cpu")
+    assert _reduce_once_if_it_fits(parsed.config, plan, None).reduces_once is expected  # type: ignore[arg-type]
+
+
+def test_a_folder_that_another_job_has_begun_to_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs of an array find one folder missing; the other writes into it while this one probes."""
+    import tempfile
+
+    from rm_scale.planning.plan_checks import check_output_dir
+
+    plain = tempfile.TemporaryFile
+
+    def probe(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "seeds" / "task-1").mkdir()
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", probe)
+    values = {"model_name_or_path": "m", "dataset_path": "d", "output_dir": str(tmp_path / "seeds" / "task-0")}
+    assert check_output_dir(config_from_dict(values).config) == []
+    assert [path.name for path in (tmp_path / "seeds").iterdir()] == ["task-1"]
+
+
+def test_json_without_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model_name_or_path", "m", "--dataset_path", "d.jsonl", "--json"]) == 2
+    assert "json: no such setting" in capsys.readouterr().err
+
+
+def test_dry_run_shows_the_plan_and_its_notes_before_the_settings(model: Path, data: Path) -> None:
+    made = plan(model, data)
+    config = parse_config(["--model_name_or_path", str(model), "--dataset_path", str(data)]).config
+    shown = dry_run_text(config, made, as_json=False)
+    assert shown.index("learning_rate not given") < shown.index("\nmax_length: 1024\n")
+    assert "local_rank" not in shown
+    settings, _, rest = dry_run_text(config, made, as_json=True).partition("\n}\n")
+    assert json.loads(settings + "}")["max_length"] == 1024 and json.loads(rest)["method"] == "full"

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rm_scale.reporting.charts import Axis, Bar, Series, bars, histogram, lines, log_ticks, stacked, ticks
+from rm_scale.reporting.bar_charts import Bar, bars, grouped, stacked
+from rm_scale.reporting.chart_parts import Axis, standalone
+from rm_scale.reporting.chart_scales import log_ticks, ticks
+from rm_scale.reporting.charts import Series, histogram, lines
 
 NAN = math.nan
 
@@ -43,13 +46,21 @@ def test_log_ticks() -> None:
 
 
 def test_a_line_goes_through_its_points_and_breaks_where_one_is_missing() -> None:
-    chart = lines("loss", [Series("a", [0, 1, 2, 3], [0, 1, None, 1])], Axis("step"), Axis("loss", 0, 1))
+    chart = lines("loss", [Series("a", [0, 1, 2, 3, 4], [0, 1, None, 1, 0])], Axis("step"), Axis("loss", 0, 1))
     path = next(element for element in parsed(chart).iter() if element.tag.endswith("path"))
     points = re.findall(r"([ML])([\d.]+) ([\d.]+)", path.attrib["d"])
-    assert [pen for pen, _, _ in points] == ["M", "L", "M"]
-    (_, x0, y0), (_, x1, y1), (_, x3, _) = points
+    assert [pen for pen, _, _ in points] == ["M", "L", "M", "L"]
+    (_, x0, y0), (_, x1, y1), (_, x3, _), _ = points
     assert float(y0) > float(y1), "more is further up"
     assert float(x3) - float(x0) == pytest.approx(3 * (float(x1) - float(x0)), abs=0.3)
+
+
+def test_a_point_without_a_neighbour_is_a_dot() -> None:
+    """A legend must not name a line that nobody can see: one evaluation has one point."""
+    chart = lines("loss", [Series("a", [1, 2], [1, 2]), Series("held-out", [2], [1.5])], Axis("step"), Axis("loss"))
+    drawn = [element for element in parsed(chart).iter() if element.tag.endswith("circle")]
+    assert [element.attrib["fill"] for element in drawn if "fill" in element.attrib] == ["var(--series-2)"]
+    assert sum(element.tag.endswith("path") for element in parsed(chart).iter()) == 1
 
 
 def test_bands_marks_and_a_legend() -> None:
@@ -64,7 +75,9 @@ def test_bands_marks_and_a_legend() -> None:
         Axis("y"),
     )
     tags = [element.tag.rpartition("}")[2] for element in parsed(chart).iter()]
-    assert tags.count("polygon") == 1 and tags.count("circle") == 3
+    assert tags.count("polygon") == 1
+    seen = [e.get("fill-opacity") is None for e in parsed(chart).iter() if e.tag.endswith("circle")]
+    assert seen.count(True) == 3 and seen.count(False) == 2, "points, and what can be pointed at on the line"
     assert {"a", "b", "c", "x", "y"} <= set(texts(chart))
 
 
@@ -116,6 +129,8 @@ def test_nothing_to_draw_says_so() -> None:
 def test_names_are_escaped() -> None:
     evil = '<script>alert("x")</script>&'
     for chart in (
+        grouped(evil, [evil], [(evil, [Bar(evil, 1.0, note=evil)])], Axis(evil)),
+        standalone(lines("t", [Series("b", [1], [1])], Axis(), Axis()), evil),
         lines(evil, [Series(evil, [1, 2], [1, 2]), Series("b", [1], [1])], Axis(evil), Axis(evil)),
         bars(evil, [Bar(evil, 1.0, note=evil)], Axis(evil)),
         stacked(evil, [evil], [(evil, [1])], Axis(evil)),
@@ -124,6 +139,50 @@ def test_names_are_escaped() -> None:
     ):
         assert "<script" not in chart
         parsed(chart)
+
+
+def tips(chart: str) -> list[str]:
+    found = [e for e in parsed(chart).iter() if e.tag.rpartition("}")[2] in {"circle", "rect"} and len(e)]
+    return ["".join(element.itertext()) for element in found]
+
+
+def test_points_and_bars_tell_their_value() -> None:
+    assert tips(lines("t", [Series("loss", [1, 2, 3], [0.5, None, 0.25])], Axis(), Axis())) == [
+        "loss 1: 0.5",
+        "loss 3: 0.25",
+    ]
+    assert tips(lines("t", [Series("seen", [1], [2], marks=True)], Axis(), Axis())) == ["seen 1: 2"]
+    many = list(range(500))
+    assert tips(lines("t", [Series("loss", many, many)], Axis(), Axis())) == [], "a long curve stays small"
+    assert tips(bars("t", [Bar("a", 0.5), Bar("b", None)], Axis(percent=True))) == ["a: 50%"]
+    assert tips(stacked("t", ["run"], [("weights", [2.0])], Axis())) == ["run, weights: 2"]
+
+
+def test_bars_in_groups() -> None:
+    ours = [Bar("rm_scale", 3.0, note="(3.0 ×)"), Bar("rm_scale", None, note="out of memory")]
+    parts = [("TRL", [Bar("TRL", 1.0), Bar("TRL", 0.5)]), ("rm_scale", ours)]
+    chart = grouped("pairs/s", ["full", "lora"], parts, Axis("pairs/s"), colours=[5, 0])
+    assert tips(chart) == ["TRL: 1", "rm_scale: 3 (3.0 ×)", "TRL: 0.5"]
+    assert {"full", "lora", "3 (3.0 ×)", "out of memory", "TRL", "rm_scale", "pairs/s"} <= set(texts(chart))
+    drawn = [e for e in parsed(chart).iter() if e.tag.endswith("rect") and len(e)]
+    widths = [float(element.attrib["width"]) for element in drawn]
+    assert widths[1] == pytest.approx(3 * widths[0], abs=0.2) and widths[2] == pytest.approx(widths[0] / 2, abs=0.2)
+    assert [element.attrib["fill"] for element in drawn] == [f"var(--series-{n})" for n in (6, 1, 6)]
+    assert "no data" in grouped("t", [], [], Axis()) and "no data" in grouped(
+        "t", ["a"], [("b", [Bar("b", 0)])], Axis()
+    )
+
+
+def test_a_chart_as_a_file_brings_its_colours_and_its_background() -> None:
+    chart = grouped("t", ["full"], [("TRL", [Bar("TRL", 1.0)])], Axis("pairs/s"))
+    root = parsed(standalone(chart, "What <it> shows"))
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    assert (width, height) == (float(root.attrib["width"]), float(root.attrib["height"]))
+    text = standalone(chart, "What <it> shows")
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert used and all(f"{name}:" in text for name in used), "no colour of a page is missing"
+    assert "prefers-color-scheme:dark" in text and 'fill="var(--back)"' in text
+    assert "What <it> shows" in texts(text)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rm_scale.reporting.page import Mark, Page, interval, number
+from rm_scale.reporting.style import SORTING
 
 
 class Balanced(HTMLParser):
@@ -35,7 +36,11 @@ def check_page(html: str) -> None:
     parser = Balanced()
     parser.feed(html)
     assert parser.open == []
-    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html.replace("http://www.w3.org/2000/svg", ""))
+    sorting = f"<script>{SORTING}</script>"
+    assert html.count(sorting) == ('class="sortable"' in html), "our script, once, and only where there is a use for it"
+    plain = html.replace(sorting, "").replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", plain)
+    assert not re.search(r"fetch|XMLHttpRequest|import|http|innerHTML|eval", SORTING), "nothing from the network"
     assert 'name="viewport"' in html and "prefers-color-scheme:dark" in html
 
 
@@ -57,6 +62,30 @@ def test_a_page_stands_alone(tmp_path: Path) -> None:
         assert escaped in html
     assert '<span class="kind predicted">predicted</span>' in html and '<td class="bad">' in html
     assert 'http-equiv="refresh" content="5"' in html and [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_sortable_tables_are_plain_ones_without_the_script() -> None:
+    page = Page("t")
+    page.details("all", ["case", "pairs/s"], [("a", 1.5), ("b", None)], sortable=True)
+    page.table(["x"], [(1,)])
+    html = page.html()
+    check_page(html)
+    rows = "<tr><td>a</td><td>1.5</td></tr><tr><td>b</td><td>–</td></tr>"
+    assert f'<table class="sortable"><thead><tr><th>case</th><th>pairs/s</th></tr></thead><tbody>{rows}' in html
+    assert html.index("</table>") < html.index("<script>"), "the tables are there when it runs"
+    assert "<script" not in Page("none").html()
+
+
+def test_what_is_folded_and_what_stands_side_by_side() -> None:
+    page = Page("t")
+    with page.folded("more <i>"):
+        page.paragraph("inside")
+    with page.side_by_side("answer"):
+        page.figure("<svg></svg>")
+    html = page.html()
+    check_page(html)
+    assert "<details><summary>more &lt;i&gt;</summary><p>inside</p></details>" in html
+    assert '<div class="answer"><figure><svg></svg></figure></div>' in html
 
 
 @pytest.mark.parametrize(

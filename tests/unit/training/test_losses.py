@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from rm_scale.packing.collator import comparison_labels
+from rm_scale.batching.collator import comparison_labels
 from rm_scale.training.losses import LossSettings, centering, num_loss_terms, plackett_luce, preference_loss
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from rm_scale.planning.estimate import Estimate, estimate
 from rm_scale.planning.hardware import known_devices
-from rm_scale.planning.scenario import Scenario, uniform_rows
+from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.shape import shape_from_config
 from rm_scale.tiers import model_tier
 from rm_scale.training.plan_check import comparison
+from tests.support.row_loads import uniform_rows
 
 
 def predicted() -> Estimate:

@@ -1,0 +1,227 @@
+"""The models, rows and settings whose predicted activation memory `activations.py` compares with what torch counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rm_scale.planning.activations.settings import Options, Row
+from rm_scale.planning.shape import ModelShape, shape_from_config
+
+# What the models' config.json say.
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+    },
+    "Llama-2-7B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+    },
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    },
+    "Llama-2-13B": {
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "intermediate_size": 13824,
+        "vocab_size": 32000,
+    },
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "vocab_size": 151936,
+    },
+    "Gemma-2-2B": {
+        "model_type": "gemma2",
+        "hidden_size": 2304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "intermediate_size": 9216,
+        "vocab_size": 256000,
+        "attn_logit_softcapping": None,
+    },
+    "StarCoder2-3B": {
+        "model_type": "starcoder2",
+        "hidden_size": 3072,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 2,
+        "intermediate_size": 12288,
+        "vocab_size": 49152,
+        "embedding_dropout": 0.0,
+        "residual_dropout": 0.0,
+    },
+    "OLMo-2-7B": {
+        "model_type": "olmo2",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 100352,
+    },
+    "Phi-3-mini": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 8192,
+        "vocab_size": 32064,
+    },
+}
+LONG_CLASSES = ("Llama-3.2-1B", "Llama-2-7B", "Llama-3.1-8B", "Llama-2-13B", "Qwen2.5-7B")
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One micro-step: a pair of two responses of equal length in one row.
+
+    Attributes:
+        model: a name out of `MODELS`.
+        options: how it is run.
+        prompt, response: tokens of the prompt and of each response.
+        shares: the prompt stands once.
+        num_layers: fewer layers than the model has.
+        vocab_size: of a smaller vocabulary than the model has.
+    """
+
+    model: str
+    options: Options
+    prompt: int = 768
+    response: int = 256
+    shares: bool = False
+    num_layers: int | None = None
+    vocab_size: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json would say."""
+        config = dict(MODELS[self.model])
+        config["num_hidden_layers"] = self.num_layers or config["num_hidden_layers"]
+        config["vocab_size"] = self.vocab_size or config["vocab_size"]
+        return config
+
+    @property
+    def shape(self) -> ModelShape:
+        """The same as the planner sees it."""
+        return shape_from_config(self.config)
+
+    @property
+    def row(self) -> Row:
+        """The row as the planner sees it."""
+        return Row.of([(self.prompt, [self.response, self.response])], self.shares)
+
+    @property
+    def name(self) -> str:
+        """A line for the table."""
+        options = self.options
+        parts = [self.model, f"{self.row.tokens} tokens", options.method, options.precision]
+        parts += ["shared prompt"] if self.shares else []
+        parts += ["checkpointing"] if options.checkpointing == "full" else []
+        parts += ["reentrant"] if options.use_reentrant else []
+        parts += ["dropout"] if options.lora_dropout else []
+        parts += [options.attention] if options.attention != "varlen" else []
+        parts += [options.head] if options.head != "score" else []
+        return ", ".join(parts)
+
+
+def all_cases() -> list[Case]:
+    """Return five models with and without checkpointing, full and LoRA, in two lengths; then what else a run can be."""
+    cases = []
+    for model in LONG_CLASSES:
+        for method in ("full", "lora"):
+            for checkpointing in ("none", "full"):
+                for factor in (1, 4):
+                    options = Options(method=method, checkpointing=checkpointing, lora_rank=RANK)
+                    cases.append(Case(model, options, 768 * factor, 256 * factor))
+    return cases + [
+        Case(model, Options(checkpointing=checkpointing, **settings), **row)
+        for model, settings, row in _further()
+        for checkpointing in ("none", "full")
+    ]
+
+
+def _further() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Return model, options and row of the further cases."""
+    shared = {"prompt": 1536, "response": 256, "shares": True}
+    return [
+        ("Llama-3.2-1B", {"precision": "amp"}, {}),
+        ("Llama-3.1-8B", {"precision": "amp"}, {}),
+        ("Llama-3.1-8B", {"precision": "amp", "method": "lora"}, {}),
+        ("Llama-3.2-1B", {"precision": "fp32"}, {}),
+        ("Llama-3.1-8B", {"method": "lora", "lora_dropout": 0.05}, {}),
+        ("Llama-3.1-8B", {"method": "lora", "lora_dropout": 0.05, "precision": "amp"}, {}),
+        ("Llama-2-7B", {"method": "qlora"}, {}),
+        ("Llama-3.1-8B", {"method": "qlora", "lora_dropout": 0.05}, {}),
+        ("Llama-2-7B", {"method": "lora", "use_reentrant": True}, {}),
+        ("Llama-3.1-8B", {}, shared),
+        ("Llama-3.1-8B", {"method": "lora"}, shared),
+        ("Llama-2-7B", {}, shared),
+        ("Llama-3.2-1B", {"attention": "sdpa"}, {}),
+        ("Llama-3.2-1B", {"attention": "matmul"}, {}),
+        ("Llama-2-7B", {"head": "score_all"}, {}),
+        ("Llama-2-7B", {"head": "lm"}, {}),
+        ("Llama-2-7B", {"head": "lm", "method": "lora"}, {}),
+        *((model, {}, {}) for model in ("Qwen3-4B", "Gemma-2-2B", "StarCoder2-3B", "OLMo-2-7B", "Phi-3-mini")),
+    ]
+
+
+def allocator_cases() -> list[Case]:
+    """Return small steps that a CPU does in seconds: the 1B model's widths, two layers, few tokens, in fp32."""
+    settings: list[dict[str, Any]] = [
+        {"checkpointing": "none"},
+        {},
+        {"use_reentrant": True},
+        {"checkpointing": "none", "method": "lora"},
+        {"method": "lora"},
+    ]
+    return [
+        Case(
+            "Llama-3.2-1B",
+            Options(precision="fp32", attention="matmul", **changes),
+            96,
+            96,
+            num_layers=2,
+            vocab_size=1000,
+        )
+        for changes in settings
+    ]

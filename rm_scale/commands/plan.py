@@ -1,0 +1,211 @@
+"""`rm-scale plan`: will a run fit, how fast is it, what does it cost. Arithmetic alone, without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import replace
+
+from rm_scale.errors import ConfigError, collect_problems
+from rm_scale.planning import plan_text
+from rm_scale.planning.advise import Request, changes_that_fit, recommend
+from rm_scale.planning.group_lengths import LengthMix, full_rows
+from rm_scale.planning.hardware import GBIT, Device, find_device
+from rm_scale.planning.plan_json import to_dict
+from rm_scale.planning.scenario import Method
+from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
+from rm_scale.tiers import model_tier
+
+HELP = "will it fit, how fast, for how much: before anything is queued"
+DESCRIPTION = "Predict memory, speed and cost of a run from the model's config.json and a machine's figures."
+EXAMPLE = "rm-scale plan --tier 13b --method lora --gpus 8 --gpu h100-80g"
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `rm-scale plan`."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--tier", help="1b, 3b, 7b or 13b (`rm-scale tiers`)")
+    model.add_argument("--model", help="a folder, a config.json, or a hub name")
+    model.add_argument("--method", choices=METHODS, default="full")
+    model.add_argument("--lora_r", type=int, default=16)
+    model.add_argument("--use_bnb_nested_quant", action="store_true", help="double quantisation of 4-bit weights")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--gpus", type=int, default=8, help="devices in all")
+    machine.add_argument("--gpu", default="h100-80g", help="a100-40g, a100-80g, h100-80g, h200, b200, l40s, ...")
+    machine.add_argument("--nodes", type=int, help="default: as many as the devices need")
+    machine.add_argument("--node_bandwidth_gbit", type=float, help="out of one node, all its network cards together")
+    machine.add_argument("--hardware", metavar="FILE.yaml", help="devices of your own; see docs/planning.md")
+    run = parser.add_argument_group("run")
+    run.add_argument("--seq", type=int, default=4096, help="longest sequence, as max_length of a run")
+    run.add_argument("--data", help="preference file whose real lengths are used")
+    run.add_argument("--packing", choices=["none", "padding_free", "prefix_shared"], default="prefix_shared")
+    run.add_argument("--global_batch_size", type=int, default=128, help="groups per optimizer step")
+    run.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="default: chosen; 0: without DeepSpeed")
+    run.add_argument("--offload", choices=["none", "optimizer", "all", "nvme"], help="default: chosen")
+    run.add_argument("--checkpointing", choices=["on", "off"], help="default: chosen")
+    run.add_argument("--max_tokens", type=int, help="tokens of a packed row; default: chosen")
+    run.add_argument("--micro_batch", type=int, help="groups of a padded micro-batch; default: chosen")
+    run.add_argument("--hpz", action="store_true", help="a second partition of the weights within each node")
+    run.add_argument("--pairs", type=float, help="pairs to train on; default: those of --data")
+    run.add_argument("--gpu_hour_price", type=float, help="for the cost of a pass over the data")
+    out = parser.add_argument_group("output")
+    out.add_argument("--compare", action="store_true", help="all methods side by side")
+    out.add_argument("--json", action="store_true", help="for scripts")
+    out.add_argument("--explain", action="store_true", help="every formula with its numbers and source")
+    out.add_argument("--cases", metavar="FILE.csv", help="predict published measurements; see docs/planning.md")
+    out.add_argument("--output", metavar="FILE.csv", help="where --cases writes; default standard output")
+    out.add_argument("--overwrite", action="store_true", help="replace a file there that holds no earlier predictions")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan; return 0 when the run fits and 1 when it doesn't."""
+    if options.cases:
+        from rm_scale.planning.published.predict import predict_cases
+
+        return predict_cases(options.cases, options.output, options.overwrite)
+    request = read_request(options)
+    num_pairs = options.pairs or request.lengths.num_groups
+    if options.compare:
+        return _compare(request, options, num_pairs)
+    choice = recommend(request)
+    fits = choice.estimate.fits
+    changes = [] if fits else changes_that_fit(request)
+    if options.json:
+        print(json.dumps(to_dict(request, choice, changes), indent=2))
+        return 0 if fits else 1
+    print(plan_text.summary(request, choice, options.gpu_hour_price, num_pairs))
+    if not fits:
+        print("\n" + plan_text.refusal(request, choice, changes))
+    if options.explain:
+        print("\n" + plan_text.explanation(choice.estimate))
+    return 0 if fits else 1
+
+
+def _compare(request: Request, options: argparse.Namespace, num_pairs: float | None) -> int:
+    rows = [(changed, recommend(changed)) for changed in (replace(request, method=name) for name in METHODS)]
+    if options.json:
+        print(json.dumps({r.method: to_dict(r, choice, []) for r, choice in rows}, indent=2))
+    else:
+        print(plan_text.comparison(rows, num_pairs))
+    return 0 if any(choice.estimate.fits for _, choice in rows) else 1
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Check the options together and read the model's shape.
+
+    Raises:
+        ConfigError: everything that is wrong with them.
+    """
+    problems = _problems(options)
+    device = collect_problems(problems, lambda: find_device(options.gpu, options.hardware))
+    shape, name = collect_problems(problems, lambda: read_shape(options.tier, options.model)) or (None, "")
+    if problems:
+        raise ConfigError(problems, heading="the plan can't be made")
+    assert device is not None and shape is not None
+    device = _with_network(device, options.node_bandwidth_gbit)
+    nodes = options.nodes or math.ceil(options.gpus / device.devices_per_node)
+    return Request(
+        name=name,
+        shape=shape,
+        method=options.method,
+        device=device,
+        num_devices=options.gpus,
+        num_nodes=nodes,
+        max_length=options.seq,
+        lengths=_lengths(options),
+        packing=options.packing,
+        global_batch_size=options.global_batch_size,
+        zero_stage=options.zero,
+        offload=options.offload,
+        checkpointing=None if options.checkpointing is None else options.checkpointing == "on",
+        max_tokens=options.max_tokens,
+        micro_batch=options.micro_batch,
+        hpz=options.hpz,
+        lora_rank=options.lora_r,
+        nested_quant=options.use_bnb_nested_quant,
+    )
+
+
+def read_shape(tier: str | None, model: str | None) -> tuple[ModelShape, str]:
+    """Return the model's shape and name, by tier or by its config.json.
+
+    Raises:
+        ConfigError: neither or both are given, or there is no such tier.
+        ModelError: the config can't be read.
+    """
+    if (tier is None) == (model is None):
+        raise ConfigError(["tier and model: give one of them. Fix: --tier 7b, or --model FOLDER."])
+    if tier is not None:
+        chosen = model_tier(tier)
+        return shape_from_config(chosen.config), f"{chosen.name} ({chosen.model})"
+    assert model is not None
+    name = model.removesuffix("/config.json") if model.endswith("config.json") else model
+    return shape_from_config(read_model_config(name)), name
+
+
+def _problems(options: argparse.Namespace) -> list[str]:
+    found = []
+    for name in ("gpus", "nodes", "seq", "global_batch_size", "max_tokens", "micro_batch", "lora_r", "pairs"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= 1e12:
+            found.append(f"{name}={value:g}: must be at least 1. Fix: --{name} with a positive number.")
+    for name in ("node_bandwidth_gbit", "gpu_hour_price"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1e9:
+            found.append(f"{name}={value:g}: must be a positive number. Fix: correct it.")
+    if found:
+        return found
+    nodes = options.nodes or 1
+    if options.gpus > 100_000:
+        found.append(f"gpus={options.gpus}: more than any machine has. Fix: the number of devices in all.")
+    if nodes > options.gpus:
+        found.append(
+            f"nodes={nodes} with gpus={options.gpus}: a node has at least one. Fix: --gpus counts all devices."
+        )
+    elif options.gpus % nodes:
+        found.append(
+            f"gpus={options.gpus} with nodes={nodes}: nodes must have equally many. Fix: "
+            f"--gpus {nodes * round(options.gpus / nodes)}."
+        )
+    if options.global_batch_size < options.gpus:
+        found.append(
+            f"global_batch_size={options.global_batch_size} with gpus={options.gpus}: every rank needs a group in each "
+            f"step. Fix: --global_batch_size {options.gpus} or more, or fewer devices."
+        )
+    if options.hpz and nodes == 1 and options.nodes is not None:
+        found.append("hpz with nodes=1: its second partition only helps across nodes. Fix: leave --hpz out.")
+    if options.hpz and options.zero not in (None, 3):
+        found.append(f"hpz with zero={options.zero}: it belongs to ZeRO-3. Fix: --zero 3.")
+    if options.zero == 0 and options.offload not in (None, "none"):
+        found.append(f"offload={options.offload} with zero=0: DeepSpeed does the offloading. Fix: --zero 3.")
+    if options.offload in {"all", "nvme"} and options.zero not in (None, 3):
+        found.append(
+            f"offload={options.offload} with zero={options.zero}: weights leave the device under ZeRO-3 only. "
+            "Fix: --zero 3."
+        )
+    if options.max_tokens is not None and options.packing == "none":
+        found.append("max_tokens with packing=none: padded rows are sized by --micro_batch. Fix: leave one out.")
+    if options.max_tokens is not None and options.max_tokens < options.seq:
+        found.append(
+            f"max_tokens={options.max_tokens} with seq={options.seq}: a row must hold a sequence. Fix: "
+            f"--max_tokens {2 * options.seq}."
+        )
+    return found
+
+
+def _with_network(device: Device, gbit: float | None) -> Device:
+    return device if gbit is None else replace(device, node_bandwidth=gbit * GBIT)
+
+
+def _lengths(options: argparse.Namespace) -> LengthMix:
+    if options.data is None:
+        return full_rows(options.seq)
+    from rm_scale.data.measure_lengths import measure_lengths
+
+    measured = measure_lengths([options.data], options.model)
+    kept = measured.cut(options.seq)
+    if not kept.groups:
+        raise ConfigError([f"seq={options.seq}: every group of {options.data} is longer. Fix: a larger --seq."])
+    return kept

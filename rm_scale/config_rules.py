@@ -1,0 +1,298 @@
+"""The rules that settings must keep, found without looking at any file or device.
+
+`RULES` is a table of combinations that can't work. Each rule has a name, a condition and the text of its problem; to
+add one, add a row here and its case to tests/unit/test_config_rules.py. What depends on files, the model or the number
+of devices is checked when the run is planned (`rm_scale.planning`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from rm_scale.config import FORCEABLE_RULES, RESUME_FACTS, RunConfig
+from rm_scale.config_names import LOGGERS, OPTIMIZERS, SCHEDULES
+from rm_scale.texts import did_you_mean
+
+# Settings that TRL or transformers know and we refuse on purpose, with the reason.
+REFUSED_FIELDS = {
+    "load_in_8bit": "8-bit weights train wrongly under ZeRO-3 (bitsandbytes#1451). Fix: use load_in_4bit (QLoRA, NF4)",
+    "lora_task_type": "a reward model always uses SEQ_CLS, or its head is lost. Fix: leave it out",
+    "group_by_length": "TRL 1.16 raises on it for preference data. Fix: leave it out",
+    "push_to_hub": "nothing is pushed from a training run. Fix: leave it out and upload the finished folder yourself",
+    "hub_token": "tokens are read from the environment only. Fix: set HF_TOKEN",
+    "auto_find_batch_size": "ZeRO-3 can't change its batch size in a run. Fix: set per_device_train_batch_size",
+    "padding_side": "rows are padded on the right, where the last real token is found by its index. Fix: leave it out",
+    "compute_metrics": "evaluation is exact and built in. Fix: leave it out",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One combination of settings that can't work.
+
+    Attributes:
+        name: what the rule demands.
+        broken: tells whether a configuration breaks it.
+        problem: returns the problem as one text: the values seen, the rule and the fix.
+    """
+
+    name: str
+    broken: Callable[[RunConfig], bool]
+    problem: Callable[[RunConfig], str]
+
+
+RULES = (
+    # --- Weights and number types
+    Rule(
+        "four_bit_needs_adapters",
+        lambda c: c.load_in_4bit and not c.use_peft,
+        lambda c: (
+            "load_in_4bit=True with use_peft=False: 4-bit weights can't be trained in full. Fix: set use_peft: "
+            "true (QLoRA)."
+        ),
+    ),
+    Rule(
+        "merging_needs_an_adapter",
+        lambda c: c.merge_adapter and not c.use_peft,
+        lambda c: "merge_adapter=True with use_peft=False: there is no adapter to merge. Fix: leave merge_adapter out.",
+    ),
+    Rule(
+        "fp16_only_by_force",
+        lambda c: c.fp16 and "fp16" not in c.force,
+        lambda c: (
+            "fp16=True: refused, since rewards overflow at 65,504 and loss scaling skips steps. "
+            "Fix: use bf16: true, or add --force fp16."
+        ),
+    ),
+    Rule(
+        "one_compute_type",
+        lambda c: c.fp16 and c.bf16,
+        lambda c: "fp16=True with bf16=True: choose one. Fix: set bf16: false with fp16.",
+    ),
+    Rule(
+        "fp16_weights_need_fp16",
+        lambda c: c.dtype == "float16" and not c.fp16,
+        lambda c: "dtype=float16 with fp16=False: weights in fp16 need fp16 training. Fix: use dtype: bfloat16.",
+    ),
+    Rule(
+        "qlora_in_low_precision",
+        lambda c: c.load_in_4bit and (_computes_in_fp32(c) or c.dtype == "float32") and "qlora_fp32" not in c.force,
+        lambda c: (
+            f"load_in_4bit=True in full precision (bf16={c.bf16}, dtype={c.dtype}): QLoRA computes in bfloat16; "
+            "float32 saves no activation memory. Fix: set bf16: true and dtype: auto, or add --force qlora_fp32 (for "
+            "tests)."
+        ),
+    ),
+    Rule(
+        "bf16_weights_need_bf16",
+        lambda c: c.dtype == "bfloat16" and _computes_in_fp32(c),
+        lambda c: (
+            "dtype=bfloat16 with bf16=False: weights and compute type disagree. Fix: set bf16: true or dtype: float32."
+        ),
+    ),
+    # --- Data
+    Rule(
+        "one_training_source",
+        lambda c: bool(c.dataset_path) == bool(c.dataset_name),
+        lambda c: (
+            "dataset_path and dataset_name: exactly one must be given, got "
+            f"{bool(c.dataset_path) + bool(c.dataset_name)}. "
+            "Fix: give --dataset_path FILE for local files or --dataset_name NAME for the hub."
+        ),
+    ),
+    Rule(
+        "one_evaluation_source",
+        lambda c: len(_evaluation_sources(c)) > 1,
+        lambda c: (
+            f"{' and '.join(_evaluation_sources(c))}: only one can say what to evaluate on. Fix: keep one of them."
+        ),
+    ),
+    Rule(
+        "hub_split_needs_a_hub_dataset",
+        lambda c: bool(c.dataset_test_split) and not c.dataset_name,
+        lambda c: (
+            f"dataset_test_split={c.dataset_test_split}: names a hub split, but dataset_name is not set. "
+            "Fix: use eval_dataset_path or eval_split_size with local files."
+        ),
+    ),
+    Rule(
+        "held_out_share_or_whole_number",
+        lambda c: c.eval_split_size is not None and c.eval_split_size >= 1 and c.eval_split_size % 1 != 0,
+        lambda c: (
+            f"eval_split_size={c.eval_split_size}: must be a share below 1 or a whole number of groups. Fix: "
+            "e.g. 300 or 0.1."
+        ),
+    ),
+    # --- Evaluation
+    Rule(
+        "evaluation_needs_data",
+        lambda c: c.eval_strategy != "no" and not _evaluation_sources(c),
+        lambda c: (
+            f"eval_strategy={c.eval_strategy}: there is nothing to evaluate on. "
+            "Fix: give eval_dataset_path, eval_split_size or dataset_test_split."
+        ),
+    ),
+    Rule(
+        "evaluation_by_steps_needs_eval_steps",
+        lambda c: c.eval_strategy == "steps" and c.eval_steps is None,
+        lambda c: "eval_strategy=steps: eval_steps is missing. Fix: add eval_steps: 100, say.",
+    ),
+    # --- Batch, layout and speed
+    Rule(
+        "batch_size_set_once",
+        lambda c: c.gradient_accumulation_steps is not None and c.global_batch_size is not None,
+        lambda c: (
+            f"gradient_accumulation_steps={c.gradient_accumulation_steps} with "
+            f"global_batch_size={c.global_batch_size}: the second sets the first. Fix: keep one of them."
+        ),
+    ),
+    Rule(
+        "no_compiled_four_bit_layers",
+        lambda c: c.torch_compile and c.load_in_4bit,
+        lambda c: (
+            "torch_compile=True with load_in_4bit=True: 4-bit layers break the graph at every product. Fix: leave "
+            "torch_compile out."
+        ),
+    ),
+    Rule(
+        "token_budget_needs_packed_rows",
+        lambda c: c.packing == "none" and c.max_tokens_per_device is not None,
+        lambda c: (
+            f"max_tokens_per_device={c.max_tokens_per_device} with packing=none: padded rows are sized by "
+            "per_device_train_batch_size. Fix: leave one of them out."
+        ),
+    ),
+    Rule(
+        "packed_attention_needs_packed_rows",
+        lambda c: c.packing == "none" and c.packed_attention != "auto",
+        lambda c: f"packed_attention={c.packed_attention} with packing=none: it is for packed rows. Fix: leave it out.",
+    ),
+    Rule(
+        "packed_rows_use_packed_attention",
+        lambda c: c.packing in {"padding_free", "prefix_shared"} and c.attn_implementation is not None,
+        lambda c: (
+            f"attn_implementation={c.attn_implementation} with packing={c.packing}: packed rows have attention "
+            "of their own. Fix: use packed_attention, or packing: none."
+        ),
+    ),
+    # --- Loss and steps
+    Rule(
+        "label_smoothing_needs_pairs",
+        lambda c: c.loss_type == "plackett_luce" and c.label_smoothing_factor > 0,
+        lambda c: (
+            f"label_smoothing_factor={c.label_smoothing_factor} with loss_type=plackett_luce: smoothing is "
+            "defined on pairs. Fix: use loss_type: bradley_terry or label_smoothing_factor: 0."
+        ),
+    ),
+    Rule(
+        "max_steps_off_or_positive",
+        lambda c: c.max_steps == 0 or c.max_steps < -1,
+        lambda c: (
+            f"max_steps={c.max_steps}: must be -1 (train for num_train_epochs) or at least 1. Fix: leave it "
+            "out, or e.g. 100."
+        ),
+    ),
+    Rule(
+        "best_model_needs_evaluations",
+        lambda c: c.metric_for_best_model is not None and c.eval_strategy == "no",
+        lambda c: (
+            f"metric_for_best_model={c.metric_for_best_model} with eval_strategy=no: nothing is measured while "
+            "training. Fix: set eval_strategy: steps and eval_steps."
+        ),
+    ),
+)
+
+
+def _computes_in_fp32(config: RunConfig) -> bool:
+    return not config.bf16 and not config.fp16
+
+
+def _evaluation_sources(config: RunConfig) -> list[str]:
+    """Return which of the settings that say what to evaluate on are given."""
+    return [name for name in ("eval_dataset_path", "eval_split_size", "dataset_test_split") if getattr(config, name)]
+
+
+class _BrokenSettingRead(Exception):
+    """A rule read a setting whose value could not be used."""
+
+
+class _Readable:
+    """A configuration whose broken settings can't be read.
+
+    In a parsed configuration their defaults stand in for them, about which a rule must not complain.
+    """
+
+    def __init__(self, config: RunConfig, broken: frozenset[str]) -> None:
+        self._config = config
+        self._broken = broken
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._broken:
+            raise _BrokenSettingRead(name)
+        return getattr(self._config, name)
+
+
+def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
+    """Return a text for each rule that the settings break, and for each unknown name in `force` or `allow_changed`.
+
+    Args:
+        config: the settings.
+        broken: settings already reported; rules that read them are skipped.
+    """
+    broken = frozenset(broken)
+    readable = cast(RunConfig, _Readable(config, broken))
+    found = []
+    for rule in RULES:
+        try:
+            if rule.broken(readable):
+                found.append(rule.problem(readable))
+        except _BrokenSettingRead:
+            continue
+    for setting, values in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS), ("report_to", LOGGERS)):
+        if setting not in broken:
+            found += _unknown_values(setting, getattr(config, setting), values)
+    for setting, known in (("allow_changed", RESUME_FACTS), ("force", FORCEABLE_RULES)):
+        if setting not in broken:
+            unknown = [name for name in getattr(config, setting) if name not in known]
+            found += [unknown_key_problem(name, known, f" (in {setting})") for name in unknown]
+    return found
+
+
+def _unknown_values(setting: str, value: str | list[str], known: Iterable[str]) -> list[str]:
+    """Return a problem for each value that transformers does not know by this name."""
+    return [
+        f"{setting}={name}: transformers knows no such name. Fix: "
+        + did_you_mean(name, known, f"one of {', '.join(known)}.", most=3)
+        for name in ([value] if isinstance(value, str) else value)
+        if name not in known
+    ]
+
+
+def unknown_key_problem(name: str, known: Iterable[str], where: str = "") -> str:
+    """Return the problem of a name nobody knows, with the reason why it is refused or the nearest known name.
+
+    Args:
+        name: what was written.
+        known: the names to choose from.
+        where: added after the name, e.g. " (in run.yaml)".
+    """
+    if name in REFUSED_FIELDS:
+        return f"{name}{where}: {REFUSED_FIELDS[name]}."
+    nearest = _nearest(name, known)
+    hint = f"did you mean {nearest}?" if nearest else "run with --help for the list of settings."
+    return f"{name}{where}: no such setting. Fix: {hint}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most like `name`, preferring one that starts with the same word (lora_, dataset_)."""
+    first = name.split("_")[0]
+
+    def likeness(candidate: str) -> float:
+        same_family = 0.25 if candidate.split("_")[0] == first else 0.0
+        return difflib.SequenceMatcher(None, name, candidate).ratio() + same_family
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.7 else None

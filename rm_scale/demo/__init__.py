@@ -1,0 +1,1 @@
+"""What to try things with: generated preferences, small models, random weights of true shape, and `make demo`."""

@@ -1,0 +1,160 @@
+"""Score evaluation groups, texts and benchmarks with one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rm_scale.data.data_report import SourceReport
+from rm_scale.data.preference_group import Text
+from rm_scale.data.preparation import EvaluationData
+from rm_scale.data.rejected_rows import REJECTION_REASONS, RejectedRow
+from rm_scale.errors import DataError
+from rm_scale.evaluation.benchmarks import Benchmark
+from rm_scale.evaluation.evaluation_document import DataUse
+from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.modeling.known_scores import KnownScores
+from rm_scale.training.pair_counts import ScoredGroup
+
+# Groups handed to the scorer at once: enough for it to fill rows of like lengths.
+_GROUPS_PER_BATCH_ELEMENT = 16
+
+
+def score_groups(data: EvaluationData, scorer: RewardScorer, batch_size: int) -> Iterator[ScoredGroup]:
+    """Yield every group with the rewards of its responses, in the data's order.
+
+    Args:
+        data: encoded by the scorer's own encoder.
+        scorer: the model.
+        batch_size: sequences per forward pass.
+    """
+    step = max(1, batch_size) * _GROUPS_PER_BATCH_ELEMENT
+    known = KnownScores()
+    for start in range(0, len(data.groups), step):
+        places = range(start, min(start + step, len(data.groups)))
+        rows = [data.groups[place] for place in places]
+        sequences = [ids for row in rows for ids in row["input_ids"]]
+        # The group is what shares a prompt in training, too.
+        keys = [str(place) for place, row in zip(places, rows, strict=True) for _ in row["input_ids"]]
+        rewards = iter(_score_new(sequences, keys, scorer, batch_size, known))
+        for place, row in zip(places, rows, strict=True):
+            yield _scored(data, place, row, [next(rewards) for _ in row["input_ids"]])
+
+
+def score_texts(
+    prompts: Sequence[Text], completions: Sequence[Sequence[Text]], scorer: RewardScorer, batch_size: int
+) -> list[list[float] | RejectedRow]:
+    """Return the rewards of several completions of each prompt, or why one of them can't be scored.
+
+    Args:
+        prompts: texts or lists of messages.
+        completions: as many lists of them.
+        scorer: the model.
+        batch_size: sequences per forward pass.
+    """
+    results: list[list[float] | RejectedRow] = []
+    known = KnownScores()
+    step = max(1, batch_size) * _GROUPS_PER_BATCH_ELEMENT
+    for start in range(0, len(prompts), step):
+        parts = list(zip(prompts[start : start + step], completions[start : start + step], strict=True))
+        flat = [(prompt, text) for prompt, texts in parts for text in texts]
+        encoded = iter(scorer.encoder.encode_many([prompt for prompt, _ in flat], [text for _, text in flat]))
+        groups = [[next(encoded) for _ in texts] for _, texts in parts]
+        refused = [next((ids for ids in group if isinstance(ids, RejectedRow)), None) for group in groups]
+        sequences = [
+            (place, ids)
+            for place, group in enumerate(groups)
+            for ids in group
+            if refused[place] is None and not isinstance(ids, RejectedRow)
+        ]
+        keys = [str(place) for place, _ in sequences]
+        rewards = iter(_score_new([ids for _, ids in sequences], keys, scorer, batch_size, known))
+        for reason, group in zip(refused, groups, strict=True):
+            results.append(reason if reason is not None else [next(rewards) for _ in group])
+    return results
+
+
+def _score_new(
+    sequences: Sequence[Sequence[int]], keys: Sequence[str], scorer: RewardScorer, batch_size: int, known: KnownScores
+) -> list[float]:
+    """Return the rewards of token sequences; those that came before have the reward that they had."""
+
+    def compute(places: list[int]) -> list[float]:
+        return scorer.score_tokens([sequences[one] for one in places], batch_size, [keys[one] for one in places])
+
+    return known.score(sequences, compute)
+
+
+def score_benchmark(
+    benchmark: Benchmark, scorer: RewardScorer, batch_size: int, max_rejected_share: float, name: str
+) -> dict[str, Any]:
+    """Return a model's result on a benchmark; see `Benchmark.score`.
+
+    An item that can't be scored (too long, for instance) counts as lost and is counted in `num_unscored`: a benchmark
+    without some of its items would be another benchmark, and an easier one for a model that can't read long answers.
+
+    Args:
+        benchmark: items and rule.
+        scorer: the model; conversations are rendered by its chat template, and without one read as plain text.
+        batch_size: sequences per forward pass.
+        max_rejected_share: most items that may be lost in this way.
+        name: of the benchmark's file, for messages.
+
+    Raises:
+        DataError: more of them can't be scored.
+    """
+    items = benchmark.items_for(bool(scorer.encoder.chat_template))
+    found = score_texts([item.prompt for item in items], [item.completions for item in items], scorer, batch_size)
+    refused = [place for place, rewards in enumerate(found) if isinstance(rewards, RejectedRow)]
+    if len(refused) > max_rejected_share * len(items):
+        share = math.ceil(1000 * len(refused) / len(items)) / 1000
+        raise DataError(
+            f"{name}: {len(refused)} of {len(items)} items can't be scored by this model; the first is item "
+            f"{items[refused[0]].id}: {found[refused[0]]}. Fix: a model trained with a longer max_length, or let them "
+            f"count as lost with --max_rejected_share {share:g}."
+        )
+    rewards = [
+        [float(place >= item.num_correct) for place in range(len(item.completions))]
+        if isinstance(values, RejectedRow)
+        else values
+        for item, values in zip(items, found, strict=True)
+    ]
+    return {**benchmark.score(rewards), "num_items": len(items), "num_unscored": len(refused)}
+
+
+def _scored(data: EvaluationData, place: int, row: dict[str, Any], rewards: list[float]) -> ScoredGroup:
+    origins = data.origins
+    return ScoredGroup.of_row(
+        row,
+        rewards,
+        source=origins.names[origins.source[place]],
+        prompt=_name(origins.prompt[place]),
+        content=_name(origins.content[place]),
+    )
+
+
+def _name(key: int) -> str:
+    """Return a 64-bit hash as text: JSON's numbers are not exact that far."""
+    return f"{int(key) & 0xFFFF_FFFF_FFFF_FFFF:016x}"
+
+
+def data_use(sources: Iterable[SourceReport]) -> DataUse:
+    """Return what became of the input rows."""
+    sources = list(sources)
+    return DataUse(
+        sources=[source.name for source in sources],
+        rows_read=sum(source.rows_read for source in sources),
+        rows_used=sum(source.rows_used for source in sources),
+        rejected=[
+            {
+                "source": source.name,
+                "reason": reason,
+                "meaning": REJECTION_REASONS[reason],
+                "count": entry.count,
+                "first_rows": list(entry.first_rows),
+            }
+            for source in sources
+            for reason, entry in source.rejected.items()
+        ],
+    )

@@ -1,0 +1,201 @@
+"""How files are written and read everywhere: whole or not at all, one JSON line at a time; and a free port.
+
+Standard library only: the Slurm commands that run on every node import it and must start at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
+    """Let an error of the system that ends the block name the file that is written in it: a failed write names none.
+
+    Args:
+        path: the name to show.
+        aside: a name that the user has never seen, to show `path` for.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (error.filename is None and error.errno in _WRITE_ERRORS) or error.filename in (aside, str(aside)):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a name to write to; when the block has ended, that file takes the place of `path` by one rename.
+
+    Readers see the old content or the new, never a part, and so does whoever comes after a kill. When the block or the
+    rename fails, the temporary file is removed and `path` stays as it was. Writers at the same moment, on whatever
+    machine, don't meet: each has a temporary name of its own, hidden, in the folder of `path` and ending in
+    ".writing", so that no search for the files of a folder by their ending takes it for one. Permissions are those of
+    any new file (0666 less the umask).
+
+    Args:
+        path: the file to make or replace; its folder exists.
+        durable: return only when content and name are on the disk. Without it a crash of the machine, not of the
+            process, may leave an empty file.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.writing")
+    try:
+        with naming(path, aside):
+            yield aside
+            if durable:
+                sync(aside)
+            os.replace(aside, path)
+    except BaseException:
+        # Whatever happened is the news, not that the disk refuses this as well.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_whole(path: str | Path, text: str, *, durable: bool = False) -> Path:
+    """Write a text as UTF-8, whole or not at all; return the path. See `replacing`."""
+    path = Path(path)
+    with replacing(path, durable=durable) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return path
+
+
+def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line of its own, making file and folder when they are missing.
+
+    The line is written by one call, so that lines of several processes on one machine don't mix. What a killed process
+    left of its last line is ended first: only that line is lost.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record).encode() + b"\n"
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        written = file.write(line)
+        if written < len(line):  # a full disk: the next call raises what is wrong
+            file.write(line[written:])
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's list of names to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_small_text(path: str | Path, most_bytes: int) -> str:
+    """Return the text of a file that a person wrote.
+
+    Args:
+        path: the file.
+        most_bytes: a larger file is refused: it is something else.
+
+    Raises:
+        ValueError: it can't be read, is a device or a pipe (which might never end), is too large, or is not UTF-8; the
+            text says which, in words that fit behind the file's name.
+    """
+    path = Path(path)
+    try:
+        what = not_a_file(path)
+        if what is not None:
+            raise ValueError(what)
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise ValueError(error.strerror or type(error).__name__) from error
+    if len(content) > most_bytes:
+        raise ValueError(f"larger than {most_bytes:,} bytes")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("is written in UTF-16, not in UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"is not written in UTF-8, line {line}; in Latin-1?") from error
+
+
+def not_a_file(path: Path) -> str | None:
+    """Return what a path is when it is neither file nor folder, since reading it might never end; else `None`.
+
+    Raises:
+        OSError: it is not there, or may not be looked at.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return "a pipe, not a file" if stat.S_ISFIFO(mode) else "a device or socket, not a file"
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Return the objects of a file that another process may be writing to; none when it can't be read.
+
+    Lines that are no JSON object are left out: the last one may be half-written, as may any line that a killed process
+    began.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.split("\n"):  # splitlines() would split at U+2028 as well, which JSON allows inside a string
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                found.append(record)
+    return found
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty when there is no such file, or it holds anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the path itself, absolute, or the nearest folder above it that exists."""
+    path = path.expanduser().absolute()
+    return next(place for place in [path, *path.parents] if place.is_dir())
+
+
+# --- Ports -----------------------------------------------------------------------------------------------------------
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a TCP port of `host` that nobody listens on now; another program may take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

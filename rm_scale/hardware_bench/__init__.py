@@ -1,0 +1,1 @@
+"""Measure this machine in the figures by which the planner describes a device."""

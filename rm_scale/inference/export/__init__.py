@@ -1,0 +1,1 @@
+"""Export a saved run as one plain folder for other engines, verified."""

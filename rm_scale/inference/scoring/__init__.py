@@ -1,0 +1,1 @@
+"""Score texts and files with a saved reward model."""

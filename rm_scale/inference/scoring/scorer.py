@@ -1,0 +1,398 @@
+"""`RewardScorer`: a saved reward model that scores prompts and completions by its scoring contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, overload
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from rm_scale.batching.packed.backend_choice import choose_backend, head_size
+from rm_scale.batching.packed.layout import common_prefix_length
+from rm_scale.data.encoding import TextEncoder, unscorable_text
+from rm_scale.data.preference_group import Text
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.errors import DataError, ModelError
+from rm_scale.inference.model_folder import (
+    contract_of_plain_model,
+    local_folder,
+    require_reward_model,
+    require_template,
+)
+from rm_scale.inference.scoring.encode_completions import encode_completions, read_completions
+from rm_scale.logs import get_logger
+from rm_scale.modeling.known_scores import KnownScores
+from rm_scale.modeling.loading import load_reward_model
+from rm_scale.modeling.packed_model import enable_packed_rows
+from rm_scale.modeling.scoring_contract import CONTRACT_FILE, ScoringContract
+from rm_scale.modeling.token_scores import score_packed, score_sequences
+from rm_scale.modeling.tokenizers import load_tokenizer, read_tokenizer
+from rm_scale.planning.layout_choice import is_tested
+
+logger = get_logger(__name__)
+
+
+class RewardScorer:
+    """Scores texts exactly as training did.
+
+    Args:
+        model: a reward model in eval mode.
+        tokenizer: its tokenizer.
+        contract: how a text becomes a score.
+        device: where the model is.
+        packed: the model takes packed rows (`rm_scale.modeling.packed_model`), so that a prompt is computed once for
+            all its completions.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        contract: ScoringContract,
+        device: torch.device | str = "cpu",
+        packed: bool = False,
+    ) -> None:
+        self.packed = packed
+        self.model = model
+        self.tokenizer = tokenizer
+        self.contract = contract
+        self.device = device
+        self.encoder = TextEncoder.from_settings(tokenizer, contract.encoding)
+        self.encoder.follow_training([golden.input_ids for golden in contract.golden_scores])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
+        packed: bool | None = None,
+        chat_template: str | None = None,
+        force_template: bool = False,
+        allow_missing_contract: bool = False,
+    ) -> RewardScorer:
+        """Load a run's output directory, an export, or a hub name.
+
+        Args:
+            folder: holds the model or adapter, the tokenizer and `scoring_contract.json`.
+            device: default the GPU when there is one.
+            dtype: type of the backbone; "saved" is what it was saved in. Default float32 on a processor, so that a
+                score does not depend on what it is computed with, and elsewhere, or for a backbone in 4 bits, "saved".
+            trust_remote_code: run Python code that comes with the model.
+            packed: compute shared prompts once; default for architectures that are tested with it.
+            chat_template: Jinja text to render conversations with; must be the contract's own.
+            force_template: take another template than the contract's all the same.
+            allow_missing_contract: score with a plain transformers reward model, by its tokenizer and config alone.
+
+        Raises:
+            ModelError: the folder does not hold a reward model; or not its contract, and that was not allowed; or the
+                template is another one.
+        """
+        folder = local_folder(folder)
+        require_reward_model(folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        is_plain = not (folder / CONTRACT_FILE).exists()
+        if is_plain:
+            contract = contract_of_plain_model(folder, trust_remote_code, asked=allow_missing_contract)
+            tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+        else:
+            contract = ScoringContract.load(folder)
+            tokenizer = read_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+        if chat_template is not None:
+            contract = require_template(contract, chat_template, force_template)
+        loaded_in = _type_to_load(dtype, contract, device)
+        model = load_reward_model(folder, loaded_in, device, trust_remote_code=trust_remote_code)
+        if is_plain:
+            _give_padding(model, contract)
+        if dtype is None:
+            _warn_of_precision(folder, contract, str(next(model.parameters()).dtype).removeprefix("torch."))
+        return cls(model, tokenizer, contract, device, _enable_packing(model, device, packed))
+
+    # --- Texts -------------------------------------------------------------------------------------------------------
+
+    # A text is a sequence of texts too, so the two can't be told apart by type alone; at run time they can.
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self,
+        prompts: Text,
+        completions: Text,
+        batch_size: int = ...,
+        tools: list[Any] | None = ...,
+        max_tokens: int | None = ...,
+        normalized: bool = ...,
+    ) -> float: ...
+
+    @overload
+    def score(
+        self,
+        prompts: Text | Sequence[Text],
+        completions: Sequence[Text],
+        batch_size: int = ...,
+        tools: Sequence[Any] | None = ...,
+        max_tokens: int | None = ...,
+        normalized: bool = ...,
+    ) -> list[float]: ...
+
+    def score(
+        self,
+        prompts: Text | Sequence[Text],
+        completions: Text | Sequence[Text],
+        batch_size: int = 8,
+        tools: Sequence[Any] | None = None,
+        max_tokens: int | None = None,
+        normalized: bool = False,
+    ) -> float | list[float]:
+        """Return the rewards of `completions` given `prompts`, in their order.
+
+        Args:
+            prompts: texts or lists of messages; a single one is the prompt of all completions.
+            completions: as many, of the same kind; or a single one.
+            batch_size: sequences per forward pass.
+            tools: tool descriptions for the chat template, a list per prompt (or `None`); of a single prompt its own.
+            max_tokens: tokens per forward pass, instead of `batch_size`.
+            normalized: mean 0 and standard deviation 1 over the evaluation set, instead of raw.
+
+        Returns:
+            A float for a single completion, else a list.
+
+        Raises:
+            DataError: the lengths differ, or a text can't be scored; says which one and why.
+            ModelError: normalized, and the contract has no mean and standard deviation.
+        """
+        single = _is_one(completions)
+        many = [cast(Text, completions)] if single else cast(Sequence[Text], completions)
+        if single or _is_one(prompts):
+            if not (_is_one(prompts) or prompts in ("", [])):
+                raise DataError(f"{len(prompts)} prompts and a single completion. Fix: a completion per prompt.")
+            prompts, tools = [cast(Text, prompts)] * len(many), None if tools is None else [tools] * len(many)
+        rewards = self._score_lists(cast(Sequence[Text], prompts), many, tools, batch_size, max_tokens)
+        rewards = self.normalize(rewards) if normalized else rewards
+        return rewards[0] if single else rewards
+
+    def _score_lists(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        tools: Sequence[list[Any] | None] | None,
+        batch_size: int,
+        max_tokens: int | None,
+    ) -> list[float]:
+        sequences, keys = [], []
+        read = read_completions(prompts, completions, tools)
+        for number, (one, found) in enumerate(zip(read, encode_completions(self.encoder, read), strict=True)):
+            if isinstance(one, RejectedRow) or isinstance(found, RejectedRow):
+                raise DataError(f"completion {number}: {unscorable_text(cast(RejectedRow, found))}")
+            sequences.append(found)
+            keys += prompt_keys([one[0]], [one[2]])
+        return self.score_tokens(sequences, batch_size, keys, max_tokens)
+
+    def score_one(self, prompt: Text, completion: Text, tools: list[Any] | None = None) -> float:
+        """Return the raw reward of one completion.
+
+        Raises:
+            DataError: it can't be scored.
+        """
+        return self.score([prompt], [completion], tools=[tools])[0]
+
+    def normalize(self, rewards: Sequence[float]) -> list[float]:
+        """Shift and scale rewards to mean 0 and standard deviation 1 over the evaluation set.
+
+        Raises:
+            ModelError: the contract has no mean and standard deviation.
+        """
+        mean, std = self.contract.score_mean, self.contract.score_std
+        if mean is None or not std:
+            raise ModelError(
+                "the scoring contract has no score_mean and score_std (the model was saved without an evaluation), so "
+                "scores can't be normalised. Fix: raw scores, or train with eval_split_size or eval_dataset_path."
+            )
+        return [(reward - mean) / std for reward in rewards]
+
+    def score_texts(self, texts: Sequence[str], batch_size: int = 8, max_tokens: int | None = None) -> list[float]:
+        """Return the raw rewards of whole texts, prompt and response in one, as a chat template or a policy wrote them.
+
+        A text that stops short, e.g. at the end-of-turn token, gets the end that training gave it; see
+        `TextEncoder.encode_rendered`.
+
+        Args:
+            texts: whole texts.
+            batch_size: sequences per forward pass.
+            max_tokens: tokens per forward pass, instead of `batch_size`.
+
+        Raises:
+            DataError: a text can't be scored; says which one and why.
+        """
+        sequences = []
+        for number, text in enumerate(texts):
+            found = self.encoder.encode_rendered(text)
+            if isinstance(found, RejectedRow):
+                raise DataError(f"text {number}: {unscorable_text(found)}")
+            sequences.append(found)
+        return self.score_tokens(sequences, batch_size, max_tokens=max_tokens)
+
+    # --- Token sequences ---------------------------------------------------------------------------------------------
+
+    def score_tokens(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 8,
+        prompt_keys: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[float]:
+        """Return the raw rewards of token sequences as `TextEncoder.encode` returns them, in their order.
+
+        Identical ones are computed once and have the same reward to the last bit.
+
+        Args:
+            sequences: token ids.
+            batch_size: sequences per forward pass; in packed rows as many tokens as these could have at most.
+            prompt_keys: sequences with the same key share a prompt; default none do.
+            max_tokens: tokens per forward pass, padding included, instead of `batch_size`; what is longer goes alone.
+
+        Raises:
+            DataError: a sequence is empty, or `batch_size` or `max_tokens` is below 1.
+        """
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                what = "sequences" if name == "batch_size" else "tokens"
+                raise DataError(f"{name}={value}: must be at least 1. Fix: {what} per forward pass, e.g. 8.")
+        empty = next((place for place, sequence in enumerate(sequences) if not len(sequence)), None)
+        if empty is not None:
+            raise DataError(f"sequence {empty} has no tokens: there is none to read a reward at. Fix: leave it out.")
+        if not sequences:
+            return []
+
+        def compute(places: list[int]) -> list[float]:
+            keys = None if prompt_keys is None else [prompt_keys[place] for place in places]
+            return self._score_different([sequences[place] for place in places], batch_size, keys, max_tokens)
+
+        return KnownScores().score(sequences, compute)
+
+    def _score_different(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int,
+        prompt_keys: Sequence[str] | None,
+        max_tokens: int | None,
+    ) -> list[float]:
+        if self.packed:
+            return self._score_packed(sequences, batch_size, prompt_keys, max_tokens)
+        scores = [0.0] * len(sequences)
+        for places in padded_batches([len(sequence) for sequence in sequences], batch_size, max_tokens):
+            batch = [sequences[place] for place in places]
+            rewards = score_sequences(self.model, batch, self.contract.pad_token_id, len(batch), self.device)
+            for place, reward in zip(places, rewards, strict=True):
+                scores[place] = reward
+        return scores
+
+    def _score_packed(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int,
+        prompt_keys: Sequence[str] | None,
+        max_tokens: int | None,
+    ) -> list[float]:
+        members: dict[Any, list[int]] = {}
+        for place in range(len(sequences)):
+            members.setdefault(prompt_keys[place] if prompt_keys is not None else place, []).append(place)
+        if max_tokens is None:
+            max_tokens = batch_size * max(len(sequence) for sequence in sequences)
+        # A prompt with very many completions is cut, or its row would outgrow every budget.
+        places = [part for group in members.values() for part in fitting_parts(group, sequences, max_tokens)]
+        groups = [[sequences[place] for place in part] for part in places]
+        rewards = score_packed(self.model, groups, self.contract.pad_token_id, max_tokens, self.device)
+        scores = [0.0] * len(sequences)
+        for part, values in zip(places, rewards, strict=True):
+            for place, value in zip(part, values, strict=True):
+                scores[place] = value
+        return scores
+
+
+def _is_one(texts: Text | Sequence[Text]) -> bool:
+    """Tell whether this is one text or conversation, rather than a list of them."""
+    return isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], Mapping))
+
+
+def fitting_parts(places: Sequence[int], sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+    """Split completions of one prompt into parts whose tokens fit, the shared prompt counted once in each."""
+    if len(places) == 1:
+        yield list(places)
+        return
+    shared = common_prefix_length([sequences[place] for place in places])
+    part, tokens = [places[0]], len(sequences[places[0]])
+    for place in places[1:]:
+        own = len(sequences[place]) - shared
+        if tokens + own > max_tokens:
+            yield part
+            part, tokens = [], shared
+        part.append(place)
+        tokens += own
+    yield part
+
+
+def prompt_keys(prompts: Sequence[Text], tools: Sequence[list[Any] | None]) -> list[str]:
+    """Return keys that are the same for texts with the same prompt and tools."""
+    return [repr((prompt, tool)) for prompt, tool in zip(prompts, tools, strict=True)]
+
+
+def padded_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Return the places of sequences that are computed together: longest first, which pads least.
+
+    It also shows at once whether memory suffices.
+
+    Args:
+        lengths: tokens of each sequence.
+        batch_size: most sequences of a batch.
+        max_tokens: most tokens of a batch, padding included, instead.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    start = 0
+    while start < len(order):
+        size = batch_size if max_tokens is None else max(1, max_tokens // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def _type_to_load(
+    dtype: torch.dtype | str | None, contract: ScoringContract, device: torch.device | str
+) -> torch.dtype | None:
+    """Return the type to load a backbone in; `None`: what it was saved in."""
+    if dtype is None and torch.device(device).type == "cpu" and not contract.base_model.quantization:
+        return torch.float32
+    if isinstance(dtype, str):
+        return None if dtype == "saved" else getattr(torch, dtype)
+    return dtype
+
+
+def _warn_of_precision(folder: Path, contract: ScoringContract, dtype: str) -> None:
+    """Warn that a model is scored in fp32, unasked, though it was trained in a lower type."""
+    if dtype == "float32" and contract.compute_dtype != "float32":
+        logger.warning(
+            f"{folder} was trained in {contract.compute_dtype} and is scored in float32: no score depends on its "
+            f"batch, and all differ from those of training. To be near those: dtype {contract.compute_dtype}; see "
+            "docs/using.md."
+        )
+
+
+def _give_padding(model: Any, contract: ScoringContract) -> None:
+    """Let a plain model know the padding token that was settled on, which may be new to its embedding."""
+    if contract.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(contract.pad_token_id + 1, mean_resizing=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = contract.pad_token_id
+
+
+def _enable_packing(model: Any, device: torch.device | str, asked: bool | None) -> bool:
+    """Let the model take packed rows where its architecture is tested with them, or as asked."""
+    backbone = model.get_base_model() if isinstance(model, PeftModel) else model
+    packed = is_tested(backbone.config.to_dict()) if asked is None else asked
+    if packed:
+        softcap = getattr(backbone.config.get_text_config(), "attn_logit_softcapping", None)
+        dtype_name = str(backbone.dtype).removeprefix("torch.")
+        kind, head = torch.device(device).type, head_size(backbone.config)
+        enable_packed_rows(backbone, choose_backend("auto", kind, dtype_name, softcap is not None, head))
+    return packed

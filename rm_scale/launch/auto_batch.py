@@ -1,0 +1,105 @@
+"""Find the largest packed row that trains, by short real runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from rm_scale.config_parsing import ParsedConfig
+from rm_scale.errors import ConfigError, UserError
+from rm_scale.files import read_json_lines
+from rm_scale.launch.deepspeed_command import launch_command
+from rm_scale.launch.machine import Machine
+from rm_scale.logs import get_logger
+from rm_scale.planning.plan import Plan
+
+logger = get_logger(__name__)
+
+TRIAL_STEPS = 2
+MAX_TRIALS = 6
+
+
+def auto_batch(settings: Sequence[str], parsed: ParsedConfig, plan: Plan, machine: Machine) -> list[str]:
+    """Find the largest token budget that trains, by short real runs that begin at the plan's.
+
+    A row larger than a rank's share of the global batch brings nothing, so the search ends there.
+
+    Raises:
+        ConfigError: the run has padded rows, or not even the longest group's row trains.
+    """
+    start = plan.max_tokens_per_device
+    if start is None:
+        raise ConfigError(["auto_batch with packing=none: it searches tokens of packed rows. Fix: leave it out."])
+    folder = Path(parsed.config.output_dir).with_name(Path(parsed.config.output_dir).name + ".auto_batch")
+    _require_free(folder)
+    best, failed, budget = 0, math.inf, float(start)
+    for number in range(MAX_TRIALS):
+        tokens = int(budget) // 8 * 8
+        works, used = _trial(settings, machine, folder / str(number), tokens)
+        logger.info(f"auto_batch: rows of {tokens:,} tokens {'train' if works else 'do not train'}{used}")
+        if works:
+            best = tokens
+            if tokens >= _share_tokens(plan, parsed):
+                break
+        else:
+            failed = tokens
+        budget = _next_budget(best, failed, tokens)
+        if failed - best <= max(64, 0.1 * best):
+            break
+    shutil.rmtree(folder, ignore_errors=True)
+    if not best:
+        raise ConfigError(
+            [
+                f"auto_batch: not even rows of {int(failed):,} tokens train. Fix: a smaller --max_length, "
+                "LoRA, or more devices."
+            ]
+        )
+    return ["--max_tokens_per_device", str(best)]
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder for the trials that holds anything but those of an earlier search: it is removed at the end.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    if folder.exists() and not (folder.is_dir() and all(path.name in _TRIALS for path in folder.iterdir())):
+        raise ConfigError([f"auto_batch: {folder} exists, and trials would go there. Fix: move it away."])
+
+
+_TRIALS = [str(number) for number in range(MAX_TRIALS)]
+
+
+def _next_budget(best: int, failed: float, tried: int) -> float:
+    if not best:
+        return tried / 2
+    return best * 2 if failed == math.inf else (best + failed) / 2
+
+
+def _share_tokens(plan: Plan, parsed: ParsedConfig) -> float:
+    return 2 * parsed.config.max_length * plan.global_batch_size / plan.world_size
+
+
+def _trial(settings: Sequence[str], machine: Machine, folder: Path, tokens: int) -> tuple[bool, str]:
+    """Two steps with rows of so many tokens; did they work, and with how much memory?"""
+    extra = ["--max_tokens_per_device", str(tokens), "--max_steps", str(TRIAL_STEPS), "--output_dir", str(folder)]
+    extra += ["--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "true"]
+    command, environment = launch_command(machine, [*settings, *extra, "--sample_scores", "0"])
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    metrics = folder / "run" / "metrics.jsonl"
+    if not metrics.is_file():
+        if done.returncode and not _is_memory(done.stdout + done.stderr, done.returncode):
+            raise UserError(f"auto_batch: a trial failed, and not for memory:\n{(done.stdout + done.stderr)[-2000:]}")
+        return False, ""
+    peaks = [line["peak_memory_bytes"] for line in read_json_lines(metrics) if "peak_memory_bytes" in line]
+    limit = machine.device.memory_bytes * 0.97
+    fits = done.returncode == 0 and bool(peaks) and max(peaks) <= limit
+    return fits, f", {max(peaks) / 1e9:.1f} GB at most" if peaks else ""
+
+
+def _is_memory(output: str, code: int) -> bool:
+    return code in {-9, 137} or "out of memory" in output.lower() or "can't allocate memory" in output.lower()

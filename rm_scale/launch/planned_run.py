@@ -1,0 +1,176 @@
+"""A planned run: what the settings leave open filled in, and what the run takes; used here and under Slurm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rm_scale.config_parsing import ParsedConfig, parse_config
+from rm_scale.errors import ConfigError, UserError
+from rm_scale.launch.machine import Machine
+from rm_scale.logs import get_logger
+from rm_scale.planning import plan_text
+from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommend
+from rm_scale.planning.estimate import Estimate, estimate
+from rm_scale.planning.group_lengths import LengthMix, full_rows
+from rm_scale.planning.layout_choice import choose_packing
+from rm_scale.planning.plan import Plan, make_plan
+from rm_scale.planning.run_estimate import scenario_of_run
+from rm_scale.planning.shape import read_model_config, shape_from_config
+from rm_scale.tiers import model_tier
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run with everything that the planner filled in.
+
+    Attributes:
+        settings: command line of `rm_scale/train.py`.
+        parsed: the configuration that the settings come to.
+        plan: what will run.
+        lengths: of the data where they were measured, else full rows.
+        predicted: memory and time that it takes.
+    """
+
+    settings: list[str]
+    parsed: ParsedConfig
+    plan: Plan
+    lengths: LengthMix
+    predicted: Estimate
+
+    def lines(self) -> str:
+        """Return plan and prediction as text."""
+        return "\n".join([self.plan.summary(), *plan_text.estimate_lines(self.predicted)])
+
+
+def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_output: bool) -> PlannedRun:
+    """Fill in what the settings leave open, and work out what the run takes.
+
+    Args:
+        tier: whose model is taken unless the settings name one.
+        settings: command line of `rm_scale/train.py`.
+        machine: where it will run.
+        check_output: probe that the output directory can be written.
+
+    Raises:
+        ConfigError: settings are wrong.
+    """
+    settings = list(settings)
+    parsed = parse_config([*_tier_settings(tier, settings), *settings])
+    lengths = measure(parsed)
+    settings = [*_tier_settings(tier, settings), *chosen_settings(parsed, machine, lengths), *settings]
+    parsed = parse_config(settings)
+    device = "cpu" if machine.device.is_cpu else "cuda"
+    plan = make_plan(parsed, machine.world_size, device, check_output=check_output)
+    predicted = estimate(scenario_for(parsed, plan, machine, lengths))
+    return PlannedRun(settings, parsed, plan, lengths, predicted)
+
+
+def _tier_settings(tier: str | None, settings: Sequence[str]) -> list[str]:
+    """Return the setting that names the tier's model, unless the settings name one."""
+    if tier is None:
+        return []
+    chosen = model_tier(tier)
+    named = any(word.split("=")[0] == "--model_name_or_path" for word in settings)
+    return [] if named else ["--model_name_or_path", chosen.model]
+
+
+# --- The plan --------------------------------------------------------------------------------------------------------
+
+
+def measure(parsed: ParsedConfig) -> LengthMix:
+    """Return the lengths of the run's own data where it is on this machine, else full rows."""
+    config = parsed.config
+    if not config.dataset_path or parsed.problems:
+        return full_rows(config.max_length)
+    from rm_scale.data.measure_lengths import measure_lengths
+
+    measured = measure_lengths(config.dataset_path, config.model_name_or_path)
+    kept = measured.cut(config.max_length)
+    return kept if kept.groups else full_rows(config.max_length)
+
+
+def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> Request:
+    """Return the planner's request for a run; what the settings leave open stays open."""
+    config = parsed.config
+    model = read_model_config(config.model_name_or_path, config.model_revision)
+    return Request(
+        name=config.model_name_or_path,
+        shape=shape_from_config(model),
+        method=config.method,
+        device=machine.device,
+        num_devices=machine.world_size,
+        num_nodes=machine.nodes,
+        max_length=config.max_length,
+        lengths=lengths,
+        packing=choose_packing(config, model)[0],
+        global_batch_size=config.global_batch_size or max(64, machine.world_size),
+        checkpointing=config.gradient_checkpointing if "gradient_checkpointing" in parsed.given else None,
+        max_tokens=config.max_tokens_per_device,
+        micro_batch=config.per_device_train_batch_size,
+        lora_rank=config.lora_r,
+        lora_targets=tuple(config.lora_target_modules) if config.lora_target_modules else None,
+        nested_quant=config.use_bnb_nested_quant,
+    )
+
+
+def chosen_settings(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> list[str]:
+    """Return settings for what the user left open: ZeRO, offload, checkpointing, rows, batch."""
+    if parsed.problems:
+        return []  # all problems are reported together, by the plan
+    try:
+        request = request_for(parsed, machine, lengths)
+    except UserError:
+        return []  # likewise
+    best = recommend(request)
+    given, chosen = parsed.given, {}
+    if "deepspeed" not in given and best.zero_stage:
+        chosen["deepspeed"] = deepspeed_name(best)
+    if "gradient_checkpointing" not in given:
+        chosen["gradient_checkpointing"] = str(best.checkpointing).lower()
+    if not given & {"global_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size"}:
+        chosen["global_batch_size"] = str(request.global_batch_size)
+    if best.micro_batch is not None and "per_device_train_batch_size" not in given:
+        chosen["per_device_train_batch_size"] = str(best.micro_batch)
+    if best.micro_batch is None and "max_tokens_per_device" not in given:
+        chosen["max_tokens_per_device"] = str(best.max_tokens)
+    for name, value in chosen.items():
+        logger.info(f"{name} not given: {value}, by the plan")
+    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+
+
+def deepspeed_name(choice: Choice) -> str:
+    """Return the name of the shipped DeepSpeed file for a choice."""
+    if choice.offload == "nvme":
+        return "zero3_nvme"
+    if choice.offload in {"optimizer", "all"}:
+        return "zero3_offload"
+    return f"zero{choice.zero_stage}"
+
+
+def scenario_for(parsed: ParsedConfig, plan: Plan, machine: Machine, lengths: LengthMix):  # type: ignore[no-untyped-def]
+    """Return the scenario of the run as it will be started."""
+    config = parsed.config
+    shape = shape_from_config(read_model_config(config.model_name_or_path, config.model_revision))
+    return scenario_of_run(config, plan, shape, machine.device, machine.nodes, lengths)
+
+
+def refuse_what_does_not_fit(planned: PlannedRun, machine: Machine, forced: bool) -> None:
+    """Stop a run that does not fit.
+
+    Raises:
+        ConfigError: it was not forced; what would make it fit is in the text.
+    """
+    predicted = planned.predicted
+    if predicted.fits:
+        return
+    need = max(predicted.peak_memory_bytes, predicted.load_peak_memory_bytes) / 1e9
+    problem = f"the plan needs {need:.1f} GB per device, and there are {predicted.limit_bytes / 1e9:.1f}"
+    if forced:
+        logger.warning(f"{problem}: started all the same, as --force plan asks")
+        return
+    request = request_for(planned.parsed, machine, planned.lengths)
+    changes = "; ".join(change for change, _ in changes_that_fit(request)[:4])
+    raise ConfigError([f"{problem}. Fix: {changes or 'a larger device'}; or --force plan to try it."])

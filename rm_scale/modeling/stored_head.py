@@ -1,0 +1,209 @@
+"""Find the reward head that a checkpoint holds, by the names and shapes of its tensors: what made it does not matter.
+
+transformers keeps a head as `score.weight`; others as `value_head.weight` (OpenRLHF), `v_head.summary.weight` (TRL), or
+in a file of its own beside a language model (LLaMA-Factory).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from rm_scale.errors import ModelError
+from rm_scale.logs import get_logger
+from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.modeling.weight_files import (
+    TensorPlace,
+    checkpoint_tensors,
+    file_of,
+    open_weights,
+    read_header,
+    read_tensor,
+)
+from rm_scale.texts import one_line
+
+logger = get_logger(__name__)
+
+SIDE_FILES = ("value_head.safetensors", "value_head.bin")
+"""Files that hold a head alone, beside the weights of a language model."""
+_NOT_A_HEAD = ("embed", "position", "norm")
+_OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_SAMPLED_ROWS = 64
+_PROMISES_A_HEAD = re.compile("SequenceClassification$|Reward|Score|Critic|ValueHead")
+_SAYS_REWARD = re.compile(r"(^|[-_/ .])(rm|reward)([-_/ .]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """A head of one output, in a checkpoint's file.
+
+    Attributes:
+        file: where it is.
+        key: name of its weight, `(1, hidden_size)`.
+        bias_key: name of its bias, `(1,)`; `None` without one.
+        side_tensors: what `file` holds when it is no safetensors file.
+    """
+
+    file: Path
+    key: str
+    bias_key: str | None = None
+    side_tensors: Mapping[str, torch.Tensor] | None = None
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight as the file holds it: fp32, `(1, hidden_size)`."""
+        return self._read(self.key).float()
+
+    def offset(self) -> float:
+        """Return the bias: a constant that is part of every reward, 0 without one."""
+        return 0.0 if self.bias_key is None else float(self._read(self.bias_key).float().sum())
+
+    def is_transformers_own(self) -> bool:
+        """Tell whether it lies where transformers' sequence classifiers keep theirs."""
+        return self.key in {f"{name}.weight" for name in HEAD_NAMES}
+
+    def describe(self) -> str:
+        """Return where it was found, for messages."""
+        return f"{self.key} in {self.file.name}"
+
+    def _read(self, key: str) -> torch.Tensor:
+        return read_tensor(self.file, key) if self.side_tensors is None else self.side_tensors[key]
+
+
+def head_to_start_from(name: str, revision: str = "main", trust_remote_code: bool = False) -> StoredHead | None:
+    """Return the head that training goes on with, `None` for a language model, which gets a new one.
+
+    Raises:
+        ModelError: its config can't be used, or says that there is a head and the weights hold none; and what
+            `find_stored_head` raises.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model_name_or_path={name!r}: its config can't be used ({one_line(error, 240)}). Fix: use a model that "
+            "this transformers knows; for a model with its own code, --trust_remote_code if you trust it."
+        ) from error
+    stored = find_stored_head(name, revision)
+    architecture = (getattr(config, "architectures", None) or [""])[0] or ""
+    if stored is None and _PROMISES_A_HEAD.search(architecture):
+        raise ModelError(
+            f"model_name_or_path={name!r}: config.json says {architecture}, but the weights hold no head of one output "
+            f"({' or '.join(HEAD_NAMES)}); it would be random. Fix: give the folder that holds the trained head."
+        )
+    if stored is None and _SAYS_REWARD.search(name.rstrip("/").split("/")[-1]):
+        logger.warning(
+            f"model_name_or_path={name!r}: is called a reward model, but its weights hold no reward head, so a new one "
+            "is trained. If its reward is the logit of a token, that is not used"
+        )
+    return stored
+
+
+def find_stored_head(name: str, revision: str = "main") -> StoredHead | None:
+    """Return the head of a folder or hub model, `None` when its tensors hold none. Every weight file is looked at.
+
+    Raises:
+        ModelError: a weight file is missing or damaged; a head has several outputs, or there is more than one head; or
+            the model's reward is a token of its language head.
+    """
+    tensors = checkpoint_tensors(name, revision)
+    for key in (f"{head}.weight" for head in HEAD_NAMES):
+        if key in tensors and len(tensors[key].shape) == 2 and tensors[key].shape[0] != 1:
+            raise ModelError(
+                f"{name}: is a classifier with {tensors[key].shape[0]} outputs ({key}), a reward model has 1. "
+                "Fix: give a reward model or the causal language model it came from."
+            )
+    heads = [_stored(key, tensors) for key in tensors if _is_head(key, tensors[key].shape)]
+    heads += _heads_in_side_files(name, revision)
+    if len(heads) > 1:
+        raise ModelError(
+            f"{name}: holds {len(heads)} heads of one output ({'; '.join(head.describe() for head in heads)}), and "
+            "nothing says which gives the reward. Fix: remove the one that does not."
+        )
+    if not heads:
+        _refuse_reward_of_a_token(name, tensors)
+    return heads[0] if heads else None
+
+
+def _is_head(key: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is a linear layer with one output that stands outside the layers."""
+    parts = key.split(".")
+    # Layers are numbered; some hold gates of one output.
+    in_a_layer = any(part.isdigit() for part in parts)
+    is_other = any(word in key for word in _NOT_A_HEAD)
+    return parts[-1] == "weight" and len(shape) == 2 and shape[0] == 1 and not in_a_layer and not is_other
+
+
+def _stored(key: str, tensors: Mapping[str, TensorPlace]) -> StoredHead:
+    bias = key.removesuffix("weight") + "bias"
+    # A bias in another shard is left to the loader, which refuses weights that it has no place for.
+    has_bias = bias in tensors and tensors[bias].file == tensors[key].file
+    return StoredHead(tensors[key].file, key, bias if has_bias else None)
+
+
+def _heads_in_side_files(name: str, revision: str) -> list[StoredHead]:
+    """Return the head in a file beside the weights. The pickled form is not read where the safe one is there."""
+    for file in SIDE_FILES:
+        try:
+            path = file_of(name, file, revision)
+        except OSError:  # no network to ask whether the hub has one
+            path = None
+        if path is None:
+            continue
+        if path.suffix == ".safetensors":
+            shapes, tensors = read_header(path), None
+        else:
+            tensors = _read_pickled(path)
+            shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        keys = [key for key, shape in shapes.items() if _is_head(key, shape)]
+        if len(keys) != 1:
+            raise ModelError(
+                f"{path}: holds no head of one output but {sorted(shapes)[:4]}, so the model's reward is not known. "
+                "Fix: give the causal language model it came from, in a folder without this file."
+            )
+        bias = keys[0].removesuffix("weight") + "bias"
+        return [StoredHead(path, keys[0], bias if bias in shapes else None, tensors)]
+    return []
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ModelError(
+            f"{path}: can't be read as tensors ({one_line(error, 160)}). Fix: download or copy the file again."
+        ) from error
+    found = values if isinstance(values, dict) else {}
+    return {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _refuse_reward_of_a_token(name: str, tensors: Mapping[str, TensorPlace]) -> None:
+    """Refuse a causal model whose language head is empty but for a few tokens: the logit of one is its reward.
+
+    Raises:
+        ModelError: it is one.
+    """
+    for key in _OUTPUT_LAYERS:
+        if key not in tensors or len(tensors[key].shape) != 2 or tensors[key].shape[0] < 2 * _SAMPLED_ROWS:
+            continue
+        rows = _sampled_rows(tensors[key], key)
+        if int((rows != 0).any(dim=1).sum()) * 8 <= len(rows):
+            raise ModelError(
+                f"{name}: its language head {key} is zero for nearly all tokens, as in models whose reward is the "
+                "logit of one token; a new head would throw that away. Fix: write that token's row as score.weight "
+                "(1, hidden_size) of a sequence classifier, or give the causal language model it came from."
+            )
+
+
+def _sampled_rows(place: TensorPlace, key: str) -> torch.Tensor:
+    """Return rows of a matrix, evenly spaced over the whole of it, `(64, width)`."""
+    count = place.shape[0]
+    with open_weights(place.file) as opened:
+        part = opened.get_slice(key)
+        starts = [number * count // _SAMPLED_ROWS for number in range(_SAMPLED_ROWS)]
+        return torch.cat([part[start : start + 1].float() for start in starts])

@@ -1,0 +1,276 @@
+"""One run at a time writes to an output directory: a file there names the process that does.
+
+The file is made with O_CREAT | O_EXCL, which network file systems honour. Whoever finds it looks whether its owner
+still runs: on the same machine by process id and start time, elsewhere by asking Slurm. What can't be told counts as
+running. Standard library only: a Slurm job asks before it starts anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rm_scale.errors import UserError
+from rm_scale.files import read_json_object
+from rm_scale.logs import get_logger
+
+logger = get_logger(__name__)
+
+LOCK_FILE = ".rm_scale_lock"
+_HALF_WRITTEN_SECONDS = 2.0
+_SQUEUE_SECONDS = 30
+_held: set[Path] = set()
+"""Locks of this process."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that writes to an output directory.
+
+    Attributes:
+        host: its machine's name.
+        pid: process id there.
+        started: when the process started, in the kernel's ticks since boot.
+        boot: tells one boot of a machine from the next; empty where the system does not say.
+        machine: tells machines of one name apart; empty where the system does not say.
+        namespace: process ids of another one (a container's) mean nothing here.
+        job: Slurm's, `None` outside.
+        attempt: how often Slurm has restarted the job.
+        cluster: Slurm's name of its cluster.
+        since: when it began to write, for people.
+    """
+
+    host: str
+    pid: int
+    started: int = 0
+    boot: str = ""
+    machine: str = ""
+    namespace: str = ""
+    job: int | None = None
+    attempt: int = 0
+    cluster: str = ""
+    since: str = ""
+
+    def text(self) -> str:
+        """Say who it is."""
+        job = f", Slurm job {self.job}" if self.job is not None else ""
+        since = f", since {self.since}" if self.since else ""
+        return f"process {self.pid} on {self.host}{job}{since}"
+
+
+def this_process(environ: Mapping[str, str] | None = None) -> Owner:
+    """Return this process as an owner."""
+    env = os.environ if environ is None else environ
+    return Owner(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=_start_of(os.getpid()) or 0,
+        boot=_content("/proc/sys/kernel/random/boot_id"),
+        machine=_content("/etc/machine-id"),
+        namespace=_namespace(),
+        job=_number(env.get("SLURM_JOB_ID")),
+        attempt=_number(env.get("SLURM_RESTART_COUNT")) or 0,
+        cluster=env.get("SLURM_CLUSTER_NAME", ""),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> int | None:
+    """Return when a process of this machine started, in ticks since boot; `None` when it does not run."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    # Field 3 is the state, field 22 the start. A zombie has ended: only its parent has not looked yet.
+    return int(fields[19]) if fields[0] not in {b"Z", b"X"} else None
+
+
+# --- Does the owner still run? ---------------------------------------------------------------------------------------
+
+
+def may_run(owner: Owner, me: Owner) -> bool:
+    """Return whether an owner runs, as far as this process can tell; True when it can't."""
+    if owner.job is not None and (owner.job, owner.cluster) == (me.job, me.cluster) and owner.attempt < me.attempt:
+        return False  # Slurm ends an attempt before it starts the next, and a lost node finds that it was replaced
+    if owner.host == me.host and owner.boot == me.boot and owner.namespace == me.namespace:
+        return _start_of(owner.pid) == owner.started
+    if owner.host == me.host and owner.machine and owner.machine == me.machine and owner.boot != me.boot:
+        return False  # the machine has been started anew since
+    if owner.job is None or owner.cluster != me.cluster or owner.job == me.job:
+        return True
+    return _job_may_run(owner.job)
+
+
+def _job_may_run(job: int) -> bool:
+    command = ["squeue", "--noheader", "--jobs", str(job), "--states", "RUNNING,COMPLETING,SUSPENDED", "--format", "%i"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SQUEUE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    if answer.returncode:
+        return "Invalid job id" not in answer.stderr  # Slurm has forgotten jobs that ended long ago
+    return bool(answer.stdout.split())
+
+
+def running_owner(output_dir: str | Path, me: Owner | None = None) -> Owner | None:
+    """Return the owner of an output directory if it may run and is not this process; `None` when there is none."""
+    me = me or this_process()
+    owner = _read(Path(output_dir) / LOCK_FILE)
+    return owner if owner is not None and not _is_same(owner, me) and may_run(owner, me) else None
+
+
+def _is_same(owner: Owner, me: Owner) -> bool:
+    keys = ("host", "boot", "namespace", "pid", "started")
+    return all(getattr(owner, key) == getattr(me, key) for key in keys)
+
+
+def _read(path: Path) -> Owner | None:
+    """Return who a lock names; `None` when there is no lock.
+
+    What can't be read names nobody, and so nobody who could be seen to have ended.
+    """
+    until = time.monotonic() + _HALF_WRITTEN_SECONDS
+    while path.exists():
+        found = read_json_object(path)
+        with suppress(KeyError, TypeError):
+            return Owner(**{name: found[name] for name in Owner.__dataclass_fields__})
+        if time.monotonic() > until:  # its owner writes it right after it has made it
+            return Owner(host="an unknown machine", pid=0)
+        time.sleep(0.05)
+    return None
+
+
+def refuse(output_dir: str | Path, owner: Owner) -> UserError:
+    """Return the error that says who writes to a directory, and what to do."""
+    if owner.job is not None:
+        who = f"job {owner.job} is running and writes there ({owner.text()})"
+        stop = f"scancel {owner.job}, or --dependency=afterany:{owner.job}"
+    elif owner.pid:
+        who, stop = f"another run writes there ({owner.text()})", f"kill {owner.pid} on {owner.host}"
+    else:
+        who, stop = f"another run may write there, its {LOCK_FILE} can't be read", "wait for it"
+    return UserError(
+        f"output_dir={output_dir}: {who}. Fix: another --output_dir, or {stop}. If you know that it has ended: "
+        f"rm {Path(output_dir) / LOCK_FILE}"
+    )
+
+
+# --- Taking and giving back ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing_alone(output_dir: str | Path) -> Iterator[None]:
+    """Hold the lock of an output directory while the block runs; the directory is made where it is missing.
+
+    Whatever ends the block gives it back, and removes the folders that were made for it where they are still empty.
+    The lock of an owner that has ended, killed say, is taken over.
+
+    Raises:
+        UserError: another run writes there, or the directory can't be written.
+    """
+    folder = Path(output_dir).expanduser().resolve()  # the working directory may change meanwhile
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = _take(path)
+    except OSError as error:
+        _remove_empty(made)
+        raise UserError(
+            f"output_dir={output_dir}: can't be written ({error.strerror or error}). "
+            "Fix: choose a folder you may write to."
+        ) from error
+    except UserError:
+        _remove_empty(made)
+        raise
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        with suppress(OSError):
+            if path.read_bytes() == content:  # not one that somebody has put there since
+                path.unlink()
+        _remove_empty(made)
+
+
+def _take(path: Path) -> bytes:
+    """Make the lock, in place of one whose owner has ended; return its content.
+
+    Raises:
+        UserError: its owner may run.
+        OSError: it can't be written.
+    """
+    me = this_process()
+    content = json.dumps(asdict(me)).encode() + b"\n"
+    while True:
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            _remove_stale(path, me)
+            continue
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return content
+
+
+def _remove_stale(path: Path, me: Owner) -> None:
+    """Remove a lock whose owner has ended.
+
+    Raises:
+        UserError: it may run.
+    """
+    owner = me if path in _held else running_owner(path.parent, me)
+    if owner is not None:
+        raise refuse(path.parent, owner)
+    try:
+        seen = path.read_bytes()
+        aside = path.with_name(f"{LOCK_FILE}.{os.urandom(4).hex()}.ended")
+        path.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return
+    if aside.read_bytes() != seen:
+        # Another process had removed the old lock and made its own in between: it is put back.
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    else:
+        logger.warning(f"{path.parent}: taken over from a run that has ended without giving it back")
+    aside.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

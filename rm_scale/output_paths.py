@@ -1,0 +1,165 @@
+"""What a command may write over: nothing that we did not write, and nothing that it reads.
+
+Standard library only, so that a wrong name is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rm_scale.files import read_json_object, write_whole
+from rm_scale.version import __version__
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+PAGE_MARK = '<meta name="generator" content="rm_scale">'
+"""In the head of every page that we write: it tells our own earlier page from anything else under its name."""
+_MARK_WITHIN_BYTES = 1024
+
+
+def is_our_page(path: Path) -> bool:
+    """Return whether a file is a page of ours, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            return PAGE_MARK.encode() in file.read(_MARK_WITHIN_BYTES)
+    except OSError:
+        return False
+
+
+def file_problem(
+    name: str,
+    path: str | Path,
+    *,
+    overwrite: bool,
+    read: Iterable[str | Path] = (),
+    ours: Callable[[Path], bool] | None = None,
+) -> str | None:
+    """Return why a file can't be written, with the fix; `None` when it can.
+
+    Args:
+        name: how the message begins, such as "output=scores.jsonl".
+        path: the file.
+        overwrite: the user asked for it to be replaced.
+        read: files and folders that the command reads. They are never written over, even when asked: a file that is
+            in one of these folders already is part of a model or a run.
+        ours: tells a file that may be replaced without being asked, wherever it lies: our own earlier one.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return f"{name}: is a folder. Fix: give a file's name."
+    if not path.absolute().parent.is_dir():
+        return f"{name}: its folder does not exist. Fix: mkdir -p {path.parent}"
+    if not os.path.lexists(path):
+        return None
+    if path.exists() and not path.is_file():
+        return f"{name}: is a device or a pipe, not a file. Fix: another name."
+    if ours is not None and ours(path):
+        return None
+    for place in map(Path, read):
+        if is_within(path, place):
+            what = f"is a file of {place}, which is read here" if place.is_dir() else "is the input"
+            return f"{name}: {what}; it is not written over. Fix: another name."
+    return None if overwrite else f"{name}: exists. Fix: another name, or --overwrite."
+
+
+def is_within(path: str | Path, place: str | Path) -> bool:
+    """Return whether `path` is `place` or lies below it, links followed."""
+    inner, outer = Path(path).expanduser().resolve(), Path(place).expanduser().resolve()
+    return inner == outer or outer in inner.parents
+
+
+# --- A run's output directory ----------------------------------------------------------------------------------------
+
+_SHARD = r"(-\d{5}-of-\d{5})?\.safetensors"
+_REMOVED = re.compile(
+    r"run|merged|(unverified-)?checkpoint-\d+|later-checkpoint-\d+-[0-9a-f]{8}|config\.json|scoring_contract\.json|"
+    rf"adapter_config\.json|(adapter_)?model({_SHARD}|\.safetensors\.index\.json)"
+)
+_WRITTEN_TOO = re.compile(r"README\.md|tokenizer.*\.json|chat_template\.jinja|special_tokens_map\.json")
+_SIGNS_OF_A_RUN = ("run/run_config.yaml", "checkpoint-*/manifest.json")
+
+
+def removed_with_a_run(name: str) -> bool:
+    """Return whether what has this name in a run's output directory goes when the run is overwritten."""
+    return _REMOVED.fullmatch(name) is not None
+
+
+def run_output_problem(output_dir: Path, removes: bool, merges: bool, read: Iterable[str | Path]) -> str | None:
+    """Return why a run can't write into a directory that holds files; `None` when they are an earlier run's.
+
+    Args:
+        output_dir: where the run writes.
+        removes: it begins by removing an earlier run.
+        merges: it writes `merged/` too.
+        read: files and folders that the run reads.
+    """
+    name = f"output_dir={output_dir}"
+    inside = [path for path in sorted(output_dir.glob("*")) if removed_with_a_run(path.name)]
+    written = inside or [path for path in sorted(output_dir.glob("*")) if _WRITTEN_TOO.fullmatch(path.name)]
+    if written and not any(any(output_dir.glob(sign)) for sign in _SIGNS_OF_A_RUN):
+        return (
+            f"{name}: holds {written[0].name}, which no run of rm_scale wrote (no run/run_config.yaml), and which "
+            "would be written over. Fix: another output_dir."
+        )
+    for path in inside if removes else ():
+        for place in (place for place in read if os.path.exists(place) and is_within(place, path)):
+            return f"{name}: {place} lies in {path}, which is removed with the earlier run. Fix: another output_dir."
+    merged = output_dir / "merged"
+    added = foreign_files(merged)
+    is_foreign = added is None and merged.exists() and not (merged / "scoring_contract.json").is_file()
+    if (removes or merges) and (added or is_foreign):
+        seen = added[0] if added else "no merged model of ours"
+        return f"{name}: {merged} holds {seen}, which would be lost. Fix: move it away, or another output_dir."
+    return None
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+LIST_FILE = "rm_scale_export.json"
+"""In a folder that we may replace later: which files are ours."""
+
+
+def list_files(folder: Path) -> Path:
+    """Write down which files of a folder are ours, when all are there; return the list's path."""
+    record = {"rm_scale": __version__, "files": [*_files_below(folder), LIST_FILE]}
+    return write_whole(folder / LIST_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def foreign_files(folder: Path) -> list[str] | None:
+    """Return what a folder holds beside what we listed there; `None` when it has no list of ours."""
+    listed = read_json_object(folder / LIST_FILE).get("files")
+    if not isinstance(listed, list):
+        return None
+    return [name for name in _files_below(folder) if name not in listed]
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Return the files below a folder; of links only their own names, and folders that hold nothing."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        names = [*files, *(name for name in folders if Path(place, name).is_symlink())]
+        if not folders and not files and Path(place) != folder:
+            found.append(place)
+        found += [str(Path(place, name)) for name in names]
+    return sorted(Path(path).relative_to(folder).as_posix() for path in found)
+
+
+def folder_problem(name: str, target: Path, kept: Iterable[tuple[str, str | Path]]) -> str | None:
+    """Return why a folder must not be replaced: it is or holds something that must stay; `None` when it may.
+
+    Args:
+        name: how the message begins, such as "output=outputs/exported".
+        target: the folder to replace.
+        kept: what is read, and what it is called in the message. The current directory counts by itself.
+    """
+    if target.is_symlink():
+        return f"{name}: is a link. Fix: give the folder itself, or another name."
+    for what, place in [*kept, ("the current directory", Path.cwd())]:
+        if Path(place).expanduser().exists() and is_within(place, target):
+            is_it = Path(place).expanduser().resolve() == target.resolve()
+            return f"{name}: {'is' if is_it else 'holds'} {what} ({place}); it is not replaced. Fix: another folder."
+    return None

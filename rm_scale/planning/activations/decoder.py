@@ -1,0 +1,127 @@
+"""The whole model: embedding, decoder layers with or without checkpointing, final norm and head."""
+
+from __future__ import annotations
+
+from rm_scale.planning.activations.attention import attention
+from rm_scale.planning.activations.heads import head
+from rm_scale.planning.activations.linear import is_adapted, leave_autocast
+from rm_scale.planning.activations.micro_step import MicroStep
+from rm_scale.planning.activations.mlp import mlp
+from rm_scale.planning.activations.norms import norm
+from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
+
+
+def forward(step: MicroStep) -> SizedTensor:
+    """Replay the forward pass and return the loss."""
+    embedded = _embed(step)
+    tables = Size("2 x tokens x head_dim", 2 * step.row.tokens * step.shape.head_dim if step.has_rope else 0)
+    rotary = step.memory.allocate("rotary tables", tables, step.base_width)
+    step.hold(embedded)  # a variable of the model's forward pass holds it to the end
+    hidden = embedded
+    for _ in range(step.shape.num_layers):
+        after = _checkpointed(step, hidden) if step.options.checkpointing == "full" else _layer(step, hidden)
+        step.free(hidden)
+        hidden = after
+    final = norm(step, "final norm", hidden)
+    step.free(hidden, embedded)
+    step.memory.keep(rotary)
+    loss = head(step, final)
+    leave_autocast(step)
+    return loss
+
+
+def _embed(step: MicroStep) -> SizedTensor:
+    # With adapters and checkpointing the embedding's output is made to need a gradient, or no layer would run one.
+    needs_grad = step.is_full or step.options.checkpointing == "full"
+    embedded = step.new("layer input", step.hidden, step.base_width, needs_grad)
+    weight = Size("vocab x hidden", step.shape.vocab_size * step.shape.hidden_size)
+
+    def backward(gradient: Allocation) -> Gradients:
+        return [(None, step.memory.allocate("gradient of embedding", weight, step.base_width))]
+
+    return step.graph.record(embedded, [], backward) if step.is_full else embedded
+
+
+# --- Checkpointing ----------------------------------------------------------------------------------------------------
+
+
+def _checkpointed(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
+    """Replay a layer that keeps nothing but its input and is recomputed backwards (torch/utils/checkpoint.py)."""
+    graph = step.graph
+    graph.is_recording = False
+    output = _layer(step, hidden)
+    graph.is_recording = True
+    output.needs_grad = hidden.needs_grad or step.is_full
+    reentrant = step.options.use_reentrant
+
+    def backward(gradient: Allocation) -> Gradients:
+        outer, graph.nodes = graph.nodes, []
+        again = step.view(hidden)
+        early = _gradients_before_recomputing(step)
+        step.stops_early = not reentrant
+        result = _layer(step, again)
+        step.stops_early = False
+        leave_autocast(step)
+        step.memory.release(*early)
+        result.grad = step.memory.keep(gradient) if reentrant else gradient
+        graph.backward()
+        step.free(result, again)
+        graph.nodes = outer
+        return [(hidden, again.grad)] if again.grad is not None else []
+
+    return graph.record(output, [hidden.allocation], backward, takes_gradient=not reentrant)
+
+
+def _gradients_before_recomputing(step: MicroStep) -> list[Allocation]:
+    """Allocate gradients that exist before the layer is recomputed.
+
+    The newer checkpointing recomputes when a saved tensor is first asked for. A cast or a sum at the layer's end needs
+    none, so that its gradient is there already.
+    """
+    last = "down_proj" if step.shape.style.gated_mlp else "fc2"
+    casts = step.base_width > step.product_width
+    if step.options.use_reentrant or _norms_follow(step) or not (is_adapted(step, last) or casts):
+        return []
+    return [step.memory.allocate("gradient before recomputation", step.hidden, step.product_width)]
+
+
+# --- A layer ----------------------------------------------------------------------------------------------------------
+
+
+def _layer(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
+    if step.shape.style.num_norms == 1:
+        return _parallel_layer(step, hidden)
+    middle = _sublayer(step, hidden, "attention")
+    output = _sublayer(step, middle, "mlp")
+    step.free(middle)
+    return output
+
+
+def _sublayer(step: MicroStep, hidden: SizedTensor, name: str) -> SizedTensor:
+    """Replay attention or MLP with its norms and its residual sum."""
+    before, after = step.shape.model_type != "olmo2", _norms_follow(step)
+    inner = norm(step, f"{name} norm", hidden) if before else step.hold(hidden)
+    output = attention(step, inner) if name == "attention" else mlp(step, inner, is_last=not after)
+    step.free(inner)
+    if after:
+        plain, output = output, norm(step, f"{name} norm after", output)
+        step.free(plain)
+    ends_layer = name == "mlp" and not after
+    total = step.add("layer input", hidden, output, step.unless_stopped(step.hidden, ends_layer))
+    step.free(output)
+    return total
+
+
+def _norms_follow(step: MicroStep) -> bool:
+    """Tell whether norms stand behind attention and MLP: there only (OLMo 2), or there too (Gemma 2 and 3)."""
+    return step.shape.model_type == "olmo2" or step.shape.style.num_norms == 4
+
+
+def _parallel_layer(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
+    """Replay attention and MLP side by side on one norm's output (phi, gptj)."""
+    inner = norm(step, "attention norm", hidden)
+    of_attention, of_mlp = attention(step, inner), mlp(step, inner, is_last=True)
+    both = step.add("attention and mlp", of_attention, of_mlp, step.unless_stopped(step.hidden, True))
+    total = step.add("layer input", both, hidden, step.unless_stopped(step.hidden, True))
+    step.free(inner, of_attention, of_mlp, both)
+    return total

@@ -1,0 +1,55 @@
+"""A layer's MLP: two matrices and an activation, or three with a gate."""
+
+from __future__ import annotations
+
+from rm_scale.planning.activations.linear import linear
+from rm_scale.planning.activations.micro_step import MicroStep
+from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
+
+
+def mlp(step: MicroStep, inner: SizedTensor, is_last: bool) -> SizedTensor:
+    """Replay the MLP.
+
+    Args:
+        step: the micro-step.
+        inner: its input, of tokens x hidden.
+        is_last: its last product ends the layer.
+    """
+    if not step.shape.style.gated_mlp:
+        first = linear(step, "fc1", inner, step.mlp)
+        product = _activate(step, first)
+        step.free(first)
+        output = linear(step, "fc2", product, step.hidden, is_last)
+        step.free(product)
+        return output
+    gate, up = _gate_and_up(step, inner)
+    product = step.multiply("gate x up", gate, up)
+    step.free(gate, up)
+    output = linear(step, "down_proj", product, step.hidden, is_last)
+    step.free(product)
+    return output
+
+
+def _gate_and_up(step: MicroStep, inner: SizedTensor) -> tuple[SizedTensor, SizedTensor]:
+    """Return the gate after its activation, and what it is multiplied with."""
+    if step.shape.style.fused_mlp:
+        fused = linear(step, "gate_up_proj", inner, Size("2 x tokens x mlp", 2 * step.mlp.elements))
+        gate, up = step.slice(fused, step.mlp), step.slice(fused, step.mlp)
+        step.free(fused)
+        activated = _activate(step, gate)
+        step.free(gate)
+        return activated, up
+    gate = linear(step, "gate_proj", inner, step.mlp)
+    activated = _activate(step, gate)
+    step.free(gate)
+    return activated, linear(step, "up_proj", inner, step.mlp)
+
+
+def _activate(step: MicroStep, value: SizedTensor) -> SizedTensor:
+    """Apply SiLU or GELU, which save their input."""
+    output = step.new("activation", value.size, value.width, value.needs_grad)
+
+    def backward(gradient: Allocation) -> Gradients:
+        return [(value, step.memory.allocate("gradient of activation input", value.size, value.width))]
+
+    return step.graph.record(output, [value.allocation], backward)

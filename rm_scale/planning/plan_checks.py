@@ -1,0 +1,159 @@
+"""What a plan checks beside the settings' own rules: batch, kernels, model, files, output directory.
+
+Each check returns its problems, one sentence each with the value, the rule and the fix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rm_scale.config import RunConfig
+from rm_scale.files import read_small_text
+from rm_scale.output_lock import LOCK_FILE, refuse, running_owner
+from rm_scale.output_paths import run_output_problem
+from rm_scale.planning.deepspeed_config import offload_device, zero_stage
+from rm_scale.planning.shape import ModelShape
+from rm_scale.texts import nearest_file
+
+_MAX_TEMPLATE_BYTES = 1_000_000
+
+
+def check_batch(config: RunConfig, world_size: int, packed: bool) -> list[str]:
+    """Check that a padded global batch can be divided among ranks and micro-batches; packed rows take any number."""
+    total = config.global_batch_size
+    if total is None or packed:
+        return []
+    micro = config.per_device_train_batch_size or 1
+    if total % (micro * world_size) == 0:
+        return []
+    return [
+        f"global_batch_size={total}: must be a multiple of per_device_train_batch_size x ranks = {micro} x "
+        f"{world_size}. "
+        f"Fix: use {max(1, round(total / (micro * world_size))) * micro * world_size}."
+    ]
+
+
+def check_kernels(config: RunConfig, values: dict[str, Any] | None, device: str) -> list[str]:
+    """Check that the kernels asked for run on this device, with these packages and under this ZeRO stage."""
+    problems = []
+    if config.packed_attention in {"varlen", "flex"} and device == "cpu":
+        reason = "has no backward pass on a CPU" if config.packed_attention == "flex" else "needs a CUDA device"
+        problems.append(
+            f"packed_attention={config.packed_attention} on cpu: {reason}. Fix: leave it out, or use matmul."
+        )
+    if config.use_liger_kernel and device != "cuda":
+        problems.append(
+            f"use_liger_kernel=True on {device}: Liger's kernels are written for GPUs. Fix: leave use_liger_kernel out."
+        )
+    if config.use_liger_kernel and device == "cuda" and importlib.util.find_spec("liger_kernel") is None:
+        problems.append(
+            "use_liger_kernel=True: the package is missing. Fix: pip install liger-kernel, or leave it out."
+        )
+    if config.torch_compile and values is not None and zero_stage(values) == 3:
+        problems.append(
+            f"torch_compile=True with deepspeed={config.deepspeed!r} (ZeRO-3): weights are gathered by hooks inside "
+            "the layers, which a compiled layer would pass by. Fix: leave torch_compile out, or use zero2."
+        )
+    return problems
+
+
+def check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None) -> list[str]:
+    """Check what the model's config.json says against the settings and the DeepSpeed file."""
+    problems = []
+    if shape.max_positions is not None and config.max_length > shape.max_positions:
+        problems.append(
+            f"max_length={config.max_length}: the model has only {shape.max_positions} positions. "
+            f"Fix: --max_length {shape.max_positions} or less."
+        )
+    if shape.quantization is not None:
+        problems.append(
+            f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised "
+            f"({shape.quantization}); "
+            "they can't be sharded or trained here. Fix: give the unquantised model, with load_in_4bit: true for QLoRA."
+        )
+    if values is not None and offload_device(values) == "nvme" and zero_stage(values) != 3:
+        problems.append(f"deepspeed={config.deepspeed!r}: offload to NVMe needs ZeRO-3. Fix: set the stage to 3.")
+    return problems
+
+
+def check_files(config: RunConfig) -> list[str]:
+    """Check that the data, template and checkpoint that the settings name exist."""
+    problems = []
+    for name in ("dataset_path", "eval_dataset_path"):
+        for path in getattr(config, name) or []:
+            if not Path(path).exists() and not glob.glob(path, recursive=True):
+                problems.append(f"{name}={path}: no such file.{nearest_file(Path(path))} Fix: correct the path.")
+    if config.chat_template_path is not None:
+        try:
+            read_small_text(config.chat_template_path, _MAX_TEMPLATE_BYTES)
+        except ValueError as error:
+            file = f"chat_template_path={config.chat_template_path}"
+            problems.append(f"{file}: can't be read ({error}). Fix: give a Jinja file in UTF-8.")
+    resume = config.resume_from_checkpoint
+    if resume == "last" and not any(Path(config.output_dir).glob("checkpoint-*")):
+        problems.append(
+            f"resume_from_checkpoint=last: {config.output_dir} holds no checkpoint. "
+            "Fix: leave the setting out to start."
+        )
+    if resume not in {None, "last", "auto"} and not Path(str(resume)).is_dir():
+        problems.append(f"resume_from_checkpoint={resume}: no such folder. Fix: a checkpoint-N folder, last or auto.")
+    return problems
+
+
+def _would_be_replaced(model: Path, output: Path) -> bool:
+    """Tell whether the model is one of the things that a run writes into its output directory."""
+    if model == output:
+        return True
+    if output not in model.parents:
+        return False
+    first = model.relative_to(output).parts[0]
+    return first in {"merged", "run"} or first.startswith("checkpoint-")
+
+
+def check_output_dir(config: RunConfig) -> list[str]:
+    """Check that a run may write its output directory; it is tried, without leaving a trace."""
+    path = Path(config.output_dir)
+    may_hold_files = config.resume_from_checkpoint is not None or "overwrite" in config.force
+    owner = running_owner(path)
+    if owner is not None:
+        return [str(refuse(path, owner))]
+    # A killed run that had not written anything leaves its lock.
+    if path.is_dir() and any(not file.name.startswith(LOCK_FILE) for file in path.iterdir()) and not may_hold_files:
+        return [
+            f"output_dir={config.output_dir}: already holds files. Fix: choose another folder, continue with "
+            "--resume_from_checkpoint last, or add --force overwrite."
+        ]
+    if _would_be_replaced(Path(config.model_name_or_path).resolve(), path.resolve()):
+        return [
+            f"output_dir={config.output_dir}: holds the model that is to be trained from and would overwrite it. "
+            "Fix: choose another output_dir."
+        ]
+    if may_hold_files:
+        read = [*(config.dataset_path or []), *(config.eval_dataset_path or []), config.chat_template_path]
+        removes = "overwrite" in config.force and config.resume_from_checkpoint is None
+        given = [place for place in read if place is not None]
+        problem = run_output_problem(path, removes, config.merge_adapter, given)
+        if problem is not None:
+            return [problem]
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        return [
+            f"output_dir={config.output_dir}: can't be written ({error.strerror or error}). "
+            "Fix: choose a folder you may write to."
+        ]
+    finally:
+        for folder in missing:
+            # Another job of an array may have put its own output into a folder that both found missing.
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+    return []

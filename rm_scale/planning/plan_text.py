@@ -1,0 +1,245 @@
+"""What `rm-scale plan` prints: a summary, a table that compares ways to train, every formula with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rm_scale.planning import network
+from rm_scale.planning.advise import Choice, Request
+from rm_scale.planning.estimate import RESERVE, Estimate, activations, tokens_to_hide_communication
+from rm_scale.planning.memory import model_states, partition_elements
+from rm_scale.planning.parameters import count_parameters, total
+from rm_scale.planning.scenario import Scenario
+from rm_scale.planning.step_time import ATTENTION_SHARE, compute_parts, micro_step_flops
+from rm_scale.texts import duration, large_number
+
+_GB = 1e9
+_CLOSE = 0.95
+"""Share of the limit above which `--compare` says that it is close: the predictions are off by a few percent."""
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "masters and optimizer",
+    "gathered_weights": "gathered weights",
+    "activations": "activations",
+    "communication_buffers": "communication buffers",
+    "optimizer_step": "optimizer step",
+    "framework": "context and libraries",
+}
+
+
+def summary(request: Request, choice: Choice, price: float | None, num_pairs: float | None) -> str:
+    """Write the answer to one request: what it fits, takes and costs."""
+    estimated = choice.estimate
+    lines = [_title(request), ""]
+    lines.append(f"{_verdict(estimated)}: {choice.describe()}, {_rows(request, choice)}")
+    lines += ["", *_memory_lines(estimated), "", *_time_lines(estimated)]
+    lines += _cost_lines(estimated, price, num_pairs)
+    lines += _network_lines(request, estimated)
+    lines += ["", f"lengths: {request.lengths.origin}", _caveat(request)]
+    return "\n".join(lines)
+
+
+def _title(request: Request) -> str:
+    nodes = f" on {request.num_nodes} nodes" if request.num_nodes > 1 else ""
+    return (
+        f"{request.name}, {large_number(count_parameters(request.shape))} parameters, {request.method}, "
+        f"{request.num_devices} x {request.device.title}{nodes}  (predicted)"
+    )
+
+
+def _caveat(request: Request) -> str:
+    return f"{request.device.title}: {request.device.sources}. When to distrust this: docs/planning.md"
+
+
+def _verdict(estimated: Estimate) -> str:
+    return "fits" if estimated.fits else "DOES NOT FIT"
+
+
+def _rows(request: Request, choice: Choice) -> str:
+    scenario = choice.estimate.scenario
+    steps = f"{scenario.num_micro_steps:g} micro-step{'s' if scenario.num_micro_steps != 1 else ''}"
+    if choice.micro_batch is not None:
+        return f"{choice.micro_batch} padded groups x {steps} = {request.global_batch_size} groups per step"
+    return (
+        f"{request.packing} rows of up to {choice.max_tokens:,} tokens, {steps} for {request.global_batch_size} "
+        "groups per step"
+    )
+
+
+def estimate_lines(estimated: Estimate) -> list[str]:
+    """Write what is predicted for a run, in a few lines."""
+    parts = ", ".join(f"{_PARTS[name]} {size / _GB:.2f}" for name, size in estimated.memory.items() if size)
+    return [
+        f"predicted on {estimated.scenario.device.title}: peak {estimated.peak_memory_bytes / _GB:.2f} of "
+        f"{estimated.limit_bytes / _GB:.1f} GB per device ({parts}); "
+        f"loading {estimated.load_peak_memory_bytes / _GB:.2f} GB",
+        *_time_lines(estimated),
+    ]
+
+
+def _memory_lines(estimated: Estimate) -> list[str]:
+    device = estimated.scenario.device
+    lines = ["memory per device, GB"]
+    for name, size in estimated.memory.items():
+        if size:
+            lines.append(f"  {_PARTS[name]:<24} {size / _GB:8.2f}")
+    lines.append(f"  {'peak in training':<24} {estimated.peak_memory_bytes / _GB:8.2f}")
+    lines.append(f"  {'peak while loading':<24} {estimated.load_peak_memory_bytes / _GB:8.2f}")
+    lines.append(
+        f"  {'limit':<24} {estimated.limit_bytes / _GB:8.2f}   {device.memory_bytes / _GB:.1f} less "
+        f"{RESERVE:.0%} that the allocator loses"
+    )
+    lines.append(f"host memory per node {estimated.host_memory_bytes / _GB:.0f} GB")
+    if estimated.nvme_bytes:
+        lines.append(f"NVMe per node {estimated.nvme_bytes / _GB:.0f} GB")
+    return lines
+
+
+def _time_lines(estimated: Estimate) -> list[str]:
+    slow, fast = estimated.pairs_per_second
+    tokens = estimated.tokens_per_second_per_device
+    mfu = estimated.mfu
+    return [
+        f"step {_range(seconds(estimated.time.low), seconds(estimated.time.high))}, bound by {estimated.time.bound_by}",
+        f"  {_range(f'{slow:,.3g}', f'{fast:,.3g}')} pairs/s, "
+        f"{_range(f'{tokens[0]:,.0f}', f'{tokens[1]:,.0f}')} tokens/s/device, "
+        f"MFU {_range(f'{min(mfu):.0%}', f'{max(mfu):.0%}')}",
+    ]
+
+
+def _cost_lines(estimated: Estimate, price: float | None, num_pairs: float | None) -> list[str]:
+    if num_pairs is None:
+        return []
+    low, high = estimated.hours(num_pairs)
+    text = f"  {num_pairs:,.0f} pairs once: {_range(duration(low * 3600), duration(high * 3600))}"
+    if price is not None:
+        devices = estimated.scenario.num_devices
+        cost = [f"{hours * devices * price:,.2f}" for hours in (low, high)]
+        text += f", {_range(*cost)} at {price:g} per device hour"
+    return [text]
+
+
+def _network_lines(request: Request, estimated: Estimate) -> list[str]:
+    scenario = estimated.scenario
+    if estimated.time.bound_by != "communication":
+        return []
+    needed = tokens_to_hide_communication(scenario)
+    lines = [f"  communication takes longer than computing below {needed:,.0f} tokens per micro-step; what would help:"]
+    lines.append(
+        f"    longer rows: --max_tokens {2 * int(scenario.largest_tokens)} or more, with a larger global batch"
+    )
+    if scenario.zero_stage == 3 and scenario.num_nodes > 1 and scenario.hpz == 1:
+        lines.append("    --hpz: the backward pass gathers weights within each node")
+    if request.method != "full" and scenario.zero_stage == 3:
+        lines.append("    --zero 2 (weights whole on every device), where it fits: only adapters are sent")
+    if request.method == "full":
+        lines.append("    --method lora: no gradients of the frozen weights are sent")
+    return lines
+
+
+def refusal(request: Request, choice: Choice, changes: Sequence[tuple[str, Choice]]) -> str:
+    """Say why nothing fits, and what would."""
+    estimated = choice.estimate
+    need = max(estimated.peak_memory_bytes, estimated.load_peak_memory_bytes)
+    lines = [f"even so it needs {need / _GB:.1f} of {estimated.limit_bytes / _GB:.1f} GB. What would make it fit:"]
+    lines += [f"  {text:<40} {way.describe()}, {way.estimate.peak_memory_bytes / _GB:.1f} GB" for text, way in changes]
+    if not changes:
+        lines.append("  nothing among shorter sequences, LoRA, QLoRA and more devices: take a larger device")
+    return "\n".join(lines)
+
+
+def comparison(rows: Sequence[tuple[Request, Choice]], num_pairs: float | None) -> str:
+    """Write a table with one line per way to train."""
+    head = (
+        f"{'method':<8}{'way':<46}{'tokens/row':>11}{'peak GB':>9}{'load GB':>9}{'fits':>6}{'pairs/s':>16}{'MFU':>11}"
+    )
+    if num_pairs is not None:
+        head += f"{'time':>24}"
+    lines = [f"{_title(rows[0][0]).replace(f', {rows[0][0].method}', '')}", "", head]
+    for request, choice in rows:
+        estimated = choice.estimate
+        slow, fast = estimated.pairs_per_second
+        line = (
+            f"{request.method:<8}{choice.describe():<46}{choice.max_tokens:>11,}"
+            f"{estimated.peak_memory_bytes / _GB:>9.1f}{estimated.load_peak_memory_bytes / _GB:>9.1f}"
+            f"{_fits(estimated):>6}{_range(f'{slow:.3g}', f'{fast:.3g}', ' - '):>16}"
+            f"{_range(f'{min(estimated.mfu):.0%}', f'{max(estimated.mfu):.0%}', ' - '):>11}"
+        )
+        if num_pairs is not None:
+            low, high = estimated.hours(num_pairs)
+            line += f"{_range(duration(low * 3600), duration(high * 3600), ' - '):>24}"
+        lines.append(line)
+    if any(_fits(choice.estimate) == "close" for _, choice in rows):
+        lines.append(
+            f"close: needs more than {_CLOSE:.0%} of the memory; see docs/planning.md for how far off this can be"
+        )
+    return "\n".join(lines)
+
+
+def _fits(estimated: Estimate) -> str:
+    if not estimated.fits:
+        return "no"
+    need = max(estimated.peak_memory_bytes, estimated.load_peak_memory_bytes)
+    return "close" if need > _CLOSE * estimated.limit_bytes else "yes"
+
+
+def _range(low: str, high: str, between: str = " to ") -> str:
+    """Return both ends; one of them when they read the same."""
+    return low if low == high else f"{low}{between}{high}"
+
+
+def seconds(value: float) -> str:
+    """Format a duration, in milliseconds below a second."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
+
+
+def _compute_parts(scenario: Scenario) -> str:
+    return ", ".join(f"{name} {seconds(value)}" for name, value in compute_parts(scenario).items() if value)
+
+
+def explanation(estimated: Estimate) -> str:
+    """Write every formula with the numbers that went in, and where it is from."""
+    scenario = estimated.scenario
+    states, sent, flops = model_states(scenario), network.traffic(scenario), micro_step_flops(scenario)
+    trained, frozen, ranks = scenario.num_trained, scenario.num_frozen, scenario.num_devices
+    device = scenario.device
+    elements = partition_elements(scenario)
+    lines = [
+        "how each figure comes about",
+        f"  parameters: trained {trained:,}, frozen {frozen:,} [counted from config.json, tensor by tensor]",
+        f"  weights {states.weights:,} B: {scenario.weight_bytes} B each"
+        + (
+            f", sharded over {ranks} ranks, tensors up to {scenario.zero.persistent:,} elements whole"
+            if scenario.zero_stage == 3
+            else ", whole"
+        )
+        + " [DeepSpeed stage3.py, stage_1_and_2.py; bitsandbytes: half a byte and 4 B per 64 weights in 4 bits]",
+        f"  gradients {states.gradients:,} B; masters {states.masters:,} B = {scenario.master_bytes} x {elements:,}; "
+        f"moments {states.moments:,} B = {scenario.optimizer_bytes:g} x {elements:,} [ZeRO, arXiv 1910.02054]",
+        f"  gathered weights {estimated.memory['gathered_weights']:,} B: at most {scenario.zero.live:,.0f} elements "
+        "[stage3_max_live_parameters]",
+        f"  buffers {estimated.memory['communication_buffers']:,} B: reduce bucket {scenario.zero.reduce:,.0f} elements"
+        f"{' twice (overlap_comm)' if scenario.zero.overlaps else ''} and the largest tensor",
+    ]
+    lines += [
+        f"  activations, {name}: {part.num_bytes:,} B = {part.formula}{'' if part.stored else ' (passing)'}"
+        for name, part in sorted(activations(scenario).parts.items(), key=lambda item: -item[1].num_bytes)
+    ]
+    lines += [
+        f"  linear operations {flops.linear:.4g} = 2 x {scenario.load.tokens:,.0f} tokens x weights x passes",
+        f"  attention operations {flops.attention:.4g}: causal, sum of squared lengths {scenario.load.squared:,.0f}",
+        f"  computing {estimated.time.compute:.4g} s: {_compute_parts(scenario)}; linear operations at "
+        f"{device.matmul_flops:.4g} x {device.step_efficiency:g}, attention at that x {ATTENTION_SHARE:g}; "
+        f"layers take no less than their launches [{device.sources}]",
+        f"  communication {estimated.time.communication:.4g} s per micro-step: gathers {sent.gather:.4g} B, within "
+        f"nodes {sent.gather_in_node:.4g} B, reduces {sent.reduce:.4g} B, {sent.num_calls:.0f} calls; links "
+        f"{device.link_bandwidth:.4g} B/s x {network.LINK_SHARE}, network {device.node_bandwidth:.4g} B/s x "
+        f"{network.network_share(device)} [ZeRO++, arXiv 2306.10209]",
+        f"  step {estimated.time.low:.4g} to {estimated.time.high:.4g} s = {scenario.num_micro_steps:g} micro-steps x "
+        f"(longer of both .. sum) + {estimated.time.step_communication:.4g} + update {estimated.time.update:.4g}",
+        f"  all weights {total(scenario.backbone):,}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Predict published measurements, row by row (`rm-scale plan --cases`)."""

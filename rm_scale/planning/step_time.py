@@ -1,0 +1,260 @@
+"""How long an optimizer step takes: computing, communicating, updating; a band where they overlap.
+
+A step lies between the longer of computing and communicating (they overlap completely) and their sum (not at all).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rm_scale.planning import network
+from rm_scale.planning.elementwise import adapter_bytes, layer_bytes
+from rm_scale.planning.flops import BACKWARD_ATTENTION, StepFlops, linear_parameters, step_flops
+from rm_scale.planning.parameters import total
+from rm_scale.planning.scenario import Scenario
+
+ATTENTION_SHARE = 0.72
+"""Rate of attention kernels over that of linear layers (flash-attention 2 on an A800: 174 of 241 TFLOP/s)."""
+
+ATTENTION_SHARES = {"flash1": 0.39}
+"""Older kernels: flash-attention 1 and its Triton kin reach 25 to 40 % of an A100's peak where the second reaches 50 to
+73 % (arXiv 2307.08691)."""
+
+OVERLAP = 0.25
+"""Share of what communication could hide behind computing that it does hide, for a single figure within the band:
+kernels of both kinds compete for the same processors and memory."""
+
+LOGIT_BYTES = 42.0
+"""Memory traffic per logit: written, cast to fp32, shifted, log-softmax, and the same backwards."""
+
+CHUNK_PASSES = 6
+"""Times that a chunked loss moves the head's weight per chunk: read for logits and for their gradient, the chunk's own
+gradient written, and added to the sum (3)."""
+
+ZERO3_LAUNCHES = 2.1
+"""Launch time under ZeRO-3 over that without: its hooks fetch and release each module's weights. Qwen-1.8B and Qwen-7B,
+full fine-tuning at 256 to 2,048 tokens: 10 to 12 ms a layer."""
+
+PROCESSOR_HOOK_SECONDS = 0.045
+"""What ZeRO-3's hooks and copies add to each layer of a micro-step on a processor, where nothing runs beside them:
+SmolLM2-135M on one thread, 0.036 with LoRA and 0.056 with full fine-tuning (30 layers)."""
+
+QUANTISED_LAUNCHES = 1.4
+"""Launch time with 4-bit weights over that without; Qwen-1.8B at 256 to 1,024 tokens: 7.3 against 5.2 ms a layer."""
+
+DEQUANTISE_BYTES = {"nf4": 8.0, "gptq": 20.0}
+"""Memory traffic per 4-bit weight and pass; NF4: litgpt on an A100-40, 3.7 to 7.5 ms per 1e9 weights and pass. GPTQ is
+unpacked by several torch operations (Qwen-7B and 14B at 256 to 4,096 tokens: 11 ms)."""
+
+SELECTIVE_PRODUCTS = 0.5
+"""Share of products that selective checkpointing computes again (torchtitan keeps every second one)."""
+
+UPDATE_BYTES = 30.0
+"""Memory traffic of AdamW per weight: master and both moments read and written, gradient read, weight written."""
+
+HOST_BANDWIDTH = 100e9
+"""Bytes/s of a node's memory, shared by its ranks, when the optimizer runs there."""
+
+HOST_LINK = 25e9
+"""Bytes/s between a device and its node's memory (PCIe 4 x16)."""
+
+NVME_BANDWIDTH = 6e9
+"""Bytes/s of a node's NVMe disks."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step and its parts.
+
+    Attributes:
+        compute: of one micro-step, forward and backward.
+        communication: of one micro-step's collectives.
+        step_communication: of collectives once per step.
+        update: of the optimizer.
+        num_micro_steps: per optimizer step.
+    """
+
+    compute: float
+    communication: float
+    step_communication: float
+    update: float
+    num_micro_steps: float
+
+    @property
+    def low(self) -> float:
+        """Communication hidden behind computing as far as it goes."""
+        return self.num_micro_steps * max(self.compute, self.communication) + self._once
+
+    @property
+    def high(self) -> float:
+        """Nothing overlaps."""
+        return self.num_micro_steps * (self.compute + self.communication) + self._once
+
+    @property
+    def expected(self) -> float:
+        """A single figure within the band."""
+        return self.high - OVERLAP * (self.high - self.low)
+
+    @property
+    def _once(self) -> float:
+        return self.step_communication + self.update
+
+    @property
+    def bound_by(self) -> str:
+        """compute or communication."""
+        communicating = self.num_micro_steps * self.communication + self.step_communication
+        return "communication" if communicating > self.num_micro_steps * self.compute else "compute"
+
+
+def step_time(scenario: Scenario) -> StepTime:
+    """Predict a step's time."""
+    return StepTime(
+        compute=compute_seconds(scenario) + network.processor_seconds(scenario),
+        communication=network.micro_step_seconds(scenario),
+        step_communication=network.step_seconds(scenario),
+        update=update_seconds(scenario),
+        num_micro_steps=scenario.num_micro_steps,
+    )
+
+
+@dataclass(frozen=True)
+class MicroStepFlops:
+    """Operations that one device really does in a micro-step, those for recomputation and padding included."""
+
+    linear: float
+    attention: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.linear + self.attention + self.head
+
+
+def micro_step_flops(scenario: Scenario) -> MicroStepFlops:
+    """Count the operations of a scenario's micro-step; causal attention at half.
+
+    `compute.executed_flops` counts more exactly what torch executes, for measured runs.
+    """
+    shape, load = scenario.shape, scenario.load
+    recomputed = 1.0 if scenario.checkpointing else 0.0
+    products = SELECTIVE_PRODUCTS if scenario.selective_checkpointing else recomputed
+    passes = products + (3.0 if scenario.method == "full" else 2.0)
+    adapters = total(scenario.adapters) * (3.0 + recomputed)
+    linear = 2.0 * load.tokens * (linear_parameters(shape) * passes + adapters)
+    attention = 2.0 * shape.num_layers * shape.query_size * load.squared * (1.0 + recomputed + BACKWARD_ATTENTION)
+    head = 0.0
+    if scenario.head != "score":
+        head = 2.0 * load.tokens * shape.vocab_size * shape.hidden_size * (3.0 if scenario.method == "full" else 2.0)
+    return MicroStepFlops(linear, attention, head)
+
+
+def useful_flops(scenario: Scenario) -> float:
+    """Count the operations of the unshared pairs on real tokens, for MFU."""
+    frozen = scenario.num_frozen if scenario.method != "full" else 0
+    per_step: StepFlops = step_flops(scenario.shape, scenario.num_trained, frozen)
+    return per_step.of(scenario.load.effective_tokens, scenario.load.effective_squared)
+
+
+def compute_seconds(scenario: Scenario) -> float:
+    """Return the seconds of a micro-step's computation on one device."""
+    parts = compute_parts(scenario)
+    head, launches = parts.pop("head"), parts.pop("launches")
+    if scenario.device.is_cpu:
+        return sum(parts.values()) + launches + head
+    return max(sum(parts.values()), launches) + head
+
+
+def compute_parts(scenario: Scenario) -> dict[str, float]:
+    """Return the seconds of a micro-step by part; layers take the sum of theirs, but no less than their launches."""
+    flops, device = micro_step_flops(scenario), scenario.device
+    rate = device.matmul_flops * device.step_efficiency
+    share = ATTENTION_SHARES.get(scenario.attention, ATTENTION_SHARE)
+    bandwidth = device.memory_bandwidth * device.elementwise_share
+    return {
+        "products": flops.linear / rate,
+        "attention": flops.attention / (rate * share),
+        "elementwise": elementwise_bytes(scenario) / bandwidth,
+        "weights": weight_traffic(scenario) / bandwidth,
+        "dequantising": dequantise_seconds(scenario),
+        "head": flops.head / rate + head_traffic(scenario) / bandwidth,
+        "launches": launch_seconds(scenario),
+    }
+
+
+def elementwise_bytes(scenario: Scenario) -> float:
+    """Return the bytes that a micro-step's norms, activations, residuals and adapters move."""
+    fused, recomputed = scenario.fused, scenario.checkpointing
+    layers = layer_bytes(scenario.shape, fused).times(scenario.shape.num_layers)
+    adapters = adapter_bytes(scenario.adapters, scenario.lora_dropout > 0, fused)
+    return scenario.load.tokens * (
+        layers.passes(recomputed or scenario.selective_checkpointing) + adapters.passes(recomputed)
+    )
+
+
+def weight_traffic(scenario: Scenario) -> float:
+    """Return the bytes of weights read in each pass and of their gradients: with few tokens these take longest."""
+    passes = _passes(scenario) + (2 if scenario.method == "full" else 0)
+    return linear_parameters(scenario.shape) * passes * scenario.product_bytes
+
+
+def head_traffic(scenario: Scenario) -> float:
+    """Return the bytes that a language model's head moves: logits, or its weight once more for each chunk."""
+    shape, tokens = scenario.shape, scenario.load.tokens
+    if scenario.head == "score":
+        return 0.0
+    if scenario.head == "lm":
+        return LOGIT_BYTES * tokens * shape.vocab_size
+    weight = shape.vocab_size * shape.hidden_size * scenario.product_bytes
+    return head_chunks(scenario) * CHUNK_PASSES * weight + 4 * scenario.product_bytes * tokens * shape.vocab_size
+
+
+def head_chunks(scenario: Scenario) -> int:
+    """Count the chunks of a fused loss: as many as logits are wider than hidden states, in powers of two (Liger)."""
+    if scenario.head_chunks is not None:
+        return scenario.head_chunks
+    tokens = max(1, round(scenario.load.tokens))
+    wanted = math.ceil(scenario.shape.vocab_size / scenario.shape.hidden_size)
+    power: int = 2 ** math.ceil(math.log2(math.ceil(tokens / wanted)))
+    return math.ceil(tokens / power)
+
+
+def launch_seconds(scenario: Scenario) -> float:
+    """Return what layers take however few tokens there are: the host's time to launch their kernels.
+
+    Where a processor computes too, it can't do both at once, so that this comes on top.
+    """
+    if scenario.device.is_cpu:
+        return scenario.shape.num_layers * (PROCESSOR_HOOK_SECONDS if scenario.zero_stage == 3 else 0.0)
+    factor = ZERO3_LAUNCHES if scenario.zero_stage == 3 else 1.0
+    factor *= QUANTISED_LAUNCHES if scenario.method == "qlora" else 1.0
+    return scenario.shape.num_layers * scenario.device.layer_seconds * factor * _passes(scenario) / 3
+
+
+def _passes(scenario: Scenario) -> int:
+    """Count passes: forward, backward, and once more forward where layers are recomputed."""
+    return 3 if scenario.checkpointing else 2
+
+
+def dequantise_seconds(scenario: Scenario) -> float:
+    """Return the seconds of turning 4-bit weights into the compute type, in all passes of a micro-step."""
+    if scenario.method != "qlora":
+        return 0.0
+    moved = DEQUANTISE_BYTES.get(scenario.shape.quantization or "nf4", DEQUANTISE_BYTES["nf4"])
+    weights = linear_parameters(scenario.shape) * _passes(scenario)
+    return weights * moved / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
+
+
+def update_seconds(scenario: Scenario) -> float:
+    """Return the seconds of the optimizer's update of a rank's share of the weights."""
+    if not scenario.optimizer_bytes:
+        return 0.0
+    share = scenario.num_trained / (scenario.num_devices if scenario.zero_stage else 1)
+    if scenario.offload_optimizer == "none" or scenario.device.is_cpu:
+        return share * UPDATE_BYTES / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
+    in_node = share * scenario.devices_per_node
+    moved = share * 2 * scenario.weight_bytes / HOST_LINK
+    if scenario.offload_optimizer == "nvme":
+        return moved + in_node * 2 * (scenario.optimizer_bytes + scenario.master_bytes) / NVME_BANDWIDTH
+    return moved + in_node * UPDATE_BYTES / HOST_BANDWIDTH

@@ -1,0 +1,1 @@
+"""Throughput benchmark records: their sealed form, tables and page."""

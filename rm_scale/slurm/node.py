@@ -1,0 +1,259 @@
+"""The task of each node of a Slurm job: check the node together with the others, or start and watch its ranks.
+
+It takes the place of torchrun, which is ended by the signal that Slurm sends before a time limit, and reports every
+failure as exit code 1, so that a run that saved and stopped can't be told from one that failed. This task passes
+signals on to its ranks, keeps a log for each, and reports their exit codes. Standard library only, so that it starts
+at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from rm_scale.files import write_whole
+from rm_scale.slurm.job_start import FENCE_SECONDS, Start, end_path, read_fence, read_start
+from rm_scale.texts import printable
+from rm_scale.training.preemption import EXIT_REQUEUE
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+REPEAT_SECONDS = 5.0
+"""A rank ignores signals until training installs its handler, so a request to stop is repeated until all have ended."""
+EXIT_REPLACED = 3
+_NUM_LAST_LINES = 8
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the ranks of this node, or with `--check` the checks before them; return the task's exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    start = read_start(Path(arguments[-1]))
+    if "--check" in arguments:
+        from rm_scale.slurm.node_check import check_node
+
+        return check_node(start, this_node(start))
+    return Node(start, this_node(start)).run()
+
+
+def this_node(start: Start) -> int:
+    """Return this node's place in the job's list of nodes."""
+    name = os.environ.get("SLURMD_NODENAME", "")
+    return start.nodes.index(name) if name in start.nodes else int(os.environ.get("SLURM_NODEID", "0"))
+
+
+def rank_environment(start: Start, node: int, local_rank: int, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that tell a rank its place, as torchrun names them, added to `base`."""
+    rank = node * start.ranks_per_node + local_rank
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": start.world_size,
+        "LOCAL_WORLD_SIZE": start.ranks_per_node,
+        "GROUP_RANK": node,
+        "MASTER_ADDR": start.master_addr,
+        "MASTER_PORT": start.master_port,
+        "RM_SCALE_ATTEMPT": start.attempt,
+    }
+    return {**base, **{name: str(value) for name, value in place.items()}}
+
+
+def exit_code(returncode: int) -> int:
+    """Return a process's exit code as a shell shows it: 128 + N when signal N ended it."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def describe(code: int) -> str:
+    """Say what a rank's exit code means."""
+    known = {
+        0: "finished",
+        1: "failed (its traceback is in its log)",
+        2: "refused the run (its message is in its log)",
+        EXIT_REQUEUE: "saved and stopped, as asked",
+        137: "was killed (signal 9: most often the kernel's out-of-memory killer; compare the plan's host memory)",
+        139: "crashed (signal 11, in compiled code)",
+    }
+    return known.get(code, f"was ended by signal {code - 128}" if code > 128 else f"ended with code {code}")
+
+
+@dataclass
+class Rank:
+    """One process of this node."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, `None` while it runs."""
+        returncode = self.process.poll()
+        return None if returncode is None else exit_code(returncode)
+
+
+class Node:
+    """The ranks of one node, from their start to their end.
+
+    Args:
+        start: what the attempt was started with.
+        place: of this node among the job's.
+    """
+
+    def __init__(self, start: Start, place: int) -> None:
+        self.start = start
+        self.place = place
+        self.name = start.nodes[place]
+        self.folder = Path(start.folder)
+        self.kill_seconds = float(os.environ.get("RM_SCALE_KILL_SECONDS", "30"))
+        self.asked: signal.Signals | None = None
+        self.ranks: list[Rank] = []
+        self.reason = ""
+        self.failed_at: float | None = None
+
+    def run(self) -> int:
+        """Start the ranks, wait for them, write down how they ended; return this task's exit code.
+
+        A node whose ranks have saved and stopped ends with 0: with another code srun would kill the tasks of other
+        nodes, which may still be saving. `requeue` reads from the records that the job is to be requeued.
+        """
+        # Ignored by this process, and so by what it starts, until each installs its own handler.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self.ranks = [self._spawn(local_rank) for local_rank in range(self.start.ranks_per_node)]
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        self._wait()
+        code = self._judge()
+        self._write_end(code)
+        return 0 if code == EXIT_REQUEUE else code
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number)
+
+    # --- Starting ----------------------------------------------------------------------------------------------------
+
+    def _spawn(self, local_rank: int) -> Rank:
+        number = self.place * self.start.ranks_per_node + local_rank
+        log = self.folder / f"{self.name}.rank{number}.log"
+        shown = number == 0  # rank 0's output is the job's
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-u", self.start.train, *self.start.settings],
+                env=rank_environment(self.start, self.place, local_rank, os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if shown else file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent,
+            )
+        if shown:
+            assert process.stdout is not None
+            threading.Thread(target=_copy, args=(process.stdout, log), daemon=True).start()
+        return Rank(number, process, log)
+
+    # --- Waiting -----------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        forwarded = fenced = 0.0
+        while any(rank.code is None for rank in self.ranks):
+            time.sleep(0.1)
+            now = time.monotonic()
+            if self.asked is not None and now - forwarded >= REPEAT_SECONDS:
+                self._send(signal.SIGUSR1)
+                forwarded = now
+            if now - fenced >= FENCE_SECONDS:
+                fenced = now
+                if self._is_replaced():
+                    return
+            self._end_survivors()
+
+    def _send(self, number: signal.Signals) -> None:
+        for rank in self.ranks:
+            if rank.code is None:
+                with contextlib.suppress(ProcessLookupError):
+                    rank.process.send_signal(number)
+
+    def _is_replaced(self) -> bool:
+        """Return whether a later attempt of the job has begun elsewhere; if so, kill all ranks first."""
+        present = read_fence(self.folder.parent)
+        if present is None or present <= self.start.attempt:
+            return False
+        self._send(signal.SIGKILL)
+        for rank in self.ranks:
+            rank.process.wait()
+        self.reason = f"the job's attempt {present} has begun elsewhere; ended so that two attempts don't write at once"
+        return True
+
+    def _end_survivors(self) -> None:
+        """Once a rank has failed, give the others time to say what they saw, then end them."""
+        failed = [rank for rank in self.ranks if rank.code not in (None, 0, EXIT_REQUEUE)]
+        if not failed:
+            return
+        now = time.time()
+        if self.failed_at is None:
+            self.failed_at = now
+            self.reason = f"rank {failed[0].number} {describe(failed[0].code or 0)}"
+            self._show_failure(failed[0])
+        elif now - self.failed_at > self.kill_seconds:
+            self._send(signal.SIGKILL)
+
+    def _show_failure(self, rank: Rank) -> None:
+        print(f"rm_scale {self.name}: rank {rank.number} {describe(rank.code or 0)}; log: {rank.log}", file=sys.stderr)
+        if rank.number != 0:
+            with contextlib.suppress(OSError):
+                lines = rank.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_NUM_LAST_LINES:]
+                print("\n".join(f"  rank {rank.number}| {printable(line)}" for line in lines), file=sys.stderr)
+        sys.stderr.flush()
+
+    # --- The end -----------------------------------------------------------------------------------------------------
+
+    def _judge(self) -> int:
+        codes = {rank.code or 0 for rank in self.ranks}
+        if self.reason.startswith("the job's attempt"):
+            print(f"rm_scale {self.name}: {self.reason}", file=sys.stderr, flush=True)
+            return EXIT_REPLACED
+        if codes <= {0, EXIT_REQUEUE}:
+            return EXIT_REQUEUE if EXIT_REQUEUE in codes else 0
+        first = next(rank for rank in self.ranks if self.reason.startswith(f"rank {rank.number} "))
+        return first.code or 1
+
+    def _write_end(self, code: int) -> None:
+        record = {
+            "node": self.name,
+            "code": code,
+            "codes": {str(rank.number): rank.code for rank in self.ranks},
+            "reason": self.reason,
+            "failed_at": self.failed_at,
+            "asked": self.asked.name if self.asked is not None else None,
+            "time": time.time(),
+        }
+        with contextlib.suppress(OSError):  # a lost disk must not hide the exit code
+            write_whole(end_path(self.folder, self.name), json.dumps(record))
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this rank when the process that started it ends, whatever ended that."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _copy(source: IO[bytes], log: Path) -> None:
+    """Pass on what rank 0 prints, and keep it."""
+    with log.open("ab", buffering=0) as file:
+        while block := os.read(source.fileno(), 65536):
+            file.write(block)
+            sys.stdout.buffer.write(block)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

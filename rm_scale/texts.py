@@ -1,0 +1,102 @@
+"""Pieces of messages for people: errors in one line, "did you mean ...?", lengths of time."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def one_line(value: object, limit: int | None = None) -> str:
+    """Return a text, or an error's, in one line: any run of spaces and line breaks is one space.
+
+    Args:
+        value: the text, or whatever `str` makes one of.
+        limit: characters to keep; "..." follows where there were more.
+    """
+    text = " ".join(str(value).split())
+    return text if limit is None or len(text) <= limit else f"{text[:limit]}..."
+
+
+# Everything that moves a terminal's cursor or changes its state, C1 among it; marks that turn the direction of writing;
+# line separators that editors and terminals disagree about; halves of UTF-16 pairs, which can't be printed at all.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text that may come from data, safe for a terminal or a model card: no character of it does anything.
+
+    Line feeds and tabs stay. Control characters, escape sequences among them, and marks that turn the direction of
+    writing are shown by their numbers, as Python does.
+    """
+    return _UNPRINTABLE.sub(_as_escape, text)
+
+
+def _as_escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def has_surrogates(text: str) -> bool:
+    """Tell whether a text can't be written as UTF-8: it holds half of a UTF-16 pair, or a byte that was not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; its type's name when it has none."""
+    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+
+
+def typed_line(error: BaseException, limit: int | None = None) -> str:
+    """Return "Type: text" in one line, for errors whose text alone may say too little; see `one_line`."""
+    return f"{type(error).__name__}: {one_line(error, limit)}".removesuffix(": ")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1, likeness: float = 0.6) -> str:
+    """Return "did you mean NAME?" with the known names that look like this one.
+
+    Args:
+        name: what was given.
+        known: what could have been.
+        otherwise: returned when no name is near.
+        most: how many names to offer.
+        likeness: from 0 to 1; `difflib`'s ratio that a name must reach.
+    """
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=likeness)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def nearest_file(path: Path) -> str:
+    """Return why there is no such file, as far as names tell: its folder is missing, or a name there is like it.
+
+    Returns:
+        " The folder ... does not exist either.", " Did you mean ...?", or nothing.
+    """
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist either."
+    close = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1, cutoff=0.5)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def large_number(value: float) -> str:
+    """Return a count as people say it: 81k, 134.5M, 13.02B; below a thousand as it is."""
+    for unit, name, digits in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 0)):
+        if value >= unit:
+            return f"{value / unit:,.{digits}f}{name}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as people say it: 45 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

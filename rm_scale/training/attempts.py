@@ -1,0 +1,153 @@
+"""The attempts of a run: each start, first step, save and end, one JSON object per line in `run/attempts.jsonl`.
+
+A run that is preempted and started again has several attempts. `rm-scale slurm status` reads the file, and so does the
+guard that ends a loop of restarts which make no progress. No torch here: both must work on a login node.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rm_scale.errors import TrainingError, UserError
+from rm_scale.files import append_json_line, read_json_lines
+from rm_scale.texts import one_line
+
+FILE_NAME = "attempts.jsonl"
+
+OLD_FILE_NAME = "lives.jsonl"
+"""The name up to version 0.1, which called an attempt a life. Run directories that have it are still read."""
+
+BEGAN = time.time()
+"""When this was imported, which a training process does first of all."""
+
+MAX_IDLE_ATTEMPTS = 3
+"""After this many attempts in a row that start at the same step and save nothing beyond it, the next is refused."""
+
+
+class Attempt:
+    """This attempt of the run. Its events are appended to the record by rank 0; other ranks write nothing.
+
+    Args:
+        folder: the run's `run/` folder.
+        is_main: this process writes.
+        resume: the checkpoint this attempt goes on from, if any.
+        step: of that checkpoint.
+
+    Attributes:
+        number: 1 for the first attempt of the run.
+        outcome: why the attempt ended, where it did not finish and raised no error.
+    """
+
+    def __init__(self, folder: Path, is_main: bool, resume: Path | None = None, step: int = 0) -> None:
+        self.path = folder / FILE_NAME
+        self.is_main = is_main
+        self.resume = resume
+        self.step = step
+        self.outcome: str | None = None
+        self.has_begun = False
+        self.number = max((event.get("attempt", 0) for event in read_attempts(folder)), default=0) + 1
+
+    def note(self, event: str, step: int | None = None, **facts: Any) -> None:
+        """Write one event now. An error of the disk is ignored: for the lack of a record no healthy run may end."""
+        self.step = self.step if step is None else step
+        if not self.is_main:
+            return
+        record = {"event": event, "attempt": self.number, "time": time.time(), "step": self.step, **_job(), **facts}
+        with suppress(OSError):
+            append_json_line(self.path, record)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Run the block as this attempt. If it has begun by then, its end is written, with `outcome` or the error."""
+        try:
+            yield
+        except BaseException as error:
+            text = one_line(error)[:300]
+            self._note_end(text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+            raise
+        self._note_end(self.outcome or "finished")
+
+    def begin(self) -> None:
+        """Write `start`, once, with the time at which the process began."""
+        if not self.has_begun:
+            self.has_begun = True
+            self.note("start", time=BEGAN)
+
+    def end_for_all(self, reason: str) -> None:
+        """Write the end from any rank: the one that speaks for all when the run can't go on."""
+        self.is_main = True
+        self.note("end", reason=reason)
+
+    def _note_end(self, reason: str) -> None:
+        if self.has_begun:
+            self.note("end", reason=reason)
+
+
+def _job() -> dict[str, Any]:
+    """Return the Slurm job, its restarts and its nodes; without Slurm, this machine's name."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")  # a run without Slurm's own starter does not check it
+    return {
+        "job_id": os.environ.get("SLURM_JOB_ID"),
+        "restart_count": int(restarts) if restarts.isascii() and restarts.isdigit() else 0,
+        "nodes": os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or platform.node(),
+    }
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """Return all events of a run, oldest first; none when nothing was recorded.
+
+    Args:
+        folder: the run's `run/` folder. What an older version has recorded there comes first.
+    """
+    events = [*read_json_lines(folder / OLD_FILE_NAME), *read_json_lines(folder / FILE_NAME)]
+    return [{("attempt" if name == "life" else name): value for name, value in event.items()} for event in events]
+
+
+def refuse_idle_restart(folder: Path, start_step: int) -> None:
+    """End a loop of restarts: the last attempts began where this one would, and none saved anything beyond it.
+
+    Args:
+        folder: the run's `run/` folder.
+        start_step: the step this attempt would start from.
+
+    Raises:
+        TrainingError: the last `MAX_IDLE_ATTEMPTS` attempts made no progress.
+    """
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for event in read_attempts(folder):
+        attempts.setdefault(event.get("attempt", 0), []).append(event)
+    idle: list[str] = []
+    for number in sorted(attempts, reverse=True):
+        if _last_saved_step(attempts[number]) > start_step or _first_step(attempts[number]) != start_step:
+            break
+        idle.append(_reason(attempts[number]))
+    if len(idle) >= MAX_IDLE_ATTEMPTS:
+        raise TrainingError(
+            f"resume_from_checkpoint=auto: the last {len(idle)} attempts of this run started at step {start_step} and "
+            f"saved nothing beyond it (the last one: {idle[0]}). Another would most likely do the same. "
+            f"Fix: look at {folder / FILE_NAME} and the log, and mend the cause (too few minutes between save_steps, a "
+            "broken row, not enough memory), then start once with --force idle_restarts."
+        )
+
+
+def _first_step(events: list[dict[str, Any]]) -> int:
+    """Return the step that an attempt started from, -1 when its start is not on record."""
+    return next((int(event["step"]) for event in events if event["event"] == "start"), -1)
+
+
+def _last_saved_step(events: list[dict[str, Any]]) -> int:
+    """Return the step of an attempt's last checkpoint, -1 without one; beyond all steps for one that finished."""
+    if any(event["event"] == "end" and event.get("reason") == "finished" for event in events):
+        return 2**62
+    return max((int(event["step"]) for event in events if event["event"] == "saved"), default=-1)
+
+
+def _reason(events: list[dict[str, Any]]) -> str:
+    ends = [str(event.get("reason")) for event in events if event["event"] == "end"]
+    return ends[-1] if ends else "it was killed without a word"

@@ -1,0 +1,1 @@
+"""Checkpoints: written, verified, sealed with a manifest, published, resumed."""

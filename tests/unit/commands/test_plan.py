@@ -1,0 +1,216 @@
+"""`rm-scale plan`, `tiers` and `launch --dry_run` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rm_scale.cli import main
+from rm_scale.errors import ConfigError
+from rm_scale.launch.deepspeed_command import check_remote_arguments
+from rm_scale.texts import large_number
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(list(words))
+    seen = capsys.readouterr()
+    return code, seen.out, seen.err
+
+
+def test_json_has_the_promised_names(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "--tier", "13b", "--gpus", "16", "--nodes", "2", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["fits"] is True and answer["predicted"] is True
+    assert answer["peak_memory_bytes"] == sum(answer["memory"].values())
+    for name in ("step_seconds", "tokens_per_second_per_device", "pairs_per_second", "mfu"):
+        assert 0 < answer[name]["low"] <= answer[name]["high"]
+    assert answer["load_peak_memory_bytes"] > 0
+    assert answer["recommended"]["zero_stage"] in {1, 2, 3}
+
+
+@pytest.mark.long
+def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--tier", "13b", "--gpus", "1", "--gpu", "4090", "--seq", "2048", "--offload", "none"]
+    code, out, _ = run(capsys, *words)
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    assert "--method qlora" in out
+    code, out, _ = run(capsys, *words, "--method", "qlora")
+    assert code == 0
+
+
+def test_qlora_loads_the_whole_quantised_model_on_each_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    """ZeRO-3 shards full models while they are read, 4-bit ones only afterwards."""
+    loads = {}
+    for method in ("full", "qlora"):
+        words = ["plan", "--tier", "13b", "--gpus", "64", "--zero", "3", "--offload", "none", "--json"]
+        loads[method] = json.loads(run(capsys, *words, "--method", method)[1])["load_peak_memory_bytes"]
+    assert loads["qlora"] > 7e9
+    assert loads["full"] < loads["qlora"]
+
+
+def test_compare_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "plan", "--tier", "7b", "--compare", "--pairs", "1e5")
+    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["full", "lora", "qlora", "close:"]
+    _, out, _ = run(capsys, "plan", "--tier", "7b", "--explain", "--gpu_hour_price", "2.5", "--pairs", "1e5")
+    assert "ZeRO, arXiv 1910.02054" in out
+    assert "activations, " in out
+    assert "at 2.5 per device hour" in out
+
+
+def test_slow_network_binds_and_names_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--tier", "7b", "--gpus", "16", "--nodes", "2", "--node_bandwidth_gbit", "10", "--zero", "3"]
+    _, out, _ = run(capsys, *words, "--max_tokens", "8192")
+    assert "bound by communication" in out
+    assert "--hpz" in out and "--method lora" in out
+
+
+def test_real_lengths_drive_the_plan(capsys: pytest.CaptureFixture[str], pairs_file: Path, tiny_model: Path) -> None:
+    words = ["plan", "--model", str(tiny_model), "--seq", "256", "--gpus", "1", "--json"]
+    assumed = json.loads(run(capsys, *words)[1])
+    measured = json.loads(run(capsys, *words, "--data", str(pairs_file))[1])
+    assert "120 of 120 groups" in measured["lengths"]
+    assert measured["pairs_per_second"]["high"] > assumed["pairs_per_second"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--tier", "14b"], "tier='14b': the tiers are 1b, 3b, 7b, 13b. Fix: did you mean 1b?"),
+        ([], "tier and model: give one of them"),
+        (["--tier", "7b", "--gpu", "h100x"], "gpu='h100x': not a device we know"),
+        (["--tier", "7b", "--gpu", "h100x"], "did you mean h100"),
+        (["--tier", "7b", "--gpus", "0"], "gpus=0: must be at least 1"),
+        (["--tier", "7b", "--gpus", "999999", "--global_batch_size", "9999999"], "more than any machine has"),
+        (["--tier", "7b", "--gpus", "6", "--nodes", "4"], "nodes must have equally many"),
+        (["--tier", "7b", "--gpus", "2", "--nodes", "4"], "a node has at least one"),
+        (["--tier", "7b", "--gpus", "256"], "every rank needs a group in each step"),
+        (["--tier", "7b", "--nodes", "1", "--hpz"], "hpz with nodes=1"),
+        (["--tier", "7b", "--hpz", "--zero", "2"], "hpz with zero=2"),
+        (["--tier", "7b", "--zero", "0", "--offload", "optimizer"], "DeepSpeed does the offloading"),
+        (["--tier", "7b", "--zero", "2", "--offload", "all"], "weights leave the device under ZeRO-3 only"),
+        (["--tier", "7b", "--packing", "none", "--max_tokens", "9000"], "padded rows are sized by --micro_batch"),
+        (["--tier", "7b", "--max_tokens", "100"], "a row must hold a sequence"),
+        (["--tier", "7b", "--gpu_hour_price", "-1"], "gpu_hour_price=-1: must be a positive number"),
+        (["--model", "/no/such/folder"], "there is no such folder"),
+    ],
+)
+def test_nonsense_is_refused(capsys: pytest.CaptureFixture[str], words: list[str], text: str) -> None:
+    code, _, err = run(capsys, "plan", *words)
+    assert code == 2
+    assert text in err
+
+
+def test_plan_imports_no_torch() -> None:
+    code = (
+        "import sys, rm_scale.commands.tiers; from rm_scale.cli import main; main(['plan', '--tier', '1b']);"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "peak in training" in done.stdout
+
+
+@pytest.mark.long
+def test_tiers_name_the_smallest_cluster_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "tiers")
+    assert code == 0 and "smallest H100 SXM 80 GB cluster" in out and "full x" in out
+
+
+def test_devices_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("devices:\n  big:\n    like: h100-80g\n    memory_bytes: 300e9\n")
+    code, out, _ = run(
+        capsys, "plan", "--tier", "13b", "--gpus", "1", "--gpu", "big", "--hardware", str(file), "--json"
+    )
+    assert code == 0 and json.loads(out)["memory_limit_bytes"] == int(300e9 * 0.95)
+    for text, problem in (
+        ("devices:\n  big:\n    memory: 3\n", "memory: no such figure. Fix: did you mean memory_bytes?"),
+        ("devices:\n  big:\n    memory_bytes: -3\n", "must be a number, not negative"),
+        ("devices:\n  big:\n    memory_bytes: 3\n", "lacks "),
+        ("devices:\n  big:\n    like: h999\n", "like='h999': not a device we know"),
+        ("devices:\n  big: 3\n", "must be a mapping of figures"),
+        ("3\n", "has no devices"),
+        ("a: [\n", "can't be read"),
+    ):
+        file.write_text(text)
+        code, _, err = run(capsys, "plan", "--tier", "7b", "--gpu", "big", "--hardware", str(file))
+        assert code == 2 and problem in err, text
+
+
+def test_launch_prints_the_command_it_would_run(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    words = ["launch", "--gpus", "2", "--dry_run", "--model_name_or_path", str(tiny_model)]
+    words += ["--dataset_path", str(pairs_file), "--output_dir", str(tmp_path / "run"), "--max_length", "256"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "predicted on a processor: peak" in out
+    command = out.splitlines()[-1]
+    assert "DS_ACCELERATOR=cpu" in command and "--num_accelerators 2" in command
+    assert "--max_tokens_per_device" in command and f"--output_dir {tmp_path / 'run'}" in command
+    assert not (tmp_path / "run").exists()
+
+
+def test_launch_refuses_what_does_not_fit(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text("devices:\n  small:\n    like: a100-40g\n    memory_bytes: 1.0e9\n")
+    words = ["launch", "--dry_run", "--gpu", "small", "--hardware", str(file), "--model_name_or_path", str(tiny_model)]
+    words += ["--dataset_path", str(pairs_file), "--output_dir", str(tmp_path / "run"), "--max_length", "256"]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "the plan needs" in err and "--force plan" in err
+    code, out, err = run(capsys, *words, "--force", "plan")
+    assert code == 0 and "started all the same" in out + err
+
+
+def test_words_that_shells_would_change_are_not_sent_to_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    check_remote_arguments(["--output_dir", "/shared/run 1", "--learning_rate", "1e-5", "--run_name=a_b"])
+    for word in (
+        "",
+        "$(reboot)",
+        "a;b",
+        "`id`",
+        'say "yes"',
+        "it's",
+        "50%n",
+        "a|b",
+        "a&b",
+        "a>b",
+        "a\nb",
+        "*.jsonl",
+        "~/x",
+    ):
+        with pytest.raises(ConfigError, match="the shells between here and the nodes would change it"):
+            check_remote_arguments(["--run_name", word])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="pdsh, which is not here"):
+        check_remote_arguments([])
+
+
+def test_figures_are_those_that_a_person_would_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No range of one number, no "0M parameters", no "4.21e-05 hours"; close to the limit is marked."""
+    tiny = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny |= {"intermediate_size": 64, "vocab_size": 400, "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    main(["plan", "--model", str(tmp_path), "--gpus", "1", "--pairs", "1000", "--seq", "512"])
+    main(["plan", "--tier", "7b", "--gpus", "8", "--compare", "--pairs", "100000"])
+    shown = capsys.readouterr().out
+    assert "33k parameters" in shown and "0.00B" not in shown
+    assert not re.search(r"\d[.e]\d*e-\d+ (hours|to)", shown)
+    assert not re.search(r"(\b[\d.,]+%?(?: m?s)?) (?:to|-) \1(?![\d.,])", shown), shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (999, "999"), (81_408, "81k"), (134_515_008, "134.5M"), (13_015_864_320, "13.02B")]
+)
+def test_large_numbers(value: int, text: str) -> None:
+    assert large_number(value) == text

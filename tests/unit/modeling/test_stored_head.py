@@ -1,0 +1,229 @@
+"""Heads are known by their tensors: whatever trainer saved them, they are used exactly, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, set_seed
+
+from rm_scale.config_parsing import config_from_dict
+from rm_scale.errors import ModelError
+from rm_scale.modeling.head import active_head
+from rm_scale.modeling.loading import LoadedModel, load_for_training, load_reward_model
+from rm_scale.modeling.stored_head import find_stored_head, head_to_start_from
+from rm_scale.modeling.token_scores import score_sequences
+from rm_scale.modeling.tokenizers import load_tokenizer
+from rm_scale.planning.plan import make_plan
+
+META = {"format": "pt"}
+SEQUENCES = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+
+
+def head_of(folder: Path, seed: int = 5) -> torch.Tensor:
+    """Return a head for the model, which bf16 can't hold."""
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    return torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **{key.replace("__", "."): value for key, value in tensors.items()}}, file, META)
+
+
+def llama_factory(folder: Path, head: torch.Tensor) -> None:
+    save_file(
+        {"v_head.summary.weight": head, "v_head.summary.bias": torch.zeros(1)}, folder / "value_head.safetensors", META
+    )
+
+
+def llama_factory_pickled(folder: Path, head: torch.Tensor) -> None:
+    torch.save({"v_head.summary.weight": head, "v_head.summary.bias": torch.zeros(1)}, folder / "value_head.bin")
+
+
+def trl_value_model(folder: Path, head: torch.Tensor) -> None:
+    add_tensors(folder, v_head__summary__weight=head, v_head__summary__bias=torch.zeros(1))
+
+
+def openrlhf(folder: Path, head: torch.Tensor) -> None:
+    add_tensors(folder, value_head__weight=head)
+    edit_config(folder, architectures=["RewardModel"], normalize_reward=True, mean=0.5, std=2.0)
+
+
+def openrlhf_score(folder: Path, head: torch.Tensor) -> None:
+    """Under transformers' own name, but a config that knows nothing of it: transformers takes it for two outputs."""
+    add_tensors(folder, score__weight=head)
+    edit_config(folder, architectures=["RewardModel"])
+
+
+def one_output_called_two(folder: Path, head: torch.Tensor) -> None:
+    add_tensors(folder, score__weight=head)
+    labels = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    edit_config(folder, architectures=["LlamaForSequenceClassification"], **labels)
+
+
+def one_output_language_head(folder: Path, head: torch.Tensor) -> None:
+    edit_config(folder, tie_word_embeddings=False)
+    add_tensors(folder, lm_head__weight=head)
+
+
+WRITERS = [
+    llama_factory,
+    llama_factory_pickled,
+    trl_value_model,
+    openrlhf,
+    openrlhf_score,
+    one_output_called_two,
+    one_output_language_head,
+]
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def load(folder: Path, **settings: object) -> LoadedModel:
+    values = {"model_name_or_path": str(folder), "dataset_path": str(folder), "bf16": False, **settings}
+    parsed = config_from_dict(values)
+    plan = make_plan(parsed, 1, "cpu", check_output=False)
+    return load_for_training(parsed.config, plan, load_tokenizer(str(folder)))
+
+
+def rewards_of_transformers(folder: Path, tiny_model: Path, head: torch.Tensor) -> list[float]:
+    """Return what the language model with this head gives, by transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32).eval()
+    model.score.weight.data = head.clone()
+    with torch.no_grad():
+        return [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in SEQUENCES]
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("rm_scale"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="rm_scale")
+    return caplog
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_a_head_is_loaded_whoever_saved_it(
+    write: Callable[[Path, torch.Tensor], None], model: Path, tiny_model: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    head = head_of(model)
+    write(model, head)
+    for settings in ({}, {"bf16": True, "dtype": "bfloat16", "use_peft": True}):
+        messages.clear()
+        loaded = load(model, **settings)
+        assert torch.equal(active_head(loaded.model).effective_weight(), head)
+        assert loaded.saved_head is not None and torch.equal(loaded.saved_head, head)
+        assert "loaded from the checkpoint" in messages.text and "reward head score: new" not in messages.text
+    scored = score_sequences(load_reward_model(model, torch.float32), SEQUENCES, 0, 1, "cpu")
+    assert scored == pytest.approx(rewards_of_transformers(model, tiny_model, head), abs=1e-5)
+
+
+def test_a_frozen_copy_of_the_head_beside_adapters_is_the_loaded_one(model: Path) -> None:
+    head = head_of(model)
+    llama_factory(model, head)
+    loaded = load(model, use_peft=True)
+    copies = [
+        tensor for name, tensor in loaded.model.state_dict().items() if name.endswith("weight") and "score" in name
+    ]
+    assert len(copies) == 2 and all(torch.equal(copy, head) for copy in copies)
+
+
+def test_a_constant_is_part_of_scores_and_left_out_of_training(
+    model: Path, tiny_model: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    head = head_of(model)
+    side = {"v_head.summary.weight": head, "v_head.summary.bias": torch.tensor([0.75])}
+    save_file(side, model / "value_head.safetensors", META)
+    scored = score_sequences(load_reward_model(model, torch.float32), SEQUENCES, 0, 1, "cpu")
+    assert scored == pytest.approx([0.75 + one for one in rewards_of_transformers(model, tiny_model, head)], abs=1e-5)
+    trained = score_sequences(load(model).model, SEQUENCES, 0, 1, "cpu")
+    assert [a - b for a, b in zip(scored, trained, strict=True)] == pytest.approx([0.75, 0.75], abs=1e-5)
+    assert "its constant (v_head.summary.bias=0.75) is left out" in messages.text
+
+
+def test_what_is_no_head_of_one_output_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    width = head_of(model).shape[1]
+
+    def case(name: str, change: Callable[[Path], None], message: str) -> None:
+        folder = Path(shutil.copytree(model, tmp_path / name))
+        change(folder)
+        with pytest.raises(ModelError, match=message):
+            load(folder)
+
+    many = torch.randn(19, width)
+    case("two", lambda f: add_tensors(f, score__weight=torch.randn(2, width)), r"a classifier with 2 outputs \(score")
+    case(
+        "layers", lambda f: add_tensors(f, v_head__summary__0__weight=many), r"can't be used here \(v_head\.summary\.0"
+    )
+    case("many", lambda f: add_tensors(f, regression_layer__weight=many), r"can't be used here \(regression_layer\.w")
+    case(
+        "narrow", lambda f: llama_factory(f, torch.ones(1, width - 1)), r"head is \(1, \d+\), the model's hidden states"
+    )
+
+    def two_heads(folder: Path) -> None:
+        add_tensors(folder, value_head__weight=head_of(folder))
+        llama_factory(folder, head_of(folder))
+
+    case("twice", two_heads, r"holds 2 heads of one output \(value_head\.weight in .*v_head\.summary\.weight in value")
+    case(
+        "promised",
+        lambda f: edit_config(f, architectures=["LlamaForRewardModel"]),
+        r"config\.json says LlamaForRewardM",
+    )
+    strange = {"something": torch.ones(3)}
+    case(
+        "strange",
+        lambda f: save_file(strange, f / "value_head.safetensors", META),
+        r"value_head\.safetensors: holds no h",
+    )
+    case("pickle", lambda f: (f / "value_head.bin").write_bytes(b"x"), r"value_head\.bin: can't be read as tensors")
+
+
+def test_a_classifier_whose_head_is_missing_is_refused(model: Path) -> None:
+    edit_config(model, architectures=["LlamaForSequenceClassification"], num_labels=1)
+    with pytest.raises(ModelError, match=r"the weights hold no head .*it would be random"):
+        head_to_start_from(str(model))
+    with pytest.raises(ModelError, match=r"its weights hold no reward head; it would be random"):
+        load_reward_model(model)
+
+
+def test_a_reward_that_is_a_tokens_logit_is_refused(model: Path, messages: pytest.LogCaptureFixture) -> None:
+    vocabulary, width = json.loads((model / "config.json").read_text())["vocab_size"], head_of(model).shape[1]
+    output = torch.zeros(vocabulary, width)
+    output[0] = 1.0
+    named = Path(shutil.copytree(model, model.parent / "Tiny-1B-Reward-HF"))
+    add_tensors(model, lm_head__weight=output)
+    with pytest.raises(ModelError, match=r"language head lm_head\.weight is zero for nearly all tokens"):
+        load(model)
+    # Where the tensors don't tell, the name does.
+    load(named)
+    assert "is called a reward model, but its weights hold no reward head" in messages.text
+
+
+def test_gates_and_embeddings_of_one_row_are_no_heads(model: Path) -> None:
+    one = head_of(model)
+    add_tensors(model, model__layers__0__mlp__gate__weight=one, model__type_embeddings__weight=one.clone())
+    assert find_stored_head(str(model)) is None
+
+
+def test_a_sharded_checkpoints_head_is_found(model: Path, tmp_path: Path) -> None:
+    set_seed(2)
+    whole = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    stored = find_stored_head(str(tmp_path / "shards"))
+    assert stored is not None and torch.equal(stored.weight(), whole.score.weight)

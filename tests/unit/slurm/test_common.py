@@ -1,0 +1,214 @@
+"""The functions of `slurm/common.sh`, one at a time, in a real bash; stand-ins where Slurm must be made to fail."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from rm_scale.slurm.prepare import EXIT_NOTHING_TO_START
+from rm_scale.slurm.requeue import NO_RANKS
+from rm_scale.training.preemption import EXIT_REQUEUE
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def bash(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code after common.sh and site.env, as a job does, with the stand-ins of `folder/bin` first on PATH."""
+    env = {
+        "PATH": f"{folder}/bin:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "RM_SCALE_TIER": "1b",
+    }
+    env |= {"RM_SCALE_HOME": str(REPOSITORY), "RM_SCALE_SITE_ENV": "/nowhere", **variables}
+    begin = f"set -euo pipefail\nsource '{REPOSITORY}/slurm/common.sh'\nRM_SCALE_ATTEMPT=${{RM_SCALE_ATTEMPT:-0}}\n"
+    begin += "RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER=''\nrm_scale_load_site\n"
+    begin += f"RM_SCALE_LOGS='{folder}' RM_SCALE_JOB_DIR='{folder}' RM_SCALE_ATTEMPT_DIR='{folder}/attempt-0'\n"
+    return subprocess.run(
+        ["bash", "-c", begin + code], cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def stand_in(folder: Path, name: str, code: str) -> None:
+    """Make a command that writes down its arguments and then runs `code`."""
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/bash\nprintf "%s\\n" "{name} $*" >>"{folder}/called"\n{code}\n')
+    path.chmod(0o755)
+
+
+def called(folder: Path) -> list[str]:
+    """What the stand-ins were asked."""
+    path = folder / "called"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+WORDS = "rm_scale_python; rm_scale_on_all_nodes --kill-on-bad-exit=1 -m x; printf '%s\\n' \"${RM_SCALE_COMMAND[@]}\""
+
+
+def test_one_task_a_node_that_ignores_the_signal(tmp_path: Path) -> None:
+    done = bash(WORDS, tmp_path, RM_SCALE_VENV=str(REPOSITORY / ".venv"))
+    words = done.stdout.splitlines()
+    assert words[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"], done.stderr
+    assert "--kill-on-bad-exit=1" in words and "--export=ALL" in words
+    assert words[-6:] == ["-c", 'trap "" USR1; exec "$@"', "rm_scale", f"{REPOSITORY}/.venv/bin/python", "-m", "x"]
+
+
+def test_an_installed_package_finds_its_python(tmp_path: Path) -> None:
+    """PREFIX/lib/pythonX/site-packages/rm_scale/shipped/slurm, as pip puts it there."""
+    home = tmp_path / "lib" / "python3" / "site-packages" / "rm_scale" / "shipped"
+    (home / "slurm").mkdir(parents=True)
+    (home / "slurm" / "site.env").write_text((REPOSITORY / "slurm" / "site.env").read_text())
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to("/bin/true")
+    words = bash(WORDS, tmp_path, RM_SCALE_HOME=str(home)).stdout.splitlines()
+    assert Path(words[-3]).resolve() == Path("/bin/true").resolve()
+
+
+def test_apptainer_wraps_python(tmp_path: Path) -> None:
+    done = bash(WORDS, tmp_path, RM_SCALE_CONTAINER="/my images/a.sif", RM_SCALE_CONTAINER_MOUNTS="/data:/data:ro")
+    words = done.stdout.splitlines()
+    expected = ["rm_scale", "apptainer", "exec", "--nv", "--bind", "/data:/data:ro", "--bind", str(REPOSITORY)]
+    assert words[words.index("rm_scale") :][: len(expected)] == expected
+    assert words[-4:] == ["/my images/a.sif", "python3", "-m", "x"]
+
+
+def test_pyxis_is_handed_to_srun(tmp_path: Path) -> None:
+    words = bash(
+        WORDS,
+        tmp_path,
+        RM_SCALE_CONTAINER="/images/a.sqsh",
+        RM_SCALE_CONTAINER_ENGINE="pyxis",
+        RM_SCALE_CONTAINER_MOUNTS="/data:/data:ro",
+    ).stdout.splitlines()
+    assert "--container-image=/images/a.sqsh" in words and words[-3:] == ["python3", "-m", "x"]
+    mounts = f"--container-mounts=/data:/data:ro,{REPOSITORY}:{REPOSITORY},{tmp_path}:{tmp_path},{tmp_path}:{tmp_path}"
+    assert mounts in words
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RM_SCALE_VENV": "/nowhere"}, "RM_SCALE_VENV=/nowhere: has no bin/python"),
+        ({"RM_SCALE_MODULES": "cuda/12"}, "there is no 'module' command here"),
+        ({"RM_SCALE_SETUP": "/nowhere"}, "RM_SCALE_SETUP=/nowhere: no such file"),
+        ({"RM_SCALE_CONTAINER": "x", "RM_SCALE_CONTAINER_ENGINE": "docker"}, "must be apptainer or pyxis"),
+        ({"RM_SCALE_MAX_RESTARTS": "many"}, "RM_SCALE_MAX_RESTARTS=many: must be a whole number"),
+    ],
+)
+def test_a_site_that_can_not_be(variables: dict[str, str], told: str, tmp_path: Path) -> None:
+    done = bash("rm_scale_modules; rm_scale_python", tmp_path, **variables)
+    assert done.returncode == 2 and told in done.stderr
+
+
+def test_modules_and_setup_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "setup.sh").write_text("export FROM_SETUP=1\n")
+    code = 'module() { echo "module $*"; }; rm_scale_modules; echo $FROM_SETUP'
+    done = bash(code, tmp_path, RM_SCALE_MODULES="cuda/12 gcc", RM_SCALE_SETUP=str(tmp_path / "setup.sh"))
+    assert done.stdout == "module load cuda/12 gcc\n1\n"
+
+
+def test_the_environment_keeps_what_was_set(tmp_path: Path) -> None:
+    stand_in(tmp_path, "squeue", "echo 2030-01-02T03:04:05")
+    code = "rm_scale_environment; echo $NCCL_DEBUG $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME $RM_SCALE_END_TIME"
+    done = bash(code, tmp_path, NCCL_DEBUG="INFO", RM_SCALE_INTERFACE="ib0", TZ="UTC")
+    assert done.stdout.split() == ["INFO", "=ib0", "ib0", "1893553445"]
+    stand_in(tmp_path, "squeue", "echo NONE")
+    done = bash("rm_scale_environment; echo ${RM_SCALE_END_TIME-unset}", tmp_path)
+    assert done.stdout == "unset\n", done.stderr
+    done = bash("rm_scale_environment; echo $RM_SCALE_END_TIME", tmp_path, SLURM_JOB_END_TIME="5")
+    assert done.stdout == "5\n"
+
+
+END = "rm_scale_python; rm_scale_end none"
+
+
+@pytest.mark.parametrize(
+    ("state", "seconds_left", "attempt", "requeued"),
+    [
+        ("RUNNING", 9999, "0", True),
+        ("RUNNING", 9999, "3", False),  # the third restart was the last allowed
+        ("COMPLETING", 9999, "0", False),  # scancel, or a preemption that requeues by itself
+        ("COMPLETING", -5, "0", True),  # the time limit has come
+        ("", 9999, "0", True),  # the controller does not answer: try
+    ],
+)
+def test_who_is_requeued(state: str, seconds_left: int, attempt: str, requeued: bool, tmp_path: Path) -> None:
+    """The facts reach `rm_scale.slurm.requeue`, and what it decides is done."""
+    stand_in(tmp_path, "squeue", f"echo {state}")
+    stand_in(tmp_path, "scontrol", "exit 0")
+    stand_in(tmp_path, "sleep", "exit 0")
+    end = str(int(time.time()) + seconds_left)
+    variables = {"RM_SCALE_END_TIME": end, "RM_SCALE_ATTEMPT": attempt, "RM_SCALE_MAX_RESTARTS": "3"}
+    done = bash(END, tmp_path, **variables)
+    assert done.returncode == 85
+    assert ("scontrol requeue 7" in called(tmp_path)) is requeued
+    events = (tmp_path / "events.jsonl").read_text()
+    assert ('"requeue"' in events) is requeued
+
+
+def test_a_site_that_forbids_requeueing(tmp_path: Path) -> None:
+    stand_in(tmp_path, "squeue", "echo RUNNING")
+    stand_in(tmp_path, "scontrol", "echo 'Requested operation is presently disabled' >&2; exit 1")
+    done = bash(END, tmp_path)
+    assert done.returncode == 85 and "submit the same command again to go on" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "attempt", "code", "requeued"),
+    [("137", 0, 137, False), ("0", 0, 0, False), ("85", 0, 85, True), ("none", 2, 85, True), ("85", 3, 85, False)],
+)
+def test_without_a_decision_the_code_of_srun_counts(
+    given: str, attempt: int, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """Python can't be started any more, or says something else: a job that has saved comes back all the same."""
+    stand_in(tmp_path, "squeue", "exit 1")
+    stand_in(tmp_path, "scontrol", "exit 0")
+    stand_in(tmp_path, "python3", "echo 'requeue at once'; exit 1")
+    stand_in(tmp_path, "sleep", "exit 0")
+    variables = {"RM_SCALE_ATTEMPT": str(attempt), "RM_SCALE_MAX_RESTARTS": "3"}
+    done = bash(f"RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=(); rm_scale_end {given}", tmp_path, **variables)
+    assert done.returncode == code and "did not answer" in done.stderr
+    assert ("scontrol requeue 7" in called(tmp_path)) is requeued
+    if not requeued:
+        assert f'"code": "{code}"' in (tmp_path / "events.jsonl").read_text()
+
+
+def test_the_decision_is_not_ended_by_the_time_limit(tmp_path: Path) -> None:
+    """At the limit Slurm sends TERM to every process of the job, the deciding one too."""
+    stand_in(tmp_path, "squeue", "echo RUNNING")
+    stand_in(tmp_path, "python3", "kill -TERM $$; kill -USR1 $$; echo exit 3")
+    code = """
+        trap 'rm_scale_stop USR1' USR1; trap 'rm_scale_stop TERM' TERM
+        RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=()
+        rm_scale_end 0
+    """
+    done = bash(code, tmp_path)
+    assert done.returncode == 3, done.stderr
+
+
+def test_codes_that_bash_and_python_share() -> None:
+    text = (REPOSITORY / "slurm" / "common.sh").read_text()
+    assert f"RM_SCALE_NOTHING_TO_START={EXIT_NOTHING_TO_START} #" in text
+    assert f"RM_SCALE_REQUEUE={EXIT_REQUEUE} #" in text
+    assert f"rm_scale_end {NO_RANKS};" in text
+
+
+def test_a_signal_is_repeated_until_srun_ends(tmp_path: Path) -> None:
+    """And the wait goes on, though bash's own returns at each signal."""
+    stand_in(tmp_path, "scancel", "exit 0")
+    stand_in(tmp_path, "srun", "sleep 2; exit 7")
+    code = """
+        trap 'rm_scale_stop USR1' USR1; trap 'rm_scale_stop TERM' TERM
+        RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=()
+        (/bin/sleep 0.5; kill -USR1 $$; /bin/sleep 0.5; kill -TERM $$) &
+        rm_scale_train; echo "code $RM_SCALE_CODE"
+    """
+    done = bash(code, tmp_path)
+    assert done.stdout.splitlines()[-1] == "code 7", done.stderr
+    assert done.stdout.count("received at") == 1 and "Terminated" not in done.stderr
+    assert "scancel --signal=USR1 7" in called(tmp_path)

@@ -1,0 +1,150 @@
+"""What becomes of a job: the exit code that its nodes' records come to, and whether it is requeued."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rm_scale.files import read_json_lines
+from rm_scale.slurm.job_start import Start
+from rm_scale.slurm.requeue import Decision, Job, decide, judge, main
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """An attempt on one node, written down as the job's script finds it."""
+    folder = tmp_path / "7" / "attempt-2"
+    folder.mkdir(parents=True)
+    place: dict[str, Any] = {"job_id": 7, "attempt": 2, "nodes": ("a",), "ranks_per_node": 2, "gpus_per_node": 0}
+    place |= {"master_addr": "127.0.0.1", "master_port": 1, "train": "train.py", "settings": (), "asked": ()}
+    made = Start(**place, output_dir=str(tmp_path / "out"), folder=str(folder))
+    made.write()
+    return made
+
+
+# --- How the ranks ended ---------------------------------------------------------------------------------------------
+
+
+def ended(node: str, code: int, at: float | None = None, reason: str = "") -> dict[str, Any]:
+    """One node's record."""
+    return {"node": node, "code": code, "failed_at": at, "time": at or 9.0, "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("ends", "srun", "expected"),
+    [
+        ({"a": ended("a", 0), "b": ended("b", 0)}, 0, (0, "")),
+        ({"a": ended("a", 85), "b": ended("b", 85)}, 0, (85, "")),
+        ({"a": ended("a", 1, 5.0, "rank 0"), "b": ended("b", 137, 4.0, "rank 3")}, 1, (137, "b: rank 3")),
+        ({"a": ended("a", 2, 5.0, "rank 0 refused")}, 137, (2, "a: rank 0 refused")),
+        ({"a": ended("a", 85)}, 137, (137, "b: lost or killed before")),
+        ({"a": ended("a", 85)}, 0, (1, "b: lost or killed before")),
+        ({"a": ended("a", 3), "b": ended("b", 85)}, 3, (3, "")),
+        ({"a": ended("a", 0), "b": ended("b", 0)}, 1, (1, "srun failed")),
+    ],
+)  # fmt: skip
+def test_the_first_failure_decides(start: Start, ends: dict[str, Any], srun: int, expected: tuple[int, str]) -> None:
+    code, reason = judge(replace(start, nodes=("a", "b")), ends, srun)
+    assert code == expected[0] and reason.startswith(expected[1])
+
+
+# --- What follows ----------------------------------------------------------------------------------------------------
+
+RUNNING = Job(restarts=0, max_restarts=100, state="RUNNING", seconds_left=600.0)
+REQUEUED = Decision(True, 85, ("stopped", "requeue"))
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 137])
+def test_what_has_not_saved_and_stopped_is_not_requeued(code: int) -> None:
+    assert decide(code, RUNNING) == Decision(False, code, ("end",))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        RUNNING,
+        replace(RUNNING, seconds_left=math.inf),  # nobody knows the time limit
+        replace(RUNNING, restarts=99),  # the last restart that is allowed
+        replace(RUNNING, state=""),  # the controller does not answer: try
+        replace(RUNNING, state="COMPLETING", seconds_left=-5.0),  # the time limit has come
+    ],
+)
+def test_what_saved_and_stopped_is_requeued(job: Job) -> None:
+    assert decide(85, job) == REQUEUED
+
+
+def test_no_more_restarts_than_allowed() -> None:
+    decision = decide(85, replace(RUNNING, restarts=3, max_restarts=3))
+    reason = "restarted 3 times (RM_SCALE_MAX_RESTARTS): not requeued; submit again to go on"
+    assert decision == Decision(False, 85, ("stopped",), reason)
+
+
+@pytest.mark.parametrize("left", [600.0, math.inf])
+def test_what_is_ended_from_outside_is_not_requeued(left: float) -> None:
+    """By scancel, which is meant; or by a preemption, after which Slurm requeues it."""
+    decision = decide(85, replace(RUNNING, state="COMPLETING", seconds_left=left))
+    reason = "saved and stopped; the job is being ended from outside (COMPLETING), so it does not requeue itself"
+    assert decision == Decision(False, 85, ("stopped", "cancelled"), reason)
+
+
+# --- As the job's script calls it ------------------------------------------------------------------------------------
+
+
+def call(start: Start, srun_code: str, **facts: str) -> int:
+    """Run it for a job in its third attempt, which `facts` can change."""
+    given = {"restarts": "2", "max_restarts": "100", "state": "RUNNING", "end_time": "", **facts}
+    return main([start.folder, "--srun_code", srun_code, *(f"--{name}={value}" for name, value in given.items())])
+
+
+def events(start: Start) -> list[dict[str, Any]]:
+    """What it wrote into the job's records, without the time."""
+    found = read_json_lines(Path(start.folder).parent / "events.jsonl")
+    assert all(abs(time.time() - event.pop("time")) < 60 for event in found)
+    return found
+
+
+def test_a_failure_is_told_and_its_code_printed(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(start.folder) / "a.end.json").write_text(json.dumps(ended("a", 2, 1.0, "rank 1 refused the run")))
+    (Path(start.folder) / "b.end.json").write_text("{half")
+    assert call(start, "137") == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("exit 2\n", "rm_scale: a: rank 1 refused the run\n")
+    assert events(start) == [{"event": "end", "attempt": 2, "code": "2"}]
+
+
+def test_a_stopped_run_is_requeued(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RM_SCALE_TIER", "13b")
+    (Path(start.folder) / "a.end.json").write_text(json.dumps(ended("a", 85)))
+    assert call(start, "0", end_time=str(int(time.time()) + 600)) == 0
+    assert capsys.readouterr().out == "requeue 85\n"
+    expected = [{"event": name, "attempt": 2, "script": "13b"} for name in ("stopped", "requeue")]
+    assert events(start) == expected
+
+
+def test_a_job_that_was_stopped_before_any_rank_is_requeued(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(start, "none") == 0
+    assert capsys.readouterr().out == "requeue 85\n"
+
+
+def test_the_time_limit_is_compared_with_now(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    now = int(time.time())
+    call(start, "none", state="COMPLETING", end_time=str(now + 600))
+    call(start, "none", state="COMPLETING", end_time=str(now - 5))
+    printed = capsys.readouterr()
+    assert printed.out == "exit 85\nrequeue 85\n" and "ended from outside (COMPLETING)" in printed.err
+
+
+def test_a_full_disk_does_not_keep_the_job_from_being_requeued(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(start.folder).parent / "events.jsonl").mkdir()  # stands for a file that can't be written
+    assert call(start, "none") == 0
+    assert capsys.readouterr().out == "requeue 85\n"

@@ -1,0 +1,249 @@
+"""Job scripts and what is rendered from them, read by a real bash; options that must not become others."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rm_scale.cli import main as cli
+from rm_scale.config import RunConfig
+from rm_scale.errors import ConfigError, UserError
+from rm_scale.slurm.job_options import JOB_OPTIONS, add_job_options, sbatch_options
+from rm_scale.slurm.render import MARK, render, write_script
+from rm_scale.slurm.site import script_of_tier, site_variables, variables_of_tier
+from rm_scale.slurm.submit import Submission, check_names
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SCRIPTS = sorted((REPOSITORY / "slurm").glob("rm_*.sh"))
+SAME = "# --- The rest is the same in each of these scripts"
+
+HOSTILE = [
+    "",
+    " ",
+    "a b",
+    "it's",
+    '"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "&& touch pwned #",
+    "a\nb",
+    "\n#SBATCH --nodes=99\n",
+    "\r\n",
+    "$HOME ~ * ? [a] {b,c} !x",
+    "\\",
+    "\\'",
+    "'; touch pwned; '",
+    "-",
+    "--wrap=touch pwned",
+    "é ü 漢字 \u2028",
+    "\x1b[31m\x07\t",
+]
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped scripts beside a common.sh that prints what it is handed."""
+    home = tmp_path_factory.mktemp("it's a home")
+    shutil.copytree(REPOSITORY / "slurm", home / "slurm")
+    (home / "slurm" / "common.sh").write_text(
+        'rm_scale_main() { shift; printf \'%s\\0\' "$RM_SCALE_TIER" "$@"; exit 0; }\n'
+    )
+    return home
+
+
+def words_of(text: str, folder: Path, *arguments: str) -> list[str]:
+    """What the script hands on when bash runs it as a job, from a spool folder."""
+    script = folder / "slurm_script"
+    script.write_text(text, encoding="utf-8")
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(["bash", str(script), *arguments], cwd=folder, env=env, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["slurm_script"], "something ran"
+    return [word.decode("utf-8", errors="surrogateescape") for word in done.stdout.split(b"\0")[:-1]]
+
+
+def headers(text: str) -> list[str]:
+    """The lines that sbatch reads."""
+    return [line for line in text.splitlines() if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize("tier", ["1b", "3b", "7b", "13b"])
+def test_hostile_settings_arrive_as_they_are(stub: Path, tmp_path: Path, tier: str) -> None:
+    source = stub / "slurm" / script_of_tier(tier).name
+    text = render(source, {}, variables_of_tier(tier), ["--run_name", *HOSTILE])
+    assert words_of(text, tmp_path, "--last", "x y") == [tier, "--run_name", *HOSTILE, "--last", "x y"]
+    assert headers(text) == headers(source.read_text())
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30), max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_any_settings_arrive_as_they_are(
+    stub: Path, tmp_path_factory: pytest.TempPathFactory, words: list[str]
+) -> None:
+    text = render(stub / "slurm" / "rm_7b.sh", {}, {}, words)
+    assert words_of(text, tmp_path_factory.mktemp("spool")) == ["7b", *words]
+    assert headers(text) == headers((REPOSITORY / "slurm" / "rm_7b.sh").read_text())
+
+
+def parsed(**values: str) -> argparse.Namespace:
+    """Options as they come from the command line."""
+    parser = argparse.ArgumentParser()
+    add_job_options(parser)
+    return parser.parse_args([f"--{name}={value}" for name, value in values.items()])
+
+
+@pytest.mark.parametrize("option", JOB_OPTIONS, ids=lambda option: option.name)
+def test_every_option_takes_its_example_and_nothing_hostile(option: object) -> None:
+    name, example, flag = option.name, option.example, option.flag  # type: ignore[attr-defined]
+    assert sbatch_options(parsed(**{name: example})) == {flag: f"B:USR1@{example}" if name == "grace" else example}
+    for word in [
+        *HOSTILE,
+        f"{example}\n",
+        f"{example} x",
+        f"{example}'",
+        f"{example};x",
+        f"-{example}",
+        f"{example}\u0660",
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(f"--{name} {example}.")):
+            sbatch_options(parsed(**{name: word}))
+
+
+@given(st.text(max_size=40), st.sampled_from(JOB_OPTIONS))
+@settings(max_examples=300, deadline=None)
+def test_what_passes_has_no_space_quote_or_line_break(text: str, option: object) -> None:
+    try:
+        found = sbatch_options(parsed(**{option.name: text}))  # type: ignore[attr-defined]
+    except ConfigError:
+        return
+    assert re.fullmatch(r"[\w./%@+=:&|,*()\[\]?-]+", "".join(found.values()), re.ASCII)
+
+
+def test_all_bad_options_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"\(2 problems\)"):
+        sbatch_options(parsed(job_name="a b", time="soon", nodes="2"))
+
+
+def test_options_and_settings_have_different_names() -> None:
+    """Else a word after the command could mean either."""
+    own = {option.name for option in JOB_OPTIONS} | {"tier", "script", "output", "test_only"}
+    assert own & set(RunConfig.model_fields) == set()
+
+
+def test_header_is_changed_and_extended() -> None:
+    job = {"nodes": "4", "account": "mine", "gpus-per-node": "4"}
+    lines = headers(render(script_of_tier("13b"), job, {}, []))
+    assert "#SBATCH --nodes=4" in lines and "#SBATCH --gpus-per-node=4" in lines and "#SBATCH --account=mine" in lines
+    assert len(lines) == len(headers(script_of_tier("13b").read_text())) + 1
+    without = headers(render(script_of_tier("1b"), {"gpus-per-node": "0"}, {}, []))
+    assert not [line for line in without if "gpu" in line]
+
+
+def test_render_writes_over_its_own_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.sh"
+    for _ in range(2):
+        assert cli(["slurm", "render", "--tier", "13b", "--nodes", "4", "--output", str(path), "--max_steps", "3"]) == 0
+    assert os.access(path, os.X_OK) and MARK in path.read_text() and "#SBATCH --nodes=4" in path.read_text()
+    path.write_text("mine")
+    with pytest.raises(UserError, match="is no rendered script"):
+        write_script(path, "")
+    with pytest.raises(UserError, match="can't be written"):
+        write_script(tmp_path / "no" / "x.sh", "")
+    assert cli(["slurm", "render", "--tier", "13b", "--max_stepz", "3"]) == 2
+    assert "did you mean max_steps?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds a NUL character"):
+        render(script_of_tier("1b"), {}, {}, ["a\0b"])
+
+
+def test_scripts_differ_in_their_heads_only() -> None:
+    bodies = {path.read_text().partition(SAME)[2] for path in SCRIPTS}
+    assert len(SCRIPTS) == 3 and len(bodies) == 1 and "" not in bodies
+    for path in SCRIPTS:
+        head = headers(path.read_text())
+        for line in ("--requeue", "--open-mode=append", "--ntasks-per-node=1", "--signal=B:USR1@600"):
+            assert f"#SBATCH {line}" in head
+        name = re.findall(r"RM_SCALE_CONFIG:-(.*)}", path.read_text())[0]
+        assert (REPOSITORY / name).is_file()
+        assert os.access(path, os.X_OK)
+
+
+def test_no_site_detail_in_code() -> None:
+    """Every variable that common.sh reads from a site is in site.env, with a comment above it."""
+    site = (REPOSITORY / "slurm" / "site.env").read_text()
+    known = set(re.findall(r"^: \"\$\{(RM_SCALE_\w+):=", site, re.M))
+    documented = (REPOSITORY / "docs" / "slurm.md").read_text()
+    assert [name for name in known if f"`{name}`" not in documented] == []
+    assert not re.search(r"--(account|partition|qos)=", "".join(path.read_text() for path in SCRIPTS))
+    for line, above in zip(site.splitlines()[1:], site.splitlines(), strict=False):
+        assert not line.startswith(': "') or above.startswith("#") or above.startswith(': "'), line
+
+
+def test_site_is_read_by_bash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = tmp_path / "site.env"
+    own.write_text(': "${RM_SCALE_GPU:=h100-80g}"\nexport SBATCH_PARTITION="a b"\n')
+    monkeypatch.setenv("RM_SCALE_SITE_ENV", str(own))
+    monkeypatch.setenv("RM_SCALE_RESUME", "none")
+    found = site_variables()
+    assert (found["RM_SCALE_GPU"], found["SBATCH_PARTITION"]) == ("h100-80g", "a b")
+    assert (found["RM_SCALE_RESUME"], found["RM_SCALE_MAX_RESTARTS"]) == ("none", "100")
+    own.write_text("false\n")
+    with pytest.raises(UserError, match=r"site\.env: bash can't read it"):
+        site_variables()
+
+
+def test_settings_are_checked_before_they_are_sent() -> None:
+    check_names(["--max_steps", "3"])  # model and data may come from the script's configuration
+    with pytest.raises(ConfigError, match=r"(?s)max_stepz.*learning_rate='quick'"):
+        check_names(["--max_stepz", "3", "--learning_rate", "quick"])
+
+
+def test_variables_with_commas_are_refused() -> None:
+    with pytest.raises(UserError, match="sbatch cuts it at commas"):
+        Submission({}, {"A": "b,C=d"}, Path("x.sh"), ()).command()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "told"),
+    [
+        ("echo '12;cluster'", 0, "job 12 "),
+        ("echo hello", 2, "sbatch answered 'hello', not a job's number"),
+        (
+            "echo 'sbatch: error: Invalid account' >&2; exit 1",
+            2,
+            "sbatch refused the job: sbatch: error: Invalid account",
+        ),
+    ],
+)
+def test_what_sbatch_answers_is_checked(
+    answer: str,
+    code: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Answers that a healthy cluster does not give."""
+    for name, text in (("sbatch", answer), ("squeue", "echo 'PENDING|PartitionTimeLimit'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert cli(["slurm", "submit", "--tier", "1b", "--max_steps", "3"]) == code
+    out, err = capfd.readouterr()
+    assert told in out + err
+    assert code != 0 or "will not start: PartitionTimeLimit (--time is longer than the partition allows)" in out
+
+
+def test_submit_needs_one_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["slurm", "submit"]) == 2
+    assert cli(["slurm", "submit", "--script", "nowhere.sh"]) == 2
+    err = capsys.readouterr().err
+    assert "tier and script: give one of them" in err and "script=nowhere.sh: no such file" in err

@@ -1,0 +1,151 @@
+"""Every rule about combinations of settings has a case here that breaks it, and no other rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from rm_scale.config import RunConfig
+from rm_scale.config_names import LOGGERS, OPTIMIZERS, SCHEDULES
+from rm_scale.config_parsing import config_from_dict
+from rm_scale.config_rules import RULES, Rule, conflicts
+
+BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset_path": ["d.jsonl"]}
+FP16: dict[str, Any] = {"fp16": True, "bf16": False, "force": ["fp16"]}
+EVALUATED: dict[str, Any] = {"eval_split_size": 0.1}
+
+# Per rule: settings that break it, one of these settings, and a part of the problem.
+CASES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "four_bit_needs_adapters": ({"load_in_4bit": True}, "use_peft", "can't be trained in full"),
+    "merging_needs_an_adapter": ({"merge_adapter": True}, "use_peft", "there is no adapter to merge"),
+    "fp16_only_by_force": ({"fp16": True, "bf16": False}, "fp16", "rewards overflow at 65,504"),
+    "one_compute_type": ({**FP16, "bf16": True}, "bf16", "fp16=True with bf16=True: choose one"),
+    "fp16_weights_need_fp16": ({"dtype": "float16"}, "dtype", "weights in fp16 need fp16 training"),
+    "qlora_in_low_precision": (
+        {"load_in_4bit": True, "use_peft": True, "bf16": False},
+        "fp16",
+        "in full precision (bf16=False, dtype=auto)",
+    ),
+    "bf16_weights_need_bf16": ({"dtype": "bfloat16", "bf16": False}, "fp16", "weights and compute type disagree"),
+    "one_training_source": ({"dataset_name": "n"}, "dataset_path", "exactly one must be given, got 2"),
+    "one_evaluation_source": (
+        {"eval_split_size": 5, "eval_dataset_path": ["e.jsonl"]},
+        "eval_split_size",
+        "eval_dataset_path and eval_split_size: only one can say",
+    ),
+    "hub_split_needs_a_hub_dataset": ({"dataset_test_split": "test"}, "dataset_name", "names a hub split"),
+    "held_out_share_or_whole_number": ({"eval_split_size": 2.5}, "eval_split_size", "a whole number of groups"),
+    "evaluation_needs_data": ({"eval_strategy": "epoch"}, "eval_dataset_path", "there is nothing to evaluate on"),
+    "evaluation_by_steps_needs_eval_steps": (
+        {**EVALUATED, "eval_strategy": "steps"},
+        "eval_steps",
+        "eval_steps is missing",
+    ),
+    "batch_size_set_once": (
+        {"global_batch_size": 8, "gradient_accumulation_steps": 2},
+        "global_batch_size",
+        "gradient_accumulation_steps=2 with global_batch_size=8",
+    ),
+    "no_compiled_four_bit_layers": (
+        {"torch_compile": True, "load_in_4bit": True, "use_peft": True},
+        "torch_compile",
+        "break the graph",
+    ),
+    "token_budget_needs_packed_rows": (
+        {"packing": "none", "max_tokens_per_device": 64},
+        "packing",
+        "max_tokens_per_device=64 with packing=none",
+    ),
+    "packed_attention_needs_packed_rows": (
+        {"packing": "none", "packed_attention": "sdpa"},
+        "packed_attention",
+        "packed_attention=sdpa with packing=none",
+    ),
+    "packed_rows_use_packed_attention": (
+        {"packing": "padding_free", "attn_implementation": "eager"},
+        "packing",
+        "attn_implementation=eager with packing=padding_free",
+    ),
+    "label_smoothing_needs_pairs": (
+        {"loss_type": "plackett_luce", "label_smoothing_factor": 0.1},
+        "loss_type",
+        "smoothing is defined on pairs",
+    ),
+    "max_steps_off_or_positive": ({"max_steps": 0}, "max_steps", "max_steps=0: must be -1"),
+    "best_model_needs_evaluations": (
+        {**EVALUATED, "metric_for_best_model": "loss"},
+        "eval_strategy",
+        "metric_for_best_model=loss with eval_strategy=no",
+    ),
+}
+
+
+def test_base_keeps_every_rule() -> None:
+    assert config_from_dict(BASE).problems == ()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_rule(rule: Rule) -> None:
+    """The case is reported by this rule alone, and not where a setting that the rule reads is broken itself."""
+    settings, read, expected = CASES[rule.name]
+    parsed = config_from_dict({**BASE, **settings})
+    assert parsed.problems == (rule.problem(parsed.config),)
+    assert expected in parsed.problems[0]
+    assert ". Fix: " in parsed.problems[0]
+    assert conflicts(parsed.config, {read}) == []
+
+
+def test_names_and_cases_belong_together() -> None:
+    assert Counter(rule.name for rule in RULES) == Counter(list(CASES))
+
+
+def test_forced_rules_are_let_through() -> None:
+    assert config_from_dict({**BASE, **FP16}).problems == ()
+    qlora = {"load_in_4bit": True, "use_peft": True, "bf16": False, "force": ["qlora_fp32"]}
+    assert config_from_dict({**BASE, **qlora}).problems == ()
+
+
+def test_unknown_names_are_told_one_by_one() -> None:
+    found = config_from_dict({**BASE, "force": ["fp61", "overwrite"], "allow_changed": ["sed", "zzz"]}).problems
+    assert found == (
+        "sed (in allow_changed): no such setting. Fix: did you mean seed?",
+        "zzz (in allow_changed): no such setting. Fix: run with --help for the list of settings.",
+        "fp61 (in force): no such setting. Fix: did you mean fp16?",
+    )
+    assert conflicts(RunConfig(**BASE, force=["fp61"]), {"force"}) == []
+
+
+def test_all_broken_rules_are_reported_at_once() -> None:
+    settings = {"load_in_4bit": True, "merge_adapter": True, "max_steps": 0, "dataset_name": "n"}
+    assert len(config_from_dict({**BASE, **settings}).problems) == 4
+
+
+def test_names_are_those_of_transformers() -> None:
+    from transformers import SchedulerType
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.training_args import OptimizerNames
+
+    assert set(SCHEDULES) == {one.value for one in SchedulerType}
+    assert set(OPTIMIZERS) == {one.value for one in OptimizerNames}
+    assert set(LOGGERS) == {*INTEGRATION_TO_CALLBACK, "all", "none"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"optim": "adamw"}, "optim=adamw: transformers knows no such name. Fix: did you mean"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean cosine"),
+        ({"report_to": ["tensorbord"]}, "did you mean tensorboard?"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf: must be a finite number"),
+        ({"adam_epsilon": float("nan")}, "adam_epsilon=nan: must be a finite number"),
+        ({"seed": 2**32}, "seed=4294967296: must be less than 4294967296"),
+        ({"data_seed": 2**32}, "data_seed=4294967296: must be less than 4294967296"),
+    ],
+)
+def test_values_that_training_could_not_use_are_refused_before_anything_is_read(
+    settings: dict[str, Any], part: str
+) -> None:
+    (problem,) = config_from_dict({**BASE, **settings}).problems
+    assert part in problem
