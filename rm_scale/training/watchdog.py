@@ -147,7 +147,8 @@ class Watchdog(threading.Thread):
         if total < _LEAST_SAMPLES:
             return None
         samples, self._samples = self._samples, {"work": 0, "collective": 0}
-        return samples["work"] / total
+        # A rank that does its work between two looks has worked all the same: a share of zero can't be compared with.
+        return max(samples["work"], 0.5) / total
 
     def run(self) -> None:
         """Look at the main thread and at the other ranks' reports, until stopped."""

@@ -24,7 +24,7 @@ from rm_scale.training.checkpoint.reload_check import disk_errors_explained, ref
 from rm_scale.training.checkpoint.resume import choose_resume
 from rm_scale.training.hang_report import explain_hang
 from rm_scale.training.head_sync import head_weight
-from rm_scale.training.slow_ranks import slow_rank_text
+from rm_scale.training.slow_ranks import slow_rank_text, slow_ranks
 from rm_scale.training.watchdog import Watchdog, collective_failure
 
 ARGS: Any = SimpleNamespace(spec=TrainingArguments)
@@ -382,6 +382,16 @@ def test_no_share_of_work_is_given_where_waiting_does_not_block_the_host(
         known[backend] = (watched.knows_work, watched.work_share())
     assert known["nccl"] == (False, None)
     assert known["gloo"][0] and known["gloo"][1] is not None
+
+
+def test_a_rank_is_slow_beside_one_that_was_never_seen_at_work(tmp_path: Path) -> None:
+    """On a quick machine a rank can finish its steps between two looks; it is the others' measure all the same."""
+    shares = []
+    for samples in ({"work": 0, "collective": 60}, {"work": 58, "collective": 2}):
+        watched = watchdog(tmp_path)
+        watched._samples = samples
+        shares.append(watched.work_share() or 0.0)
+    assert [rank for rank, _ in slow_ranks([share * 6.6 for share in shares])] == [1]
 
 
 def test_the_line_of_a_slow_rank_says_what_was_measured() -> None:
