@@ -21,6 +21,7 @@ from rm_scale.data.message_content import (
 from rm_scale.data.preference_group import Message, Text
 from rm_scale.data.raw_texts import complete_conversation
 from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.template_limits import limit_chat_templates
 from rm_scale.data.template_probe import TemplateFacts, after_question, answer, probe_template, question
 from rm_scale.errors import ModelError
 
@@ -177,6 +178,7 @@ class TextRenderer:
     def _facts(self, template: str) -> TemplateFacts:
         """Return what probes of a template have shown; it is tried once."""
         if template not in self._known:
+            limit_chat_templates()
             render = partial(self._try, template)
             bos = self.tokenizer.bos_token
             self._known[template] = probe_template(
