@@ -104,7 +104,9 @@ def _add_curves(parser: argparse.ArgumentParser) -> None:
     curves.add_argument("--curves", metavar="FILE.json", help="expected reward and KL of best-of-n for n = 1, 2, ...")
     curves.add_argument("--curves_page", metavar="FILE.html", help="the same, drawn")
     curves.add_argument("--gold_column", metavar="COLUMN", help="a second, trusted score of each completion")
-    curves.add_argument("--max_n", type=int, metavar="N", help="largest n (default: completions of most prompts)")
+    curves.add_argument(
+        "--max_n", type=int, metavar="N", help="largest n (default: up to 1000, as many as most prompts have)"
+    )
     curves.add_argument("--num_resamples", type=int, default=1000, help="bootstrap resamples of the prompts")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,10 @@ _NORMAL_QUANTILE_95 = 1.959963984540054
 # Above this the percentiles of a resampled mean are those of a normal distribution to well below the band's width.
 _MOST_RESAMPLED_PROMPTS = 5000
 _RESAMPLE_CHUNK = 50
+_LARGEST_MATRIX = 4_000_000
+MOST_POINTS = 1000
+"""Largest n that is drawn unless one is asked for."""
+
 KL_NOTE = (
     "log n - (n-1)/n nats, per prompt: exact in the limit of many different completions without ties (Stiennon et al. "
     "2020); in general an upper bound, and far too high where a prompt has few different completions (Beirami et al. "
@@ -37,24 +41,29 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-@functools.lru_cache(maxsize=64)
-def subset_weights(num_samples: int, max_n: int) -> Array:
-    """Return how often each sample is the best of a subset.
+def weight_rows(num_samples: int, max_n: int) -> Iterator[Array]:
+    """Yield how often each sample is the best of a subset of n, for n = 1..max_n.
 
     Args:
         num_samples: K.
         max_n: largest subset, at most K.
 
-    Returns:
-        `(max_n, K)`: row n - 1 holds C(i-1, n-1) / C(K, n) for i = 1..K, samples in ascending order. Rows sum to 1.
+    Yields:
+        `(K,)`: C(i-1, n-1) / C(K, n) for i = 1..K, samples in ascending order; the sum is 1.
     """
     assert 1 <= max_n <= num_samples
-    weights = np.zeros((max_n, num_samples))
+    place = np.arange(1, num_samples + 1, dtype=np.float64)
+    weights: Array = np.full(num_samples, 1 / num_samples)
     for n in range(1, max_n + 1):
-        # Quotients of whole numbers, so that they are rounded once however large the binomials are.
-        subsets = math.comb(num_samples, n)
-        weights[n - 1] = [math.comb(i - 1, n - 1) / subsets for i in range(1, num_samples + 1)]
-    return weights
+        yield weights
+        # The quotient of a row and the one before it: binomials of thousands of samples have thousands of digits.
+        if n < num_samples:
+            weights = weights * ((n + 1) / n) * (np.maximum(place - n, 0) / (num_samples - n))
+
+
+@functools.lru_cache(maxsize=8)
+def _weight_matrix(num_samples: int, max_n: int) -> Array:
+    return np.stack(list(weight_rows(num_samples, max_n)))
 
 
 def expected_best(scores: Sequence[float] | Array, max_n: int, values: Sequence[float] | Array | None = None) -> Array:
@@ -70,7 +79,9 @@ def expected_best(scores: Sequence[float] | Array, max_n: int, values: Sequence[
     order = np.argsort(np.asarray(scores, dtype=np.float64), kind="stable")
     ascending = np.asarray(scores, dtype=np.float64)[order]
     worth = ascending if values is None else _mean_over_ties(ascending, np.asarray(values, dtype=np.float64)[order])
-    expected: Array = subset_weights(len(ascending), max_n) @ worth
+    if len(ascending) * max_n > _LARGEST_MATRIX:
+        return np.array([row @ worth for row in weight_rows(len(ascending), max_n)])
+    expected: Array = _weight_matrix(len(ascending), max_n) @ worth
     return expected
 
 
@@ -228,12 +239,12 @@ class CurveSamples:
         """Estimate the curves.
 
         Args:
-            max_n: largest n; default the number of completions that most prompts have. Prompts with fewer are left out
-                at every n, so that all points speak of the same prompts.
+            max_n: largest n; default the number of completions that most prompts have, at most `MOST_POINTS`. Prompts
+                with fewer are left out at every n, so that all points speak of the same prompts.
             num_resamples: of the bootstrap.
             seed: of the bootstrap.
         """
-        max_n = max_n or self.usual_size()
+        max_n = max_n or min(self.usual_size(), MOST_POINTS)
         used = [number for number, group in enumerate(self.scores) if len(group) >= max_n > 0]
         left_out = dict(self.left_out)
         if len(used) < len(self.scores):

@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from rm_scale.data.conversations import message_text
+from rm_scale.data.encoded_rows import MAX_RESPONSES
 from rm_scale.inference.ranking.rank_candidates import RankedGroup
 from rm_scale.inference.ranking.selection import Selected, Selection
 
@@ -24,6 +25,8 @@ def preference_pairs(ranked: RankedGroup, how: Selection) -> Selected:
         return Selected([], "equal_scores")
     no_pairs = Counter(reason for position in distinct if (reason := _unfit(ranked, position)) is not None)
     filled = [position for position in distinct if _unfit(ranked, position) is None]
+    if how.pairs == "all" and len(filled) > MAX_RESPONSES:
+        return Selected([], "too_many_completions", no_pairs)
     choice = _choose_pairs(ranked, filled, how)
     if choice is None:
         return Selected([], "tied", no_pairs)

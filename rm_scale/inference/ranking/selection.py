@@ -26,6 +26,7 @@ LEFT_OUT_REASONS = {
     "equal_scores": "all completions of the prompt have the same score",
     "tied": "the choice falls between completions of equal score, and --ties skip leaves such prompts out",
     "below_min_score": "the best completion scores less than --min_score",
+    "too_many_completions": "more than 1,000 completions: all their pairs would be half a million and more",
     "no_pair": "no comparison gave a pair; see the reasons for that",
 }
 NO_PAIR_REASONS = {

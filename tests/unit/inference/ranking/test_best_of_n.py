@@ -15,7 +15,7 @@ from rm_scale.inference.ranking.best_of_n import (
     expected_best,
     kl_bound,
     mean_interval,
-    subset_weights,
+    weight_rows,
 )
 
 
@@ -72,10 +72,24 @@ def test_estimate_is_unbiased_where_the_truth_is_known() -> None:
     assert (np.abs(curves.mean(axis=0) - truth) < 4 * error).all()
 
 
-def test_weights_stay_exact_for_many_samples() -> None:
-    weights = subset_weights(1500, 40)
-    assert weights.sum(axis=1) == pytest.approx(np.ones(40), abs=1e-9)
-    assert weights[39, 1499] == pytest.approx(40 / 1500)
+@pytest.mark.parametrize(("num_samples", "max_n"), [(7, 7), (64, 64), (300, 300), (1500, 40)])
+def test_weights_are_the_quotients_of_whole_numbers(num_samples: int, max_n: int) -> None:
+    for n, row in enumerate(weight_rows(num_samples, max_n), start=1):
+        subsets = math.comb(num_samples, n)
+        exact = [math.comb(i - 1, n - 1) / subsets for i in range(1, num_samples + 1)]
+        assert row == pytest.approx(np.array(exact), rel=1e-11, abs=1e-300)
+
+
+def test_thousands_of_samples_have_a_curve_of_a_thousand_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these took minutes, or more memory than there is."""
+    samples = CurveSamples()
+    samples.add(list(range(20_000)), None)
+    points = samples.curves().points
+    assert len(points) == 1000 and points[-1].reward == pytest.approx(20_001 * 1000 / 1001 - 1)
+    scores = list(np.random.default_rng(0).random(50))
+    by_matrix = expected_best(scores, 50)
+    monkeypatch.setattr("rm_scale.inference.ranking.best_of_n._LARGEST_MATRIX", 0)
+    assert expected_best(scores, 50) == pytest.approx(by_matrix, rel=1e-12)
 
 
 def test_kl_formula_is_that_of_the_best_of_n_of_many_distinct_samples() -> None:

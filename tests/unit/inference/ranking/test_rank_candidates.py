@@ -110,6 +110,9 @@ def test_pair_rules() -> None:
     assert [row["margin"] for row in found.rows] == [2.0, 2.0, 3.0]
     assert found.no_pairs == {"tie": 1, "below_min_margin": 2}
     assert select(group, Selection("pairs", min_margin=9.0)).left_out == "no_pair"
+    many = ranked([float(n) for n in range(1001)], [str(n) for n in range(1001)])
+    assert select(many, Selection("pairs", pairs="all")).left_out == "too_many_completions"
+    assert len(select(many, Selection("pairs", pairs="adjacent")).rows) == 1000
     renamed = select(group, Selection("pairs", margin_column="gap")).rows[0]
     assert renamed["gap"] == 3.0 and "margin" not in renamed
 
