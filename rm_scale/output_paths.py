@@ -45,7 +45,7 @@ def file_problem(
         path: the file.
         overwrite: the user asked for it to be replaced.
         read: files and folders that the command reads. They are never written over, even when asked: a file that is
-            in one of these folders already is part of a model or a run.
+            in one of these folders already is part of a model or a run. See `all_that_is_read`.
         ours: tells a file that may be replaced without being asked, wherever it lies: our own earlier one.
     """
     path = Path(path).expanduser()
@@ -59,11 +59,50 @@ def file_problem(
         return f"{name}: is a device or a pipe, not a file. Fix: another name."
     if ours is not None and ours(path):
         return None
-    for place in map(Path, read):
+    for place in all_that_is_read(read):
         if is_within(path, place):
             what = f"is a file of {place}, which is read here" if place.is_dir() else "is the input"
             return f"{name}: {what}; it is not written over. Fix: another name."
     return None if overwrite else f"{name}: exists. Fix: another name, or --overwrite."
+
+
+def all_that_is_read(given: Iterable[str | Path]) -> list[Path]:
+    """Return files and folders that are named, and what belongs to each.
+
+    The records, a checkpoint or the merged model of a run stand for all of the run, an adapter also for its base.
+    """
+    found: list[Path] = []
+    waiting = [Path(place).expanduser() for place in given]
+    while waiting:
+        place = waiting.pop(0)
+        if place not in found:
+            found.append(place)
+            waiting += _belonging_to(place)
+    return found
+
+
+_PART_OF_A_RUN = re.compile(r"run|merged|(unverified-)?checkpoint-\d+|later-checkpoint-\d+-[0-9a-f]{8}")
+_NAMES_A_BASE = (("adapter_config.json", "base_model_name_or_path"), ("scoring_contract.json", "base_model"))
+
+
+def _belonging_to(folder: Path) -> list[Path]:
+    """Return the run whose part a folder is, and the local base of the adapter that it holds."""
+    if not folder.is_dir():
+        return []
+    real = folder.resolve()
+    found = [real.parent] if _PART_OF_A_RUN.fullmatch(real.name) and _is_run(real.parent) else []
+    if (folder / "adapter_config.json").is_file():
+        for file, key in _NAMES_A_BASE:
+            base = read_json_object(folder / file).get(key)
+            name = base.get("name") if isinstance(base, dict) else base
+            if isinstance(name, str) and name and Path(name).expanduser().is_dir():
+                found.append(Path(name).expanduser())
+    return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's output directory: it holds the run's records, or a model with its contract."""
+    return (folder / "run" / "run_config.yaml").is_file() or (folder / "scoring_contract.json").is_file()
 
 
 def is_within(path: str | Path, place: str | Path) -> bool:

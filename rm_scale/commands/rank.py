@@ -163,7 +163,7 @@ def _output_problems(options: argparse.Namespace) -> Iterator[str]:
     given = [options.output, options.summary, options.curves, options.curves_page]
     # What was left out is listed beside the output.
     paths = [*(name for name in given if name is not None), f"{options.output}.left_out.jsonl"]
-    read = [name for name in (options.input, options.model) if name is not None]
+    read = [name for name in (options.input, options.model, options.chat_template_path) if name is not None]
     for name in paths:
         problem = file_problem(name, name, overwrite=options.overwrite, read=read)
         yield from [problem] if problem is not None else []

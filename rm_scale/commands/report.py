@@ -10,7 +10,7 @@ from pathlib import Path
 from rm_scale.errors import ConfigError
 from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
-from rm_scale.output_paths import PAGE_MARK, file_problem, is_our_page
+from rm_scale.output_paths import PAGE_MARK, all_that_is_read, file_problem, is_our_page
 
 logger = get_logger(__name__)
 
@@ -74,7 +74,8 @@ def _output_problems(options: argparse.Namespace) -> Iterator[str]:
     for name, path in (("output", options.output), ("markdown", options.markdown)):
         if path is not None:
             # A page in the run itself under the name that we give it is a page, whatever lies there.
-            inputs = [place for place in read if path.resolve() != (place / REPORT_FILE).resolve()]
+            is_page = any(path.resolve() == (place / REPORT_FILE).resolve() for place in all_that_is_read(read))
+            inputs = [place for place in read if not (is_page and place.is_dir())]
             problem = file_problem(f"{name}={path}", path, overwrite=options.overwrite, read=inputs, ours=is_our_page)
             yield from [problem] if problem is not None else []
     if options.markdown is not None and options.markdown.resolve() == options.output.resolve():

@@ -83,7 +83,7 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"max_rejected_share={options.max_rejected_share:g}: must be from 0 to 1. Fix: 0.05.")
     if not Path(options.input).exists():
         problems.append(f"input={options.input}: there is no such file. Fix: give a file with rows to score.")
-    read = [options.input, *options.model]
+    read = [options.input, *options.model, *([options.chat_template_path] if options.chat_template_path else [])]
     problem = file_problem(f"output={options.output}", options.output, overwrite=options.overwrite, read=read)
     problems += [problem] if problem is not None else []
     if problems:

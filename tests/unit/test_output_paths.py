@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -83,6 +84,34 @@ def test_a_report_replaces_reports_alone(full_run: Path, tmp_path: Path, capsys:
     assert main(["report", str(full_run), "--output", str(mine)]) == 0, "our own page, once more"
 
 
+def test_a_part_of_a_run_stands_for_all_of_it(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(full_run)
+    for name in ("model.safetensors", "scoring_contract.json", "run/metrics.jsonl"):
+        words = ["report", str(full_run / "run"), "--output", str(full_run / name), "--overwrite"]
+        assert main(words) == 2
+        assert "which is read here; it is not written over" in capsys.readouterr().err
+    assert tree(full_run) == before
+
+
+def test_what_belongs_to_what_is_read(run_folder: Path, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter, run_folder / "checkpoint-6", run_folder / "merged", tmp_path / "checkpoint-1"):
+        folder.mkdir()
+    (base / "config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (tmp_path / "best").symlink_to(run_folder / "checkpoint-6")
+    for part in (*(run_folder / name for name in ("run", "checkpoint-6", "merged")), tmp_path / "best"):
+        assert "is a file of" in str(
+            file_problem("o", run_folder / "scoring_contract.json", overwrite=True, read=[part])
+        )
+    assert f"is a file of {base}" in str(file_problem("o", base / "config.json", overwrite=True, read=[adapter]))
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "scoring_contract.json").write_text(json.dumps({"base_model": {"name": str(run_folder / "merged")}}))
+    assert "is a file of" in str(file_problem("o", run_folder / "config.json", overwrite=True, read=[adapter]))
+    (tmp_path / "mine.json").write_text("x")
+    assert file_problem("o", tmp_path / "mine.json", overwrite=True, read=[tmp_path / "checkpoint-1"]) is None
+
+
 def test_predictions_replace_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rm_scale.planning.published.predict import COLUMNS
 
@@ -105,6 +134,16 @@ def test_rank_keeps_the_model_s_files_and_lists_of_what_was_left_out(
     before = tree(tmp_path)
     assert main([*words, "--summary", str(run_folder / "config.json"), "--overwrite"]) == 2
     assert "config.json: is a file of" in capsys.readouterr().err
+    (run_folder / "checkpoint-6").mkdir()
+    part = [*words[:2], str(run_folder / "checkpoint-6"), *words[3:], "--overwrite"]
+    assert main([*part, "--summary", str(run_folder / "scoring_contract.json")]) == 2
+    assert "scoring_contract.json: is a file of" in capsys.readouterr().err
+    template = tmp_path / "template.jinja"
+    template.write_text("x")
+    assert main([*words, "--chat_template_path", str(template), "--summary", str(template), "--overwrite"]) == 2
+    assert "template.jinja: is the input" in capsys.readouterr().err
+    (run_folder / "checkpoint-6").rmdir()
+    template.unlink()
     assert main([*words, "--curves", out]) == 2
     assert "out.jsonl: two results would be written to it" in capsys.readouterr().err
     assert main([*words[:-1], str(tmp_path / "in.jsonl"), "--overwrite"]) == 2
