@@ -10,7 +10,8 @@ Formats and the columns they read (further columns are ignored and named in a lo
 * `ranked`: `prompt`, `responses` (or `completions`), and `ranks` (smallest is best) or `scores` (highest is best).
 * `soft_label`: `prompt`, two responses (`chosen` and `rejected`, `response_0` and `response_1`, or `response_a` and
   `response_b`), and the probability that the first is better: `soft_label`, `chosen_probability` or
-  `preference_probability`; or `better_response_id`, the number (0 or 1) of the better one, which is no soft label.
+  `preference_probability`; or `better_response_id`, the number (0 or 1) of the better one of `response_0` and
+  `response_1`, or of `response_a` and `response_b`, which is no soft label.
 
 Pair formats also read an optional `margin` (a number >= 0), and every format `id` and the subset column. The columns
 `score_chosen` and `score_rejected` are never turned into a margin: only the user knows whether their scale is one.
@@ -230,19 +231,22 @@ def _read_conversational(row: Row) -> PreferenceGroup:
 def _read_ranked(row: Row) -> PreferenceGroup:
     column = first_present(row, RESPONSE_LIST_COLUMNS)
     responses = row[column]
+    other = row.get(RESPONSE_LIST_COLUMNS[1])
+    if other is not None and other != responses:
+        names = " and ".join(RESPONSE_LIST_COLUMNS)
+        raise RejectedRow("bad_label", f"{names} differ, and the label orders one of them. Fix: --ignore_columns NAME")
     if not isinstance(responses, list):
         raise RejectedRow("wrong_type", f"{column} is {kind_name(responses)}, not a list of responses")
     if len(responses) < 2:
         raise RejectedRow("no_preference", f"{column} has {len(responses)} element(s), not 2 or more")
     prompt, parts = _prompt_and_responses(row, responses, column)
     ranks = rank_values(row, len(parts))
+    _refuse_other_order(row, ranks)
     return PreferenceGroup(prompt, tuple(parts), ranks, tools=read_tools(row))
 
 
 def _read_soft_label(row: Row) -> PreferenceGroup:
-    names = next((pair for pair in PAIR_COLUMNS if all(row.get(name) is not None for name in pair)), None)
-    if names is None:
-        raise RejectedRow("missing_key", f"no two responses, e.g. {PAIR_COLUMNS[0]} or {PAIR_COLUMNS[1]}")
+    names = _response_pair(row)
     column = first_present(row, (*SOFT_LABEL_COLUMNS, BETTER_COLUMN))
     if column == BETTER_COLUMN:
         prompt, parts = _prompt_and_responses(row, [row[name] for name in names], " and ".join(names))
@@ -250,9 +254,68 @@ def _read_soft_label(row: Row) -> PreferenceGroup:
     probability = number_value(row[column], column)
     if not 0 <= probability <= 1:
         raise RejectedRow("bad_label", f"{column}={probability} is not a probability in [0, 1]")
+    _refuse_other_labels(row, column, probability)
     prompt, parts = _prompt_and_responses(row, [row[name] for name in names], " and ".join(names))
     ranks = (0, 0) if probability == 0.5 else (0, 1) if probability > 0.5 else (1, 0)
     return PreferenceGroup(prompt, tuple(parts), ranks, soft_label=probability, tools=read_tools(row))
+
+
+def _response_pair(row: Row) -> tuple[str, str]:
+    """Return the columns of the two responses that the label of a row speaks of.
+
+    Raises:
+        RejectedRow: there is no such pair, or there are several; or the number of the better response stands beside
+            `chosen` and `rejected`, which have no numbers: it was made for other columns.
+    """
+    pairs = [pair for pair in PAIR_COLUMNS if all(row.get(name) is not None for name in pair)]
+    if not pairs:
+        raise RejectedRow("missing_key", f"no two responses, e.g. {PAIR_COLUMNS[0]} or {PAIR_COLUMNS[1]}")
+    if len(pairs) > 1:
+        seen = ", and ".join(" and ".join(pair) for pair in pairs)
+        raise RejectedRow(
+            "bad_label",
+            f"which responses the label speaks of can't be told: the row has {seen}. Fix: --ignore_columns "
+            f"{' '.join(pairs[0])}, or those of the other pair and of its label",
+        )
+    if pairs[0] == PAIR_COLUMNS[0] and row.get(BETTER_COLUMN) is not None:
+        raise RejectedRow(
+            "bad_label",
+            f"{BETTER_COLUMN} numbers response_0 and response_1 (or _a and _b), and the row has chosen and rejected. "
+            f"Fix: --ignore_columns {BETTER_COLUMN}, or rename these two",
+        )
+    return pairs[0]
+
+
+def _refuse_other_labels(row: Row, column: str, probability: float) -> None:
+    """Refuse a row whose further columns with labels say something else than the one that is read."""
+    for name in SOFT_LABEL_COLUMNS:
+        if row.get(name) is not None and number_value(row[name], name) != probability:
+            raise _two_labels(row, column, name)
+    if row.get(BETTER_COLUMN) is not None:
+        first_is_better = _ranks_of_better(row[BETTER_COLUMN]) == (0, 1)
+        if probability != 0.5 and (probability > 0.5) != first_is_better:
+            raise _two_labels(row, column, BETTER_COLUMN)
+
+
+def _refuse_other_order(row: Row, ranks: Sequence[int]) -> None:
+    """Refuse a row whose `scores` order the responses in another way than its `ranks`; ties may be broken by one."""
+    if row.get("ranks") is None or row.get("scores") is None:
+        return
+    try:
+        others = rank_values({"scores": row["scores"]}, len(ranks))
+    except RejectedRow:
+        return  # they are no labels of these responses
+    in_order = [other for _, other in sorted(zip(ranks, others, strict=True))]
+    if in_order != sorted(in_order):
+        raise _two_labels(row, "ranks", "scores")
+
+
+def _two_labels(row: Row, first: str, second: str) -> RejectedRow:
+    return RejectedRow(
+        "bad_label",
+        f"{first} {str(row[first])[:40]} and {second} {str(row[second])[:40]} say different things. Fix: "
+        f"--ignore_columns {second}, or {first}",
+    )
 
 
 def _ranks_of_better(value: Any) -> tuple[int, int]:

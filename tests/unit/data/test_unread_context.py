@@ -206,7 +206,40 @@ def test_the_number_of_the_better_response_is_no_soft_label(value: Any, ranks: t
 @pytest.mark.parametrize("value", [2, -1, True, "a", 0.5])
 def test_other_numbers_of_the_better_response_are_refused(value: Any) -> None:
     with pytest.raises(RejectedRow, match=r"bad_label: better_response_id=.* is neither 0 nor 1"):
-        RowReader("soft_label").read({"prompt": "p", "chosen": "a", "rejected": "b", "better_response_id": value}, 0)
+        row = {"prompt": "p", "response_a": "a", "response_b": "b", "better_response_id": value}
+        RowReader("soft_label").read(row, 0)
+
+
+TWO = {"prompt": "P ", "response_0": "bad", "response_1": "good"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({**TWO, "chosen": "good", "rejected": "bad", "better_response_id": 1}, "chosen and rejected, and response_0"),
+        ({**TWO, "chosen": "good", "rejected": "bad", "soft_label": 0.9}, "which responses the label speaks of can't"),
+        ({"prompt": "P ", "chosen": "good", "rejected": "bad", "better_response_id": 1}, "numbers response_0 and resp"),
+        ({**TWO, "soft_label": 0.9, "better_response_id": 1}, "soft_label 0.9 and better_response_id 1 say different"),
+        ({**TWO, "soft_label": 0.9, "chosen_probability": 0.2}, "soft_label 0.9 and chosen_probability 0.2 say"),
+        ({"prompt": "P ", "responses": ["a", "b"], "ranks": [0, 1], "scores": [1, 2]}, r"ranks \[0, 1\] and scores"),
+        ({"prompt": "P ", "responses": ["a", "b"], "completions": ["b", "a"], "ranks": [0, 1]}, "completions differ"),
+    ],
+)
+def test_labels_that_may_speak_of_other_responses_are_refused(row: dict[str, Any], words: str) -> None:
+    verdict = choose_format("auto", list(row), [row], "f", "subset")
+    with pytest.raises(RejectedRow, match=f"bad_label: .*{words}.*--ignore_columns"):
+        RowReader(verdict.name).read(row, 0)
+
+
+def test_labels_that_agree_are_read() -> None:
+    for value, soft in ((0.9, 0), (0.2, 1), (0.5, 1)):
+        (group,) = read([{**TWO, "soft_label": value, "chosen_probability": value, "better_response_id": soft}])
+        assert group.soft_label == value
+    (group,) = read([{"prompt": "P ", "responses": list("abc"), "ranks": [0, 1, 2], "scores": [3, 3, 1]}])
+    assert group.ranks == (0, 1, 2)
+    inverted = {**TWO, "chosen": "good", "rejected": "bad", "better_response_id": 1}
+    (group,) = read([inverted], ignore_columns=["better_response_id", "response_0", "response_1"])
+    assert (group.responses, group.ranks) == (("good", "bad"), (0, 1))
 
 
 def test_no_advice_turns_labels_round() -> None:
