@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rm_scale.data.preference_group import Message
@@ -116,7 +117,9 @@ def _as_text(arguments: Any) -> Any:
 # --- What a rendering left out ---------------------------------------------------------------------------------------
 
 
-def find_lost_message(messages: Sequence[Message], text: str, lost_roles: Collection[str] = ()) -> str | None:
+def find_lost_message(
+    messages: Sequence[Message], text: str, lost_roles: Collection[str] = (), marked: str | None = None
+) -> str | None:
     """Return which message's text or tool call is not in its rendering, or `None` if all are.
 
     Left out on purpose, and so not counted: reasoning before `</think>` and the like, white space, case, orders such as
@@ -126,6 +129,8 @@ def find_lost_message(messages: Sequence[Message], text: str, lost_roles: Collec
         messages: with text as content.
         text: what the template made of them.
         lost_roles: roles whose messages it never writes, so that a short text which occurs by chance deceives nobody.
+        marked: what it made of `with_marked_calls(messages)`, since a called name stands among the tools too; `None`
+            if it refuses those.
     """
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -133,10 +138,21 @@ def find_lost_message(messages: Sequence[Message], text: str, lost_roles: Collec
         if content and (role in lost_roles or not is_written(content, text)):
             shown = content if len(content) <= _SHOWN_CHARACTERS else content[:_SHOWN_CHARACTERS] + "..."
             return f"message {number} ({role}), {shown!r}"
-        for name in _called(message):
-            if name not in text:
-                return f"message {number} ({role}), its call of the tool {name!r}"
+        for place, function in enumerate(_called(message)):
+            lost = _lost_of_call(function, _mark(number, place), text, marked)
+            if lost:
+                return f"message {number} ({role}), {lost}"
     return None
+
+
+def _lost_of_call(function: Mapping[str, Any], mark: str, text: str, marked: str | None) -> str | None:
+    call = f"its call of the tool {function['name']!r}"
+    if marked is None:
+        return None if function["name"] in text else call
+    if mark not in marked:
+        return call
+    has_arguments = function.get("arguments") != _marked(function, mark).get("arguments")
+    return f"the arguments of {call}" if has_arguments and _argument_mark(mark) not in marked else None
 
 
 def is_written(content: str, text: str) -> bool:
@@ -160,11 +176,64 @@ def _words(text: str) -> str:
     return " ".join(_SWITCHES.sub(" ", text).casefold().split())
 
 
-def _called(message: Message) -> list[str]:
+def has_calls(messages: Sequence[Message]) -> bool:
+    """Tell whether a message calls a tool."""
+    return any(_called(message) for message in messages)
+
+
+def with_marked_calls(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose calls have names and arguments that occur nowhere else in a conversation."""
+    return [_with_marks(message, number) for number, message in enumerate(messages)]
+
+
+def _with_marks(message: Message, number: int) -> Message:
+    marks = (_mark(number, place) for place in itertools.count())
+    changed = dict(message)
     calls = message.get("tool_calls")
-    found = []
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            found.append(function["name"])
-    return found
+    if isinstance(calls, list):
+        changed["tool_calls"] = [_with_mark(call, marks) for call in calls]
+    if _is_function(message.get("function_call")):
+        changed["function_call"] = _marked(message["function_call"], next(marks))
+    return changed
+
+
+def _with_mark(call: Any, marks: Iterator[str]) -> Any:
+    function = _function_of(call)
+    if function is None:
+        return call
+    marked = _marked(function, next(marks))
+    return {**call, "function": marked} if "function" in call else marked
+
+
+def _marked(function: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """Return a call of a name, and with arguments if it has some, that are marks; in the form that they had."""
+    arguments: Any = {"marked": _argument_mark(mark)}
+    given = function.get("arguments")
+    if isinstance(given, str) and given.strip() not in {"", "{}", "null"}:
+        return {**function, "name": mark, "arguments": json.dumps(arguments)}
+    return {**function, "name": mark, **({"arguments": arguments} if given and isinstance(given, Mapping) else {})}
+
+
+def _mark(number: int, place: int) -> str:
+    return f"mark_of_call_{place}_in_message_{number}_"
+
+
+def _argument_mark(mark: str) -> str:
+    return "argument" + mark.removeprefix("mark")
+
+
+def _called(message: Message) -> list[Mapping[str, Any]]:
+    """Return name and arguments of a message's calls, those of older interfaces' `function_call` last."""
+    calls = message.get("tool_calls")
+    functions = [_function_of(call) for call in calls] if isinstance(calls, list) else []
+    older = message.get("function_call")
+    return [function for function in [*functions, older] if function is not None and _is_function(function)]
+
+
+def _function_of(call: Any) -> Mapping[str, Any] | None:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return function if _is_function(function) else None
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("name"), str)

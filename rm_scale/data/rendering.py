@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rm_scale.data.message_content import (
     find_lost_message,
+    has_calls,
     is_written,
     with_arguments,
+    with_marked_calls,
     with_plain_content,
     with_text_parts,
 )
@@ -86,10 +88,18 @@ class TextRenderer:
             response = [{"role": "assistant", "content": response}]
         messages = with_plain_content(prompt + response)
         text = self.render_messages(messages, tools)
-        lost = find_lost_message(messages, text, self._facts(self._template_for(tools)).lost_roles)
+        lost_roles = self._facts(self._template_for(tools)).lost_roles
+        marked = self._render_marked(messages, tools) if has_calls(messages) else None
+        lost = find_lost_message(messages, text, lost_roles, marked)
         if lost is not None:
             raise RejectedRow("lost_text", f"the chat template leaves out {lost}")
         return text, True
+
+    def _render_marked(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+        try:
+            return self.render_messages(with_marked_calls(messages), tools)
+        except RejectedRow:
+            return None
 
     def are_plain(self, texts: Sequence[str]) -> bool:
         """Tell whether texts hold the chat template's marks though none of them ends as the template ends them."""

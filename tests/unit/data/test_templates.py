@@ -165,6 +165,53 @@ def test_a_tool_call_and_its_result_that_the_template_leaves_out_are_refused() -
     assert refusal(encoder, USER, ANSWER, said, ANSWER).detail.endswith(f"message 2 (tool), {'x' * 60 + '...'!r}")
 
 
+@pytest.mark.parametrize("content", ["", "Let me look."])
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+def test_a_tool_call_that_is_left_out_is_refused_though_the_list_of_tools_names_it(
+    tools: list[Any] | None, content: str
+) -> None:
+    encoder = TextEncoder(tokenizer_of("lfm2"), RULES)
+    found = refusal(encoder, USER, {**CALLING, "content": content}, tools=tools)
+    assert found.detail == "the chat template leaves out message 1 (assistant), its call of the tool 'weather'"
+    asked: Message = {"role": "user", "content": 'What is the weather in Par"is in 3 days?'}
+    assert "its call of the tool 'weather'" in refusal(encoder, asked, CALLING, TOOL, ANSWER, tools=tools).detail
+
+
+def test_a_second_call_of_one_tool_that_is_left_out_is_refused() -> None:
+    """GPT-OSS writes the first call of a message alone."""
+    encoder = TextEncoder(tokenizer_of("gptoss"), RULES)
+    assert encoder.encode([USER], [CALLING], TOOLS)
+    twice = {**CALLING, "tool_calls": CALLING["tool_calls"] * 2}
+    assert "its call of the tool 'weather'" in refusal(encoder, USER, twice, tools=TOOLS).detail
+
+
+def test_arguments_of_a_call_that_are_left_out_are_refused() -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "[{{ c.function.name }}]{% endfor %}{% endfor %}"
+    )
+    encoder = TextEncoder(make_tokenizer(template), RULES)
+    found = refusal(encoder, {"role": "user", "content": json.dumps(ARGUMENTS)}, CALLING)
+    assert found.detail.endswith("message 1 (assistant), the arguments of its call of the tool 'weather'")
+    function = CALLING["tool_calls"][0]["function"]
+    for arguments in ({}, None, "{}", ""):
+        calling = {**CALLING, "tool_calls": [{"type": "function", "function": {**function, "arguments": arguments}}]}
+        assert encoder.encode([USER], [calling])
+
+
+@pytest.mark.parametrize("shape", ["qwen2_5-instruct", "llama3_1", "gptoss", "chatml"])
+def test_a_call_in_the_form_of_old_interfaces_is_refused_unless_the_template_writes_it(shape: str) -> None:
+    tokenizer = tokenizer_of(shape)
+    calling = {"role": "assistant", "content": "Wait.", "function_call": CALLING["tool_calls"][0]["function"]}
+    assert "its call of the tool 'weather'" in refusal(TextEncoder(tokenizer, RULES), USER, calling).detail
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.function_call %}"
+        "{{ m.function_call | tojson }}{% endif %}{% endfor %}"
+    )
+    written = TextEncoder(make_tokenizer(template), RULES).render([USER], [calling])
+    assert '"name": "weather"' in written
+
+
 def test_text_beside_a_tool_call_that_the_template_leaves_out_is_refused() -> None:
     """Llama 3.1 writes the call alone."""
     encoder = TextEncoder(tokenizer_of("llama3_1"), RULES)
