@@ -75,6 +75,12 @@ class RunRecords:
         return int(total) if total else None
 
     @property
+    def last_step(self) -> int:
+        """The step that the run has come to; more than the last logged one where not every step is logged."""
+        known = [*self.steps[-1:], *self.times[-1:], *self.attempts[-1:]]
+        return max((int(value_of(record, "step") or 0) for record in known), default=0)
+
+    @property
     def has_ended(self) -> bool:
         """True when the last attempt has come to an end."""
         return bool(self.attempts) and self.attempts[-1].get("event") == "end"
@@ -108,13 +114,14 @@ def value_of(record: dict[str, Any], name: str) -> float | None:
 
 def _headline(page: Page, run: RunRecords) -> None:
     last = run.steps[-1] if run.steps else {}
-    step = int(last.get("step", 0))
+    logged = int(last.get("step", 0))
+    step = run.last_step
     state = _state(run)
     total = run.total_steps
     tiles = [
         (f"{step:,}" + (f" / {total:,}" if total else ""), "step", state),
-        (number(value_of(last, "loss")), "loss", "of the last logged step"),
-        (number(value_of(last, "accuracy")), "training accuracy", "of the last logged steps"),
+        (number(value_of(last, "loss")), "loss", f"logged at step {logged:,}" if run.steps else "not logged yet"),
+        (number(value_of(last, "accuracy")), "training accuracy", "of the steps logged there"),
         (number(value_of(last, "pairs_per_second"), 3), "pairs/s", "all ranks"),
     ]
     if run.evaluation:

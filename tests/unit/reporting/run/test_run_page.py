@@ -61,6 +61,17 @@ def test_a_run_that_has_just_begun(run: Path) -> None:
     assert "No step has been logged yet." in html and "not begun" in html
 
 
+def test_the_step_is_the_runs_and_not_that_of_the_last_log_line(run: Path) -> None:
+    """With `logging_steps` above the run's steps only the first is logged: 1 of 8 steps, said of a finished run."""
+    metrics = run / "run" / "metrics.jsonl"
+    first = next(line for line in metrics.read_text().splitlines() if '"loss"' in line)
+    metrics.write_text(first + "\n")
+    records = RunRecords(run)
+    assert records.last_step == records.total_steps
+    assert f"<b>{records.total_steps} / {records.total_steps}</b>step" in build_run_page(records).html()
+    assert "logged at step 1<" in build_run_page(records).html()
+
+
 def test_restarts_are_shown(run: Path) -> None:
     with (run / "run" / "attempts.jsonl").open("a") as file:
         for event in (
