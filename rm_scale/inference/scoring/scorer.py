@@ -23,6 +23,7 @@ from rm_scale.inference.model_folder import (
     require_template,
 )
 from rm_scale.inference.scoring.encode_completions import encode_completions, read_completions
+from rm_scale.inference.scoring.golden_check import check_golden_scores, require_golden_tokens
 from rm_scale.logs import get_logger
 from rm_scale.modeling.known_scores import KnownScores
 from rm_scale.modeling.loading import load_reward_model
@@ -74,6 +75,7 @@ class RewardScorer:
         chat_template: str | None = None,
         force_template: bool = False,
         allow_missing_contract: bool = False,
+        check_scores: bool = True,
     ) -> RewardScorer:
         """Load a run's output directory, an export, or a hub name.
 
@@ -87,10 +89,12 @@ class RewardScorer:
             chat_template: Jinja text to render conversations with; must be the contract's own.
             force_template: take another template than the contract's all the same.
             allow_missing_contract: score with a plain transformers reward model, by its tokenizer and config alone.
+            check_scores: score the contract's golden texts, a few short ones, and refuse a model that does not give
+                their scores.
 
         Raises:
             ModelError: the folder does not hold a reward model; or not its contract, and that was not allowed; or the
-                template is another one.
+                template is another one; or the golden scores are not found again.
         """
         folder = local_folder(folder)
         require_reward_model(folder)
@@ -110,7 +114,11 @@ class RewardScorer:
             _give_padding(model, contract)
         if dtype is None:
             _warn_of_precision(folder, contract, str(next(model.parameters()).dtype).removeprefix("torch."))
-        return cls(model, tokenizer, contract, device, _enable_packing(model, device, packed))
+        require_golden_tokens(contract, model.get_input_embeddings().num_embeddings, str(folder))
+        scorer = cls(model, tokenizer, contract, device, _enable_packing(model, device, packed))
+        if check_scores:
+            check_golden_scores(scorer, str(folder))
+        return scorer
 
     # --- Texts -------------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
 from fastapi import Request
 
 from rm_scale.data.encoding import unscorable_text
 from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.inference.scoring.golden_check import check_golden_scores
 from rm_scale.inference.scoring.row_files import Scorable
 from rm_scale.inference.scoring.scorer import RewardScorer, prompt_keys
 from rm_scale.inference.server.batcher import Batcher
@@ -21,8 +21,6 @@ from rm_scale.inference.server.middleware import Admission
 from rm_scale.inference.server.prometheus_metrics import Metrics
 from rm_scale.inference.server.request_limits import Refused, late_answer, require_few_texts
 from rm_scale.inference.server.server_options import ServerOptions
-from rm_scale.modeling.golden_scores import allowed_drift
-from rm_scale.modeling.token_scores import as_in_training
 
 
 class Service:
@@ -51,18 +49,11 @@ class Service:
         """Start scoring, and check that the model returns its golden scores.
 
         Raises:
-            RuntimeError: it doesn't.
+            ModelError: it doesn't.
         """
         if self.scores_in_thread:
             self.batcher.start()
-        golden = self.scorer.contract.golden_scores
-        with as_in_training(self.scorer.contract, torch.device(self.scorer.device).type, self.dtype):
-            found = self.scorer.score_tokens([score.input_ids for score in golden])
-        contract = self.scorer.contract
-        allowed = max(allowed_drift(contract, kind) for kind in (contract.dtype, contract.compute_dtype, self.dtype))
-        worst = max((abs(a - b.score) for a, b in zip(found, golden, strict=True)), default=0.0)
-        if not worst <= allowed:
-            raise RuntimeError(f"the model does not give its golden scores (off by {worst:.3g}): not served")
+        check_golden_scores(self.scorer, self.name)
         self.ready = True
 
     @property
