@@ -85,11 +85,58 @@ def test_what_is_repeated_or_empty_or_a_label_is_no_loss(others: dict[str, Any])
     )
 
 
+CONTEXT = """
+    instruction Question userPrompt system_prompt chat-history image documents contexts passages dialogs message turn
+    article post story stories background premise persona developer functions function tool tool_definitions user
+    request user_message task systemprompt image_url image_path video_urls source_document model_input queries
+"""
+LABELS = """
+    prompt_id question_type systems chosen_score answer text n_turns title source topic model code document_url
+    question_source input_model num_images image_id message_length user_id post_id error_message task_type
+"""
+
+
 def test_names_of_context() -> None:
-    for name in ("instruction", "Question", "userPrompt", "system_prompt", "chat-history", "image"):
-        assert holds_context(name), name
-    for name in ("prompt_id", "question_type", "systems", "chosen_score", "answer", "text", "n_turns"):
-        assert not holds_context(name), name
+    assert [name for name in CONTEXT.split() if not holds_context(name)] == []
+    assert [name for name in LABELS.split() if holds_context(name)] == []
+
+
+@pytest.mark.parametrize("name", ["task", "user", "turn", "tool", "request", "post", "developer"])
+def test_a_vague_name_holds_context_when_its_text_has_words(name: str) -> None:
+    assert len(read([{**PAIR, name: "qa"}])) == 1, "a kind, or a person"
+    with pytest.raises(DataError, match=f"{name} would not be part of what is trained on"):
+        read([{**PAIR, name: "Answer as a pirate would."}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "context"),
+    [
+        ("Add 15 to the input. ", "5"),
+        ("Add 5 to the input. ", "5"),
+        ("Is the carpet farther away? ", "the car"),
+        ("Is it far? ", "Yes"),  # a response begins so
+        ("Is it far? ", "Yes, it is."),
+    ],
+)
+def test_context_that_occurs_by_chance_is_not_read(prompt: str, context: str) -> None:
+    with pytest.raises(DataError, match="input would not be part of what is trained on"):
+        read([{**PAIR, "prompt": prompt, "input": context}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "context"),
+    [
+        ("Add one.\n### Input:\n5\n### Response:\n", "5"),
+        ("<user>Why?</user>", "Why?"),
+        ("Question: Why?\nAnswer:", "Why?"),
+        ("Q: Where is it?\nA: There.\nQ: Is it far? ", [["Where is it?", "There."], ["Is it  far?"]]),
+        ("请问今天天气怎么样?", "今天天气怎么样"),
+        ("Is it far? ", "Is it far? No."),  # the chosen conversation in one text
+        ("Is it far? ", json.dumps([USER, GOOD])),
+    ],
+)
+def test_context_that_the_prompt_holds_is_read(prompt: str, context: Any) -> None:
+    assert len(read([{**PAIR, "prompt": prompt, "input": context}])) == 1
 
 
 def test_a_later_row_with_context_is_refused_by_itself() -> None:
