@@ -27,7 +27,14 @@ TOLERANCE = 0.20
 WARM_UP_STEPS = 1
 """Steps that don't count: kernels are compiled and memory is taken in them."""
 
-_UNCERTAIN = ("activations", "gathered_weights", "communication_buffers", "optimizer_step", "framework")
+_UNCERTAIN = {
+    "activations": "activations",
+    "gathered_weights": "gathered weights",
+    "communication_buffers": "communication buffers",
+    "optimizer_step": "the optimizer's temporaries",
+    "framework": "what the libraries take",
+}
+"""The parts of a prediction that are estimates, in words."""
 
 
 class PlanCheck(TrainerCallback):
@@ -153,8 +160,9 @@ def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed
     deviation = peak / predicted.peak_memory_bytes - 1
     if abs(deviation) > TOLERANCE:
         record["warnings"].append(
-            f"peak memory {peak / 1e9:.2f} GB is {deviation:+.0%} off the {predicted.peak_memory_bytes / 1e9:.2f} GB "
-            f"predicted; most likely wrong: {_uncertain_part(predicted)}"
+            f"peak memory was {peak / 1e9:.2f} GB, {_more_or_less(deviation)} than the "
+            f"{predicted.peak_memory_bytes / 1e9:.2f} GB predicted; the part of the prediction most likely wrong: "
+            f"{_uncertain_part(predicted)}"
         )
     if knows_speed and seconds:
         record["warnings"] += _time_warnings(predicted, median(seconds))
@@ -165,7 +173,11 @@ def _uncertain_part(predicted: Estimate) -> str:
     """Return the largest part of the prediction that is an estimate, with its size."""
     parts = {name: predicted.memory.get(name, 0) for name in _UNCERTAIN}
     name = max(parts, key=lambda part: parts[part])
-    return f"{name} ({parts[name] / 1e9:.2f} GB)"
+    return f"{_UNCERTAIN[name]} ({parts[name] / 1e9:.2f} GB)"
+
+
+def _more_or_less(deviation: float) -> str:
+    return f"{abs(deviation):.0%} {'more' if deviation > 0 else 'less'}"
 
 
 def _time_warnings(predicted: Estimate, measured: float) -> list[str]:
@@ -177,8 +189,8 @@ def _time_warnings(predicted: Estimate, measured: float) -> list[str]:
     device = predicted.scenario.device
     term = "step_efficiency or matmul_flops" if predicted.time.bound_by == "compute" else "node_bandwidth"
     return [
-        f"a step takes {measured:.3g} s, {deviation:+.0%} off the {low:.3g} to {high:.3g} s predicted; most likely "
-        f"wrong: {term} of {device.name} (rm-scale bench hardware measures this machine)"
+        f"a step took {measured:.3g} s, {_more_or_less(deviation)} than the {low:.3g} to {high:.3g} s predicted; most "
+        f"likely wrong: {term} of {device.name} (rm-scale bench hardware measures this machine)"
     ]
 
 

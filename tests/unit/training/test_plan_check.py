@@ -32,8 +32,8 @@ def test_deviations_name_the_likely_term() -> None:
     plan = predicted()
     record = comparison(plan, 2 * plan.peak_memory_bytes, [plan.time.high * 1.5], knows_speed=True)
     memory, step = record["warnings"]
-    assert "+100% off" in memory and "most likely wrong: " in memory
-    assert "+50% off" in step and "of h100-80g" in step
+    assert "100% more than" in memory and "most likely wrong: " in memory
+    assert "50% more than" in step and "of h100-80g" in step
     slow = replace(plan, time=replace(plan.time, communication=plan.time.compute * 3))
     (step,) = comparison(slow, slow.peak_memory_bytes, [slow.time.high * 2], knows_speed=True)["warnings"]
     assert "node_bandwidth" in step
