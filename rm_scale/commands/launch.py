@@ -17,7 +17,7 @@ TAKES_SETTINGS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rm-scale launch`."""
     run = parser.add_argument_group("run")
-    run.add_argument("--tier", help="1b, 3b, 7b or 13b: its model, unless model_name_or_path is given")
+    run.add_argument("--tier", help="1b, 3b, 7b or 13b: its model, unless the settings name one of that size")
     run.add_argument("--dry_run", action="store_true", help="plan, check, print the command, and stop")
     run.add_argument("--force", action="append", default=[], help="plan: start although it doesn't fit")
     run.add_argument("--auto_batch", action="store_true", help="find the largest row by trying, from the plan's on")

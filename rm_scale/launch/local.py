@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rm_scale.launch.auto_batch import auto_batch
 from rm_scale.launch.deepspeed_command import launch_command
 from rm_scale.launch.machine import find_machine
-from rm_scale.launch.planned_run import plan_run, refuse_what_does_not_fit
+from rm_scale.launch.planned_run import plan_run, refuse_another_size, refuse_what_does_not_fit
 
 
 def start_run(options: argparse.Namespace, settings: list[str]) -> int:
@@ -22,6 +22,7 @@ def start_run(options: argparse.Namespace, settings: list[str]) -> int:
     """
     machine = find_machine(options)
     planned = plan_run(options.tier, settings, machine, check_output=not options.dry_run)
+    refuse_another_size(options.tier, planned)
     print(planned.lines())
     refuse_what_does_not_fit(planned, machine, "plan" in options.force)
     settings = planned.settings

@@ -17,7 +17,7 @@ from rm_scale.planning.layout_choice import choose_packing
 from rm_scale.planning.plan import Plan, make_plan
 from rm_scale.planning.run_estimate import scenario_of_run
 from rm_scale.planning.shape import read_model_config, shape_from_config
-from rm_scale.tiers import model_tier
+from rm_scale.tiers import MODEL_TIERS, model_tier
 
 logger = get_logger(__name__)
 
@@ -49,7 +49,7 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
     """Fill in what the settings leave open, and work out what the run takes.
 
     Args:
-        tier: whose model is taken unless the settings name one.
+        tier: whose model is taken unless the settings or their configuration file name one.
         settings: command line of `rm_scale/train.py`.
         machine: where it will run.
         check_output: probe that the output directory can be written.
@@ -69,12 +69,37 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
 
 
 def _tier_settings(tier: str | None, settings: Sequence[str]) -> list[str]:
-    """Return the setting that names the tier's model, unless the settings name one."""
+    """Return the setting that names the tier's model, unless a flag or the configuration file names one."""
     if tier is None:
         return []
     chosen = model_tier(tier)
-    named = any(word.split("=")[0] == "--model_name_or_path" for word in settings)
+    named = "model_name_or_path" in parse_config(settings).given
     return [] if named else ["--model_name_or_path", chosen.model]
+
+
+def refuse_another_size(tier: str | None, planned: PlannedRun) -> None:
+    """Refuse a tier beside a model of another size: one of the two was not meant.
+
+    Raises:
+        ConfigError: the settings name a model that is not of the tier.
+    """
+    if tier is None:
+        return
+    size, asked = nearest_tier(planned.plan.num_parameters), model_tier(tier).name
+    if size != asked:
+        raise ConfigError(
+            [
+                f"tier={tier!r}: model_name_or_path={planned.parsed.config.model_name_or_path!r} has "
+                f"{planned.plan.num_parameters:,} parameters, a model of tier {size}. Fix: leave --tier out, or name "
+                "another model."
+            ]
+        )
+
+
+def nearest_tier(num_parameters: int) -> str:
+    """Return the tier that a model of this size belongs to."""
+    sizes = {"1b": 2e9, "3b": 5e9, "7b": 9e9}
+    return next((name for name, limit in sizes.items() if num_parameters <= limit), MODEL_TIERS[-1].name)
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------

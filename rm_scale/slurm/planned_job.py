@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rm_scale.errors import ConfigError
 from rm_scale.launch.machine import Machine, device_here, local_gpu_names
-from rm_scale.launch.planned_run import plan_run, refuse_what_does_not_fit
+from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size, refuse_what_does_not_fit
 from rm_scale.planning.hardware import Device, find_device
 from rm_scale.slurm.job_options import sbatch_options
 from rm_scale.slurm.site import script_of_tier, site_variables
 from rm_scale.slurm.submit import Submission, send
-from rm_scale.tiers import MODEL_TIERS, model_tier
+from rm_scale.tiers import model_tier
 
 GPUS_PER_NODE = 8
 """What the job scripts ask for."""
@@ -31,6 +31,7 @@ def submit_run(options: argparse.Namespace, settings: Sequence[str]) -> int:
     job = sbatch_options(options, without=("nodes", "gpus"))
     machine, variables = find_machine(options)
     planned = plan_run(options.tier, settings, machine, check_output=False)
+    refuse_another_size(options.tier, planned)
     print(planned.lines())
     refuse_what_does_not_fit(planned, machine, "plan" in options.force)
     job = {"nodes": str(machine.nodes), **_gpus(machine), **job}
@@ -81,12 +82,6 @@ def _device(options: argparse.Namespace, site: dict[str, str]) -> Device:
 
 def _gpus(machine: Machine) -> dict[str, str]:
     return {} if machine.device.is_cpu else {"gpus-per-node": str(machine.per_node)}
-
-
-def nearest_tier(num_parameters: int) -> str:
-    """Return the tier whose script suits a model of this size: whether it takes whole nodes or parts of one."""
-    sizes = {"1b": 2e9, "3b": 5e9, "7b": 9e9}
-    return next((name for name, limit in sizes.items() if num_parameters <= limit), MODEL_TIERS[-1].name)
 
 
 def absolute_config(settings: Sequence[str]) -> list[str]:

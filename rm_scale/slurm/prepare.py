@@ -241,10 +241,7 @@ def _plan(arguments: list[str], allocation: Allocation, ranks: int, environ: Map
     else:
         device = device_here(local_gpu_names(), hardware)
     machine = Machine(device, ranks, len(allocation.nodes), None)
-    # A configuration names its model; the tier stands in only where there is none.
-    named = any(word.split("=")[0] == "--config" for word in arguments)
-    tier = None if named else environ.get("RM_SCALE_TIER") or None
-    planned = plan_run(tier, arguments, machine, check_output=True)
+    planned = plan_run(environ.get("RM_SCALE_TIER") or None, arguments, machine, check_output=True)
     print(planned.lines(), flush=True)
     config = planned.parsed.config
     if planned.plan.global_batch_size < machine.world_size:

@@ -11,7 +11,6 @@ import pytest
 
 from rm_scale.cli import main as cli
 from rm_scale.config_parsing import parse_config
-from rm_scale.slurm.planned_job import nearest_tier
 
 
 @pytest.fixture
@@ -28,14 +27,12 @@ def command(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_the_command_says_all_that_was_planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--slurm", "--dry_run", "--tier", "13b", "--nodes", "4", "--gpus", "4", "--gpu", "h100-80g"]
+    options = ["--slurm", "--dry_run", "--tier", "1b", "--nodes", "4", "--gpus", "4", "--gpu", "h100-80g"]
     assert cli(["launch", *options, "--partition", "gpu", "--grace", "900", *words]) == 0
     told = command(capsys)
     head, settings = told[: told.index(next(w for w in told if w.endswith(".sh")))], told[-1:0:-1][::-1]
     settings = told[len(head) + 1 :]
-    assert {"--nodes=4", "--gpus-per-node=4", "--partition=gpu", "--signal=B:USR1@900", "--job-name=rm_13b"} <= set(
-        head
-    )
+    assert {"--nodes=4", "--gpus-per-node=4", "--partition=gpu", "--signal=B:USR1@900", "--job-name=rm_1b"} <= set(head)
     assert "--export=ALL,RM_SCALE_GPU=h100-80g,RM_SCALE_CONFIG=none" in head
     parsed = parse_config(settings)
     assert parsed.problems == () and parsed.config.run_name == "$(touch pwned)"
@@ -73,10 +70,6 @@ def test_a_login_node_must_be_told_the_device(
     monkeypatch.setattr("rm_scale.slurm.planned_job.local_gpu_names", list)
     assert cli(["launch", "--slurm", "--dry_run", *words]) == 2
     assert "gpu: this machine has none to plan for. Fix: --gpu h100-80g" in capsys.readouterr().err
-
-
-def test_sizes_have_scripts() -> None:
-    assert [nearest_tier(int(size)) for size in (1e8, 3e9, 7e9, 13e9, 70e9)] == ["1b", "3b", "7b", "13b", "13b"]
 
 
 def test_slurm_commands_need_no_torch() -> None:

@@ -1,0 +1,49 @@
+"""What a tier stands for, beside a configuration that names a model of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rm_scale.cli import main
+from rm_scale.errors import ConfigError
+from rm_scale.launch.machine import Machine
+from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size
+from rm_scale.planning.hardware import known_devices
+
+
+@pytest.fixture
+def settings(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
+    """A configuration that names its model."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {tiny_model}\ndataset_path: [{pairs_file}]\noutput_dir: {tmp_path / 'out'}\n"
+        "dataset_test_split: none\nmax_length: 64\nbf16: false\n"
+    )
+    return ["--config", str(file)]
+
+
+def test_the_model_of_a_configuration_file_wins_over_the_tiers(settings: list[str], tiny_model: Path) -> None:
+    machine = Machine(known_devices()["cpu"], 1, 1, None)
+    planned = plan_run("13b", settings, machine, check_output=False)
+    assert planned.parsed.config.model_name_or_path == str(tiny_model)
+    with pytest.raises(
+        ConfigError, match=r"tier='13b': model_name_or_path=.* a model of tier 1b\. Fix: leave"
+    ):
+        refuse_another_size("13b", planned)
+    refuse_another_size("1b", planned)
+    refuse_another_size(None, planned)
+
+
+@pytest.mark.parametrize("more", [[], ["--slurm"]])
+def test_launch_refuses_a_tier_of_another_size(
+    settings: list[str], more: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RM_SCALE_DEVICE", "cpu")
+    assert main(["launch", "--dry_run", "--tier", "13b", *more, *settings]) == 2
+    assert "a model of tier 1b. Fix: leave --tier out" in capsys.readouterr().err
+
+
+def test_the_tier_of_a_size() -> None:
+    assert [nearest_tier(int(size)) for size in (1e8, 3e9, 7e9, 13e9, 70e9)] == ["1b", "3b", "7b", "13b", "13b"]
