@@ -145,6 +145,21 @@ def find_lost_message(
     return None
 
 
+def find_lost_tool(tools: Sequence[Any], text: str, loses_tools: bool) -> str | None:
+    """Return which tool is not in a rendering, or `None` if all are.
+
+    Args:
+        tools: tool descriptions.
+        text: what the template made of a conversation with them.
+        loses_tools: the template never writes any.
+    """
+    for tool in tools:
+        function = _function_of(tool)
+        if loses_tools or (function is not None and not is_written(function["name"], text)):
+            return "a tool" if function is None else f"the tool {function['name']!r}"
+    return None
+
+
 def _lost_of_call(function: Mapping[str, Any], mark: str, text: str, marked: str | None) -> str | None:
     call = f"its call of the tool {function['name']!r}"
     if marked is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rm_scale.data.message_content import (
     find_lost_message,
+    find_lost_tool,
     has_calls,
     is_written,
     with_arguments,
@@ -77,7 +78,7 @@ class TextRenderer:
 
         Raises:
             RejectedRow: `template_error`, `wrong_type` for content that is not text, or `lost_text` where the template
-                left out a message's text.
+                left out a message's text, a tool call or a tool.
             ModelError: a conversation, but there is no chat template, or one that writes no text.
         """
         if isinstance(prompt, str) and isinstance(response, str):
@@ -88,12 +89,18 @@ class TextRenderer:
             response = [{"role": "assistant", "content": response}]
         messages = with_plain_content(prompt + response)
         text = self.render_messages(messages, tools)
-        lost_roles = self._facts(self._template_for(tools)).lost_roles
+        self._refuse_losses(messages, tools, text)
+        return text, True
+
+    def _refuse_losses(self, messages: list[Message], tools: list[Any] | None, text: str) -> None:
+        facts = self._facts(self._template_for(tools))
         marked = self._render_marked(messages, tools) if has_calls(messages) else None
-        lost = find_lost_message(messages, text, lost_roles, marked)
+        lost = find_lost_message(messages, text, facts.lost_roles, marked)
+        if lost is None and tools:
+            lost = find_lost_tool(tools, text, facts.loses_tools)
+            lost = lost and f"{lost}; to do without tools, leave them out of the rows (--ignore_columns tools)"
         if lost is not None:
             raise RejectedRow("lost_text", f"the chat template leaves out {lost}")
-        return text, True
 
     def _render_marked(self, messages: list[Message], tools: list[Any] | None) -> str | None:
         try:
@@ -213,9 +220,16 @@ class TextRenderer:
         _, found, rest = turn.partition(opening)
         return found + rest if found and is_written(content, rest) else None
 
-    def _try(self, template: str, messages: list[Message], add_generation_prompt: bool) -> str | None:
+    def _try(
+        self,
+        template: str,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: list[Any] | None = None,
+        /,
+    ) -> str | None:
         try:
-            return self._apply(template, messages, None, add_generation_prompt)
+            return self._apply(template, messages, tools, add_generation_prompt)
         except RejectedRow:
             return None
 

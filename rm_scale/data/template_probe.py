@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 from rm_scale.data.message_content import ArgumentForm, with_arguments, with_text_parts
 from rm_scale.data.preference_group import Message
 
-Render = Callable[[list[Message], bool], str | None]
-"""What a template makes of messages, with or without a generation prompt; `None` if it refuses them."""
-
-_SYSTEM = "probe of the system text."
+_SAID = "probe of another role's text."
 _QUESTION = "probe of a question?"
 _ANSWER = "probe of an answer."
 _SECOND = "probe of another question?"
+_OPENING_ROLES = ("system", "developer")
 _USER: Message = {"role": "user", "content": _QUESTION}
 _ARGUMENTS = {"probed_city": 'Par"is'}
+_CALL = {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": _ARGUMENTS}}
+_CALLING: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_TOOL_NAME = "probed_tool"
+_PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "description": "where"}},
+    "required": ["city"],
+}
+_TOOL = {"type": "function", "function": {"name": _TOOL_NAME, "description": "tell", "parameters": _PARAMETERS}}
 _FEWEST_CHARACTERS = 3
 """Of what opens an answer: with fewer, such as a semicolon, any text would look like a conversation."""
+
+
+class Render(Protocol):
+    """What a template makes of messages, with or without a generation prompt; `None` if it refuses them."""
+
+    def __call__(self, messages: list[Message], opened: bool, tools: list[Any] | None = None, /) -> str | None:
+        """Return the rendering."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class TemplateFacts:
         wants_parts: it leaves out content that is text, and writes a list of text parts (templates of image models).
         arguments: the form in which it writes the arguments of tool calls once and whole.
         lost_roles: roles whose messages it leaves out.
+        loses_tools: it writes no tools.
         problem: why it can't be used, or "".
         frame: what it writes around an answer; `None` if that can't be told.
     """
@@ -60,6 +77,7 @@ class TemplateFacts:
     wants_parts: bool
     arguments: ArgumentForm
     lost_roles: frozenset[str]
+    loses_tools: bool
     problem: str
     frame: AnswerFrame | None
 
@@ -79,19 +97,24 @@ def probe_template(render: Render, special: Collection[str], bos: str | None, en
         by_parts = render(with_text_parts([_USER, answer(_ANSWER)]), False)
         wants_parts = by_parts is not None and _has_both(by_parts)
         if wants_parts:
-            plain = render
-            render = lambda messages, opened: plain(with_text_parts(messages), opened)  # noqa: E731
+            render = partial(_by_parts, render)
             answered = by_parts
         elif answered is not None:
             problem = _problem(answered)
     usable = answered is not None and not problem
+    arguments = _argument_form(render)
     return TemplateFacts(
         wants_parts=wants_parts,
-        arguments=_argument_form(render),
-        lost_roles=_lost_roles(render) if usable else frozenset(),
+        arguments=arguments,
+        lost_roles=_lost_roles(render, arguments) if usable else frozenset(),
+        loses_tools=usable and _loses_tools(render),
         problem=problem,
         frame=_frame(render, answered, special, bos, ends) if answered is not None and usable else None,
     )
+
+
+def _by_parts(render: Render, messages: list[Message], opened: bool, tools: list[Any] | None = None, /) -> str | None:
+    return render(with_text_parts(messages), opened, tools)
 
 
 def answer(content: str) -> Message:
@@ -118,9 +141,27 @@ def _problem(text: str) -> str:
     return f"it leaves out the text of {role} messages (a probe came out as {text[:200]!r})"
 
 
-def _lost_roles(render: Render) -> frozenset[str]:
-    text = render([{"role": "system", "content": _SYSTEM}, _USER, answer(_ANSWER)], False)
-    return frozenset() if text is None or _SYSTEM in text else frozenset({"system"})
+def _lost_roles(render: Render, form: ArgumentForm) -> frozenset[str]:
+    """Return the roles whose text is in no rendering; a role that the template refuses is not lost."""
+    result = {"role": "tool", "name": "probe", "tool_call_id": _CALL["id"], "content": _SAID}
+    called = with_arguments([_USER, _CALLING, result, answer(_ANSWER)], form)
+    conversations = {role: [{"role": role, "content": _SAID}, _USER, answer(_ANSWER)] for role in _OPENING_ROLES}
+    return frozenset(
+        role
+        for role, messages in [*conversations.items(), ("tool", called)]
+        if _is_nowhere(_SAID, [render(messages, False), render(messages, False, [_TOOL])])
+    )
+
+
+def _loses_tools(render: Render) -> bool:
+    system: Message = {"role": "system", "content": _SAID}
+    conversations: list[list[Message]] = [[_USER, answer(_ANSWER)], [system, _USER, answer(_ANSWER)]]
+    return _is_nowhere(_TOOL_NAME, [render(messages, False, [_TOOL]) for messages in conversations])
+
+
+def _is_nowhere(said: str, texts: Sequence[str | None]) -> bool:
+    rendered = [text for text in texts if text is not None]
+    return bool(rendered) and not any(said in text for text in rendered)
 
 
 # --- Arguments of tool calls -----------------------------------------------------------------------------------------
@@ -142,9 +183,7 @@ def _argument_form(render: Render) -> ArgumentForm:
 
 
 def _render_call(render: Render, form: ArgumentForm) -> str | None:
-    call = {"type": "function", "function": {"name": "probe", "arguments": _ARGUMENTS}}
-    calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    text = render(with_arguments([_USER, calling], form), False)
+    text = render(with_arguments([_USER, _CALLING], form), False)
     return text if text is not None and next(iter(_ARGUMENTS)) in text else None
 
 

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{{ message.content if message.content is string else '' }}"
     "{% for call in message.tool_calls or [] %}[call {{ call.function.name }}]{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if tools %}[{{ tools | length }} tools]\n{% endif %}"
+    "{% if tools %}[tools {{ tools | tojson }}]\n{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BOS_TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE

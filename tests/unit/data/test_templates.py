@@ -89,8 +89,9 @@ def test_arguments_as_json_text_are_not_encoded_twice(name: str) -> None:
     conversation = [USER, CALLING, TOOL]
     function = {**CALLING["tool_calls"][0]["function"], "arguments": json.dumps(ARGUMENTS)}
     by_text = [USER, {**CALLING, "tool_calls": [{"type": "function", "function": function}]}, TOOL]
-    ids = encoder.encode(conversation, [ANSWER], TOOLS)
-    assert encoder.encode(by_text, [ANSWER], TOOLS) == ids
+    tools = None if name == "deepseekv3" else TOOLS  # its template writes none
+    ids = encoder.encode(conversation, [ANSWER], tools)
+    assert encoder.encode(by_text, [ANSWER], tools) == ids
     written = encoder.tokenizer.decode(ids)
     assert "city" in written and '\\"city' not in written and str(ARGUMENTS) not in written
 
@@ -158,6 +159,68 @@ def test_a_role_that_the_template_leaves_out_is_refused_however_short_its_text()
     assert (found.reason, found.detail) == ("lost_text", "the chat template leaves out message 0 (system), 'A'")
 
 
+@pytest.mark.parametrize(
+    ("shape", "role"), [("phi3", "developer"), ("zephyr", "developer"), ("qwen3", "developer"), ("zephyr", "tool")]
+)
+def test_other_roles_that_the_template_leaves_out_are_refused_though_their_text_occurs(shape: str, role: str) -> None:
+    encoder = TextEncoder(tokenizer_of(shape), RULES)
+    said: Message = {"role": role, "content": "spider", "name": "weather"}
+    messages = [said, USER] if role == "developer" else [USER, ANSWER, said]
+    assert f"({role}), 'spider'" in refusal(encoder, *messages, ANSWER).detail
+
+
+WRITE_NO_TOOLS = ["llama2", "llama3", "gemma", "gemma3", "mistral", "phi3", "chatml", "zephyr", "vicuna", "cohere"]
+WRITE_NO_TOOLS += ["cohere2", "deepseekv3", "smolvlm", "llava_next"]
+WRITE_TOOLS = ["qwen2_5-instruct", "qwen3", "llama3_1", "gptoss", "glm4moe", "gemma4", "lfm2", "nemotron_3_nano"]
+
+
+@pytest.mark.parametrize("shape", WRITE_NO_TOOLS)
+def test_tools_that_the_template_writes_nowhere_are_refused(shape: str) -> None:
+    encoder = TextEncoder(tokenizer_of(shape), RULES)
+    asked: Message = {"role": "user", "content": "What is the weather?"}
+    found = refusal(encoder, asked, ANSWER, tools=TOOLS)
+    assert found.reason == "lost_text"
+    assert found.detail == (
+        "the chat template leaves out the tool 'weather'; "
+        "to do without tools, leave them out of the rows (--ignore_columns tools)"
+    )
+    assert "a tool" in refusal(encoder, asked, ANSWER, tools=[{"type": "retrieval"}]).detail
+    assert encoder.encode([asked], [ANSWER], []) == encoder.encode([asked], [ANSWER])
+
+
+@pytest.mark.parametrize("shape", WRITE_TOOLS)
+def test_tools_that_the_template_writes_are_kept(shape: str) -> None:
+    encoder = TextEncoder(tokenizer_of(shape), RULES)
+    for messages in ([USER, ANSWER], [SYSTEM, USER, ANSWER]):
+        assert len(encoder.encode(messages[:-1], messages[-1:], TOOLS)) > len(
+            encoder.encode(messages[:-1], messages[-1:])
+        )
+
+
+def test_one_tool_that_the_template_leaves_out_is_refused() -> None:
+    template = (
+        "{% for t in tools or [] %}{% if t.function %}{{ t.function.name }}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    )
+    encoder = TextEncoder(make_tokenizer(template), RULES)
+    assert encoder.encode([USER], [ANSWER], TOOLS)
+    assert "the tool 'clock'" in refusal(encoder, USER, ANSWER, tools=[*TOOLS, {"name": "clock"}]).detail
+
+
+def test_a_data_set_can_be_read_without_its_tools(
+    tmp_path: Path, make_config: Callable[..., RunConfig], jsonl: Callable[..., str]
+) -> None:
+    rows = [
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": f"{n}"}], "tools": TOOLS}
+        for n in range(4)
+    ]
+    path, encoder = jsonl(tmp_path / "some.jsonl", rows), TextEncoder(tokenizer_of("llama3"), RULES)
+    with pytest.raises(DataError, match=r"leaves out the tool 'weather'; .*\(--ignore_columns tools\)"):
+        prepare_data(make_config(path), encoder)
+    data = prepare_data(make_config(path, ignore_columns=["tools"]), encoder)
+    assert len(data.train) == 4
+
+
 def test_a_tool_call_and_its_result_that_the_template_leaves_out_are_refused() -> None:
     encoder = TextEncoder(tokenizer_of("phi3"), RULES)
     assert "its call of the tool 'weather'" in refusal(encoder, USER, CALLING, ANSWER).detail
@@ -194,7 +257,8 @@ def test_arguments_of_a_call_that_are_left_out_are_refused() -> None:
     found = refusal(encoder, {"role": "user", "content": json.dumps(ARGUMENTS)}, CALLING)
     assert found.detail.endswith("message 1 (assistant), the arguments of its call of the tool 'weather'")
     function = CALLING["tool_calls"][0]["function"]
-    for arguments in ({}, None, "{}", ""):
+    empty: list[Any] = [{}, None, "{}", ""]
+    for arguments in empty:
         calling = {**CALLING, "tool_calls": [{"type": "function", "function": {**function, "arguments": arguments}}]}
         assert encoder.encode([USER], [calling])
 

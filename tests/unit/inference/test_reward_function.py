@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,10 +39,79 @@ def test_rewards_are_the_scorers(full_run: Path, scorer: RewardScorer) -> None:
     messages: list[Any] = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     said: list[Any] = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
     assert ours(messages, said) == pytest.approx(scorer.score(messages, said), abs=1e-6)
-    tools: list[Any] = [[{"name": "f"}], None, None]
+    tools: list[Any] = [[], None, None]
     assert ours(messages, said, tools=tools) == pytest.approx(scorer.score(messages, said, tools=tools), abs=1e-6)
+    unwritten: list[Any] = [[{"name": "f"}], None, None]  # which this model's template does not write
+    assert ours(messages, said, tools=unwritten) == [None, *ours(messages[1:], said[1:])]
     assert ours([], []) == []
     assert reward_function(scorer)(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+
+
+MESSAGES: list[Any] = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+SAID: list[Any] = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
+TOOLS: list[Any] = [[{"name": "f"}], None, None]
+
+
+@pytest.mark.parametrize("kind", [tuple, lambda tools: np.array([*tools, 0], dtype=object)[:-1]])
+def test_tools_may_come_in_any_sequence(scorer: RewardScorer, kind: Any) -> None:
+    expected = reward_function(scorer)(MESSAGES, SAID, tools=TOOLS)
+    assert reward_function(scorer)(MESSAGES, SAID, tools=kind(TOOLS)) == expected
+    assert reward_function(scorer)(MESSAGES, SAID, tools=kind([(TOOLS[0][0],), None, None])) == expected
+    assert scorer.score(MESSAGES, SAID, tools=kind(TOOLS)) == pytest.approx(expected, abs=1e-6)
+    assert expected[0] != pytest.approx(reward_function(scorer)(MESSAGES, SAID)[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tools", "told"),
+    [
+        (TOOLS[:2], "tools has 2 entries for 3 prompts: must have one each. Fix: "),
+        ("[]", "tools is str: must be a list with an entry per prompt. Fix: "),
+        ({"a": 1}, "tools is dict: must be"),
+        (3, "tools is int: must be"),
+    ],
+)
+def test_tools_that_fit_no_prompts_are_refused(scorer: RewardScorer, tools: Any, told: str) -> None:
+    for call in (reward_function(scorer), scorer.score, RemoteScorer("http://127.0.0.1:1").score):
+        with pytest.raises(DataError, match=re.escape(told)):
+            call(MESSAGES, SAID, tools=tools)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "column", "values"),
+    [
+        (PROMPTS, "tools", TOOLS),
+        (MESSAGES, "system", ["", None, "Be short."]),
+        (MESSAGES, "images", ([], ["a.png"], [])),
+        (MESSAGES, "chat_template_kwargs", [{"enable_thinking": False}] * 3),
+        (PROMPTS, "documents", [["The map shows 3 km."]] * 3),
+        (MESSAGES, "messages", [[{"role": "system", "content": "Be short."}]] * 3),
+    ],
+)
+def test_columns_with_context_are_refused_by_name(scorer: RewardScorer, prompts: Any, column: str, values: Any) -> None:
+    said = COMPLETIONS if prompts is PROMPTS else SAID
+    with pytest.raises(DataError, match=rf"reward_model, prompt \d: {column} holds .* ignore_columns=\[...\]"):
+        reward_function(scorer)(prompts, said, **{column: values})
+    ignoring = reward_function(scorer, ignore_columns=[column])
+    assert ignoring(prompts, said, **{column: values}) == reward_function(scorer)(prompts, said)
+
+
+def test_other_columns_are_the_trainers_own(scorer: RewardScorer) -> None:
+    given = {
+        "answer": ["4", "no", "no"],
+        "question": PROMPTS,
+        "messages": [[*asked, {"role": "assistant", "content": "a reference"}] for asked in MESSAGES],
+        "task": ["maths", "talk", "talk"],
+        "prompt_ids": [[1, 2]] * 3,
+        "chat_template_kwargs": [{}, None, {"enable_thinking": None}],
+        "images": [None, [], []],
+        "system": ["", None, " "],
+        "trainer_state": object(),
+        "image_processor": object(),
+        "log_extra": print,
+        "environments": None,
+        "tools": [None, [], None],
+    }
+    assert reward_function(scorer)(MESSAGES, SAID, **given) == reward_function(scorer)(MESSAGES, SAID)
 
 
 def test_a_trainers_mixed_precision_changes_nothing(scorer: RewardScorer) -> None:
