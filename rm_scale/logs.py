@@ -6,11 +6,13 @@ that lines carry it before any process group exists.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 
 from rm_scale.texts import printable
 
@@ -18,6 +20,8 @@ KEPT = {"kept": True}
 """`extra` of a line that is no warning but belongs into `run/warnings.jsonl` with them."""
 
 _STEP: dict[str, int | None] = {"value": None}
+_LOADING = "transformers.modeling_utils"
+"""The logger of transformers that tells what came of loading weights."""
 
 
 def set_log_step(step: int | None) -> None:
@@ -35,6 +39,20 @@ class _WithoutLoadReport(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Leave that table out while a model is loaded, whether or not this process logs as `setup_logging` says.
+
+    It quotes the names of a stranger's tensors as they are, and these may hold what a terminal obeys.
+    """
+    loading, filtering = logging.getLogger(_LOADING), _WithoutLoadReport()
+    loading.addFilter(filtering)
+    try:
+        yield
+    finally:
+        loading.removeFilter(filtering)
 
 
 class _RankAndStep(logging.Filter):
@@ -84,7 +102,7 @@ def setup_logging(rank: int = 0, debug: bool = False) -> None:
         logging.getLogger(library).setLevel(logging.WARNING if rank == 0 else logging.ERROR)
     # accelerate warns that transformers counts micro-steps itself; nothing is wrong.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    loading = logging.getLogger("transformers.modeling_utils")
+    loading = logging.getLogger(_LOADING)
     if not any(isinstance(present, _WithoutLoadReport) for present in loading.filters):
         loading.addFilter(_WithoutLoadReport())
     # DeepSpeed, PEFT and transformers call names of torch and transformers that these deprecate: theirs to mend.

@@ -22,7 +22,8 @@ from rm_scale.config import RunConfig
 from rm_scale.distributed import giving_back_freed_memory
 from rm_scale.errors import ModelError
 from rm_scale.files import write_whole
-from rm_scale.logs import get_logger
+from rm_scale.logs import get_logger, without_load_report
+from rm_scale.modeling.adapter_tensors import put_adapter_on
 from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
 from rm_scale.modeling.out_of_memory import is_out_of_memory
@@ -33,15 +34,15 @@ from rm_scale.modeling.quantization import (
     quantization_config,
     saved_quantization_config,
 )
-from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from
-from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, open_weights
+from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from, refuse_model_and_adapter
+from rm_scale.modeling.unexpected_tensors import refuse_unexpected
+from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, file_of, open_weights
 from rm_scale.planning.plan import Plan
+from rm_scale.planning.shape import check_sizes
 from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
 
-_HEAD_WORDS = ("head", "score", "classifier", "reward", "summary", "regression", "value", "gating", "normalizer")
-"""What the first part of a name holds where a tensor takes part in making a reward."""
 _RAW_SCORES = "torch.nn.modules.linear.Identity"
 
 
@@ -187,6 +188,7 @@ def load_reward_model(
         ModelError: the folder does not hold a reward model, or needs code that was not trusted.
     """
     folder = Path(folder)
+    refuse_model_and_adapter(folder)
     with without_zero_init():
         if (folder / "adapter_config.json").is_file():
             model = _load_adapter(folder, dtype, device, quantized, trust_remote_code)
@@ -286,7 +288,7 @@ def _load_adapter(
     model.config.get_text_config().pad_token_id = contract["pad_token_id"]
     install_scalar_head(model)
     head = _head_of_adapter(folder / ADAPTER_WEIGHTS_FILE)
-    adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    adapted = put_adapter_on(model, folder)
     if dtype is not None and not extra:
         adapted = adapted.to(dtype)
     _set_exact_head(adapted, head)
@@ -299,15 +301,18 @@ def _load_sequence_classifier(
     """Load the backbone with a head that is new, or `stored` where transformers knows it by its name.
 
     Raises:
-        ModelError: it can't be loaded, layers are missing, or it holds a head that is not `stored`.
+        ModelError: it can't be loaded, its sizes are impossible, layers are missing, or it holds a head that is not
+            `stored` or other tensors that may take part in its reward.
     """
     attention = kwargs.pop("attn_implementation", None)
     if attention is not None:
         kwargs["attn_implementation"] = attention
+    _check_sizes(name, kwargs.get("revision", "main"))
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        with without_load_report():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise  # no fault of the model's; who asked for it may know a place with more
@@ -316,14 +321,7 @@ def _load_sequence_classifier(
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
         ) from error
     known = () if stored is None else (stored.key, stored.bias_key)
-    other_heads = [key for key in info["unexpected_keys"] if key not in known and _looks_like_a_head(key)]
-    if other_heads:
-        raise ModelError(
-            f"model_name_or_path={name!r}: holds a head that can't be used here ({sorted(other_heads)[0]}); "
-            "it would be "
-            "replaced by a random one. Fix: convert it to a transformers sequence classifier with one output, or give "
-            "the causal language model it came from."
-        )
+    refuse_unexpected(name, kwargs.get("revision", "main"), model, info["unexpected_keys"], known)
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES]
     if missing:
         raise ModelError(
@@ -336,10 +334,19 @@ def _load_sequence_classifier(
     return model
 
 
-def _looks_like_a_head(key: str) -> bool:
-    """Tell whether a tensor is another library's reward or value head; language-model heads are dropped on purpose."""
-    first = key.split(".")[0]
-    return first != "lm_head" and any(word in first for word in _HEAD_WORDS)
+def _check_sizes(name: str, revision: str) -> None:
+    """Look at the sizes in a model's config.json before anything is built by them: an adapter's base has any name.
+
+    Raises:
+        ModelError: one is impossible.
+    """
+    try:
+        path = file_of(name, "config.json", revision)
+        config = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    if isinstance(config, dict):
+        check_sizes(config, f"model_name_or_path={name!r}: config.json")
 
 
 def _match_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

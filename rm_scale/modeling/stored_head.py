@@ -19,6 +19,8 @@ from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.head import HEAD_NAMES
 from rm_scale.modeling.weight_files import (
+    ADAPTER_WEIGHTS_FILE,
+    WEIGHTS_FILE,
     TensorPlace,
     checkpoint_tensors,
     file_of,
@@ -109,8 +111,9 @@ def find_stored_head(name: str, revision: str = "main") -> StoredHead | None:
 
     Raises:
         ModelError: a weight file is missing or damaged; a head has several outputs, or there is more than one head; or
-            the model's reward is a token of its language head.
+            the model's reward is a token of its language head; or an adapter lies beside the model.
     """
+    refuse_model_and_adapter(Path(name))
     tensors = checkpoint_tensors(name, revision)
     for key in (f"{head}.weight" for head in HEAD_NAMES):
         if key in tensors and len(tensors[key].shape) == 2 and tensors[key].shape[0] != 1:
@@ -128,6 +131,21 @@ def find_stored_head(name: str, revision: str = "main") -> StoredHead | None:
     if not heads:
         _refuse_reward_of_a_token(name, tensors)
     return heads[0] if heads else None
+
+
+def refuse_model_and_adapter(folder: Path) -> None:
+    """Refuse a folder that holds a whole model and an adapter: each would be loaded by somebody, without the other.
+
+    Raises:
+        ModelError: it holds both; names them.
+    """
+    models = [name for name in (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json") if (folder / name).is_file()]
+    adapters = [name for name in ("adapter_config.json", ADAPTER_WEIGHTS_FILE) if (folder / name).is_file()]
+    if models and adapters:
+        raise ModelError(
+            f"{folder}: holds a whole model ({models[0]}) and an adapter ({adapters[0]}), and nothing says which gives "
+            "the reward. Fix: move the one that does not into a folder of its own."
+        )
 
 
 def _is_head(key: str, shape: tuple[int, ...]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,21 @@ def test_tokenizer_problems_are_named(tmp_path: Path, tiny_model: Path) -> None:
         load_tokenizer(str(tmp_path))
     with pytest.raises(ModelError, match=r"eos_token='<zz>': is not in the tokenizer's vocabulary"):
         load_tokenizer(str(tiny_model), eos_token="<zz>")
+
+
+def test_names_of_tensors_do_nothing_to_a_terminal(tiny_model: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user of the Python interface has it: nobody has set up how it logs."""
+    folder = tmp_path / "escaping"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["a\x1b]0;owned\x07b.thing"] = torch.ones(3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code = (
+        "import sys; from rm_scale.modeling.loading import _load_sequence_classifier\n"
+        "try:\n    _load_sequence_classifier(sys.argv[1], dtype='auto', stored=None)\n"
+        "except ValueError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "owned" in done.stdout and "\x1b]0" not in done.stdout + done.stderr
+    assert "LOAD REPORT" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from rm_scale.config_parsing import config_from_dict
 from rm_scale.errors import ModelError
@@ -227,3 +228,60 @@ def test_a_sharded_checkpoints_head_is_found(model: Path, tmp_path: Path) -> Non
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     stored = find_stored_head(str(tmp_path / "shards"))
     assert stored is not None and torch.equal(stored.weight(), whole.score.weight)
+
+
+WIDTH = 32
+NO_PLACE: list[dict[str, torch.Tensor]] = [
+    {"fc.weight": torch.ones(4, WIDTH)},
+    {"out_proj.weight": torch.ones(2, WIDTH)},
+    {"linear.weight": torch.ones(3, WIDTH), "linear.bias": torch.ones(3)},
+    {"rm.0.weight": torch.ones(16, WIDTH), "rm.2.weight": torch.ones(1, 16)},
+    {"model.rm.0.weight": torch.ones(16, WIDTH), "model.rm.2.weight": torch.ones(1, 16)},
+    {"rm.weight": torch.ones(WIDTH)},
+    {"rm.weight": torch.ones(WIDTH, 1)},
+    {"model.reward_head.weight": torch.ones(5, WIDTH)},
+    {"lm_head.weight": torch.ones(5, WIDTH)},
+    {"model.layers.2.mlp.up_proj.weight": torch.ones(64, WIDTH)},
+    {"score.weight": torch.ones(1, WIDTH), "dense.weight": torch.ones(WIDTH, WIDTH)},
+    {"score.weight": torch.ones(1, WIDTH), "pre_proj.weight": torch.ones(WIDTH, WIDTH)},
+]
+
+
+@pytest.mark.parametrize("tensors", NO_PLACE, ids=lambda tensors: " ".join(tensors))
+def test_tensors_without_a_place_are_refused_whatever_their_names(
+    model: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    assert head_of(model).shape == (1, WIDTH)
+    add_tensors(model, **tensors)
+    first = re.escape(min(set(tensors) - {"score.weight"}))
+    with pytest.raises(ModelError, match=rf"can't be used here \({first}.*take them out of the safetensors files"):
+        load(model)
+    if "score.weight" in tensors:
+        with pytest.raises(ModelError, match=rf"can't be used here \({first}"):
+            load_reward_model(model)
+
+
+def test_what_no_reward_needs_is_left_out(model: Path) -> None:
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    tensors = {
+        "lm_head.weight": torch.randn(vocabulary, WIDTH),
+        "lm_head.bias": torch.ones(vocabulary),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8),
+        "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
+        "model.num_tokens_seen": torch.tensor(3),
+    }
+    add_tensors(model, **tensors)
+    assert not load(model).head_was_found
+
+
+def test_what_transformers_leaves_out_by_design_is_left_out() -> None:
+    """Qwen3-Next's checkpoints hold layers that predict a further token, which the causal model names."""
+    from rm_scale.modeling.unexpected_tensors import _ignored_by_design
+
+    with torch.device("meta"):
+        config = AutoConfig.for_model(
+            "qwen3_next", num_hidden_layers=1, hidden_size=16, num_experts=2, vocab_size=50, num_labels=1
+        )
+        ignored = _ignored_by_design(AutoModelForSequenceClassification.from_config(config))
+    assert ignored is not None and ignored.search("mtp.layers.0.mlp.gate.weight") and not ignored.search("fc.weight")

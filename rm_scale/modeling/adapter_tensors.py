@@ -1,0 +1,56 @@
+"""Put a saved adapter on its base, all of it: a tensor that lacks or has no place is refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from rm_scale.errors import ModelError
+from rm_scale.modeling.out_of_memory import is_out_of_memory
+from rm_scale.texts import one_line, printable
+
+_NAME = "default"
+"""What PEFT calls an adapter that is loaded alone; part of the names in the model, not of those in the file."""
+_OF_AN_ADAPTER = (".lora_", f".modules_to_save.{_NAME}.")
+
+
+def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return a model with the adapter in `folder`, weights in the types they have.
+
+    Raises:
+        ModelError: the adapter does not fit this model, lacks tensors or holds more than its configuration says.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns, and of what lacks alone.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        # It does not tell what came of it; the same once more does, and changes nothing.
+        result = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{folder}: the adapter does not fit its base model {model.name_or_path!r} "
+            f"({type(error).__name__}: {printable(one_line(error, 240))}). Fix: copy the whole folder from the run "
+            "again, with the base model that it was trained on."
+        ) from error
+    missing = [key for key in result.missing_keys if any(part in key for part in _OF_AN_ADAPTER)]
+    _refuse(folder, "lacks {}, which would be random", missing)
+    _refuse(folder, "holds {}, for which the model has no place", list(result.unexpected_keys))
+    return adapted
+
+
+def _refuse(folder: Path, what: str, keys: list[str]) -> None:
+    if not keys:
+        return
+    names = sorted(printable(key.replace(f".modules_to_save.{_NAME}", "").replace(f".{_NAME}", "")) for key in keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise ModelError(
+        f"{folder}: the adapter {what.format(', '.join(names[:3]) + more)}; its scores would not be those of training. "
+        "Fix: copy the whole folder from the run again, with the base model that it was trained on."
+    )
