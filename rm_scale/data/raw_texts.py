@@ -6,7 +6,7 @@ template writes more: a line break, a space, EOS. The score is read at the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from rm_scale.data.message_content import has_reasoning
 from rm_scale.data.rejected_rows import RejectedRow
@@ -34,11 +34,101 @@ def complete_conversation(
         ends: its EOS and padding token, which a policy may write behind an answer.
 
     Raises:
-        RejectedRow: `unfinished_text`, since it does not end with an answer, or ends as no answer does.
+        RejectedRow: `unfinished_text`, since it does not end with an answer, or ends as no answer does, or since it
+            can't be told where the answer begins.
     """
     if bos:
         text = (bos if frame.writes_bos else "") + text.removeprefix(bos)
-    start = text.rindex(frame.opening)
+    starts = _possible_starts(text, frame, special)
+    readings = [_reading(text, start, frame, write_answer, special, ends) for start in starts]
+    first, last = readings[0], readings[-1]
+    asking = frame.asking.removeprefix(bos or "")
+    if first == last or (asking and asking in text[starts[0] : starts[-1]]):
+        last = first  # also where the policy went on with turns of its own making
+    for reading in (last, first):
+        if isinstance(reading, RejectedRow):
+            raise reading
+    assert isinstance(last, str)
+    if first != last:
+        what = f"holds {frame.opening!r} twice, and it can't be told where the answer begins"
+        raise _unfinished(text[starts[0] :], what)
+    return last
+
+
+def ends_question(text: str, frame: AnswerFrame) -> bool:
+    """Tell whether the last answer of a text stands behind the end of a question, as this frame has it."""
+    return text[: text.rindex(frame.opening)].endswith(frame.before)
+
+
+def choose_reading(text: str, readings: Sequence[tuple[AnswerFrame, str | RejectedRow]]) -> str:
+    """Return what the chat template that wrote a text makes of it, of several templates.
+
+    Args:
+        text: a rendered conversation.
+        readings: what each template writes around an answer, and what it makes of the text, or why it can't.
+
+    Raises:
+        RejectedRow: `unfinished_text`: none can complete it, or they do so differently and it ends as none does.
+    """
+    complete = [(frame, found) for frame, found in readings if isinstance(found, str)]
+    if len({found for _, found in complete}) > 1:
+        complete = [(frame, found) for frame, found in complete if frame.ending and text.endswith(frame.ending)]
+        if not complete:
+            raise _unfinished(text, "ends as no chat template does, and it can't be told which of them it is from")
+        # One ending may be the end of another: "\n" of "<|im_end|>\n".
+        return max(complete, key=lambda one: len(one[0].ending))[1]
+    if complete:
+        return complete[0][1]
+    refusal = readings[0][1]
+    assert isinstance(refusal, RejectedRow)
+    raise refusal
+
+
+def _possible_starts(text: str, frame: AnswerFrame, special: Collection[str]) -> list[int]:
+    """Return where the opening of the last answer may stand: one place, or the first and the last possible one.
+
+    Ordinary text, such as `ASSISTANT:`, may be part of what is said too; a special token is taken for what it is.
+    """
+    last = text.rindex(frame.opening)
+    if not frame.end_of_turn or any(token in frame.opening for token in special if token):
+        return [last]
+    ended = text.rfind(frame.end_of_turn, 0, last)
+    place = text.index(frame.opening, 0 if ended < 0 else ended + len(frame.end_of_turn))
+    places = []
+    while place >= 0:
+        places.append(place)
+        place = text.find(frame.opening, place + len(frame.opening))
+    behind = [place for place in places if text.endswith(frame.before, 0, place)] or places
+    return sorted({behind[0], behind[-1]})
+
+
+def _reading(
+    text: str,
+    start: int,
+    frame: AnswerFrame,
+    write_answer: Callable[[str], str | None],
+    special: Collection[str],
+    ends: Collection[str],
+) -> str | RejectedRow:
+    try:
+        return _completed(text, start, frame, write_answer, special, ends)
+    except RejectedRow as rejected:
+        return rejected
+
+
+def _completed(
+    text: str,
+    start: int,
+    frame: AnswerFrame,
+    write_answer: Callable[[str], str | None],
+    special: Collection[str],
+    ends: Collection[str],
+) -> str:
+    """Return the text with its end, where the last answer's opening stands at `start`.
+
+    Raises:
+        RejectedRow: `unfinished_text`.
+    """
     opening = frame.whole_opening if text.startswith(frame.whole_opening, start) else frame.opening
     head, said = text[:start], text[start + len(opening) :]
     answer = _answer_in(said, frame, special, ends)

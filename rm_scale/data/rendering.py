@@ -22,10 +22,10 @@ from rm_scale.data.message_content import (
     with_text_parts,
 )
 from rm_scale.data.preference_group import Message, Text
-from rm_scale.data.raw_texts import complete_conversation
+from rm_scale.data.raw_texts import choose_reading, complete_conversation, ends_question
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.template_limits import limit_chat_templates
-from rm_scale.data.template_probe import TemplateFacts, after_question, answer, probe_template, question
+from rm_scale.data.template_probe import AnswerFrame, TemplateFacts, after_question, answer, probe_template, question
 from rm_scale.errors import ModelError
 
 if TYPE_CHECKING:
@@ -126,23 +126,41 @@ class TextRenderer:
         Raises:
             RejectedRow: `unfinished_text`: a conversation in the chat template's form that doesn't end with an answer.
         """
-        marks: set[str] = set()
-        for template in (self.chat_template, self.tool_use_template) if reads_conversations else ():
-            frame = None if template is None else self._facts(template).frame
-            if template is None or frame is None:
-                continue
-            if frame.opening in text:
-                write = partial(self._write_answer, template, frame.opening)
-                bos = self.tokenizer.bos_token
-                own = (frame, write, bos if isinstance(bos, str) else None, self._special_tokens(), self._ends())
-                return complete_conversation(text, *own), True
-            marks.update(frame.marks)
-        seen = next((mark for mark in sorted(marks) if mark in text), None)
+        frames = self._frames() if reads_conversations else {}
+        fitting = {template: frame for template, frame in frames.items() if frame.opening in text}
+        if fitting:
+            return self._complete_by(fitting, text), True
+        marks = sorted({mark for frame in frames.values() for mark in frame.marks})
+        seen = next((mark for mark in marks if mark in text), None)
         if seen is not None:
             raise RejectedRow(
                 "unfinished_text", f"the text holds {seen!r} of the chat template, but no assistant's turn"
             )
         return self._with_eos(text), False
+
+    def _frames(self) -> dict[str, AnswerFrame]:
+        """Return what each template in force writes around an answer, where that can be told."""
+        templates = [template for template in (self.chat_template, self.tool_use_template) if template is not None]
+        frames = {template: self._facts(template).frame for template in templates}
+        return {template: frame for template, frame in frames.items() if frame is not None}
+
+    def _complete_by(self, frames: Mapping[str, AnswerFrame], text: str) -> str:
+        """Complete a conversation by the one of these templates that wrote it.
+
+        Raises:
+            RejectedRow: `unfinished_text`.
+        """
+        closer = {template: frame for template, frame in frames.items() if ends_question(text, frame)}
+        bos = self.tokenizer.bos_token if isinstance(self.tokenizer.bos_token, str) else None
+        readings: list[tuple[AnswerFrame, str | RejectedRow]] = []
+        for template, frame in (closer or frames).items():
+            write = partial(self._write_answer, template, frame.opening)
+            try:
+                found = complete_conversation(text, frame, write, bos, self._special_tokens(), self._ends())
+                readings.append((frame, found))
+            except RejectedRow as rejected:
+                readings.append((frame, rejected))
+        return choose_reading(text, readings)
 
     def _with_eos(self, text: str) -> str:
         eos = self.tokenizer.eos_token

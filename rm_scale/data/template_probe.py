@@ -43,6 +43,7 @@ class AnswerFrame:
     """What a template writes around the last answer of a conversation.
 
     Attributes:
+        before: what stands between a question and `opening`: the end of the user's turn.
         opening: what opens an assistant's turn, as a generation prompt ends; without an opening of reasoning.
         whole_opening: all that the template writes before an answer without reasoning; begins with `opening`.
         ending: all that follows the answer.
@@ -52,6 +53,7 @@ class AnswerFrame:
         writes_bos: the template begins with BOS.
     """
 
+    before: str
     opening: str
     whole_opening: str
     ending: str
@@ -203,9 +205,11 @@ def _frame(
         if token in answered and token != bos and token not in ends and "think" not in token.lower()
     )
     end_of_turn = _first_token(ending, special) or _end_in_between(render, special)
+    place = between.index(opening)
     return AnswerFrame(
+        before=between[:place],
         opening=opening,
-        whole_opening=between[between.index(opening) :],
+        whole_opening=between[place:],
         ending=ending,
         end_of_turn=end_of_turn,
         marks=marks,

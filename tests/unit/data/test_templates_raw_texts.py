@@ -168,3 +168,97 @@ def test_a_whole_text_whose_answer_holds_an_end_of_turn_is_read_as_in_messages(s
 
     assert encoder.encode_rendered(written(USER, odd)) == of_messages(encoder, [USER, odd])
     assert "unfinished_text" in str(encoder.encode_rendered(written(USER, odd, LATER[0])))
+
+
+# --- The opening of a turn as text -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["stopped", "cut", "whole"])
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("vicuna", "ASSISTANT: x"),
+        ("vicuna", "no USER: why? ASSISTANT: so"),
+        ("smolvlm", "User: hi\nAssistant: ho"),
+        ("smolvlm", "Assistant: ho"),
+        ("llama2", "[INST] x [/INST] y"),
+        ("llava_next", "[INST] x [/INST] y"),
+        ("mistral", "x [/INST] y"),
+        ("mistral", "[INST] x [/INST] y"),
+    ],
+)
+@pytest.mark.parametrize("turns", [[USER], [USER, ANSWER, LATER[0]]], ids=["one turn", "two turns"])
+def test_an_answer_that_holds_the_opening_of_a_turn(shape: str, said: str, turns: list[Message], form: str) -> None:
+    encoder = encoder_of(shape)
+    expected = of_messages(encoder, [*turns, {"role": "assistant", "content": said}])
+    prompt = TextRenderer(encoder.tokenizer, None, True).render_messages(turns, None, add_generation_prompt=True)
+    texts = {"stopped": prompt + said + SHAPES[shape][3], "cut": prompt + said}
+    assert encoder.encode_rendered(texts.get(form, encoder.tokenizer.decode(expected))) == expected
+
+
+@pytest.mark.parametrize("shape", ["llama2", "llava_next"])
+def test_a_text_whose_answer_begins_at_one_of_two_places_is_refused_where_that_matters(shape: str) -> None:
+    encoder = encoder_of(shape)
+    detail = refused(encoder, asked(encoder) + "x [/INST] y" + SHAPES[shape][3])
+    assert "[/INST]' twice, and it can't be told where the answer begins" in detail
+    # Read from either place it is the same text.
+    expected = of_messages(encoder, [USER, {"role": "assistant", "content": "x [/INST] y"}])
+    assert encoder.encode_rendered(asked(encoder) + " x [/INST] y" + SHAPES[shape][3]) == expected
+
+
+@pytest.mark.parametrize("shape", ["vicuna", "smolvlm", "llama2", "mistral", "llava_next"])
+def test_a_question_that_holds_the_opening_of_a_turn(shape: str) -> None:
+    encoder = encoder_of(shape)
+    mark = {"vicuna": "ASSISTANT:", "smolvlm": "Assistant:"}.get(shape, " [/INST]")
+    question: Message = {"role": "user", "content": f"What is {mark} for?"}
+    prompt = TextRenderer(encoder.tokenizer, None, True).render_messages([question], None, add_generation_prompt=True)
+    expected = of_messages(encoder, [question, ANSWER])
+    assert encoder.encode_rendered(encoder.tokenizer.decode(expected)) == expected
+    found = encoder.encode_rendered(prompt + ANSWER["content"] + SHAPES[shape][3])
+    assert found == expected or isinstance(found, RejectedRow)
+    assert "unfinished_text" in str(encoder.encode_rendered(prompt))
+
+
+# --- Two templates ---------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+_TURNS = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+_ASKING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+_TOLD = "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>{% endif %}"
+ONE_LINE = _TOLD + "{% for m in messages %}" + _TURNS + "{% endfor %}" + _ASKING
+LINES = "{% for m in messages %}" + _TURNS + "\n{% endfor %}" + _ASKING
+
+
+def with_two(default: str, tool_use: str) -> TextEncoder:
+    tokenizer = make_tokenizer(template_text("qwen2_5"), eos="<|endoftext|>")
+    tokenizer.chat_template = {"default": default, "tool_use": tool_use}
+    return TextEncoder(tokenizer, RULES)
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+def test_of_two_templates_the_one_that_wrote_a_text_ends_it(tools: list[dict[str, str]] | None) -> None:
+    for encoder in (with_two(LINES, ONE_LINE), with_two(ONE_LINE, _TOLD + LINES)):
+        expected = encoder.encode([USER], [ANSWER], tools)
+        whole = encoder.tokenizer.decode(expected)
+        said = whole.partition(ANSWER["content"])[0] + ANSWER["content"]
+        for text in (whole, said, said + "<|im_end|>"):
+            assert encoder.encode_rendered(text) == expected
+
+
+def test_of_two_templates_that_differ_in_the_end_alone_a_whole_text_keeps_its_own() -> None:
+    last = "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    tool_use = _TOLD + "{% for m in messages %}" + _TURNS + last
+    tool_use += "{% if add_generation_prompt %}{{ '\n' }}<|im_start|>assistant\n{% endif %}"
+    encoder = with_two(LINES, tool_use)
+    for tools in (None, TOOLS):
+        expected = encoder.encode([USER], [ANSWER], tools)
+        assert encoder.encode_rendered(encoder.tokenizer.decode(expected)) == expected
+    cut = encoder.render([USER], [ANSWER]).removesuffix("<|im_end|>\n")
+    assert "can't be told which of them it is from" in refused(encoder, cut)
+
+
+def test_of_two_templates_one_may_know_a_text_alone() -> None:
+    encoder = with_two(template_text("qwen2_5"), template_text("llama3_1"))
+    for tools in (None, TOOLS):
+        expected = encoder.encode([USER], [ANSWER], tools)
+        assert encoder.encode_rendered(encoder.tokenizer.decode(expected)) == expected
