@@ -29,7 +29,7 @@ _NO_LIMIT = 1_000_000
 _LONGEST_UNKNOWN = 4096
 _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """What configs call the longest sequence; transformers' own map from a family's names is asked first."""
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", *SIDE_FILES]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*head*.bin", *SIDE_FILES]
 
 
 def local_folder(name: str | Path) -> Path:

@@ -28,12 +28,20 @@ from rm_scale.modeling.weight_files import (
     read_header,
     read_tensor,
 )
-from rm_scale.texts import one_line
+from rm_scale.texts import one_line, printable
 
 logger = get_logger(__name__)
 
 SIDE_FILES = ("value_head.safetensors", "value_head.bin")
-"""Files that hold a head alone, beside the weights of a language model."""
+"""Files that hold a head alone, beside the weights of a language model, as LLaMA-Factory calls them."""
+_HOLDS_NO_HEAD = re.compile(
+    r"pytorch_model[\w.-]*\.bin"
+    r"|consolidated[\d.of-]*\.(safetensors|bin)"
+    r"|(optimizer|scheduler|scaler|training_args|random_states|rng_state)[\w.-]*\.(safetensors|bin)"
+)
+"""Files beside the weights that trainers and publishers leave there: the same under other names, a training's state."""
+_STARTS_OF_PICKLED = (b"PK\x03\x04", b"\x80")
+"""How files begin that torch.save writes: a zip archive, formerly a bare pickle."""
 _NOT_A_HEAD = ("embed", "position", "norm")
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _SAMPLED_ROWS = 64
@@ -122,7 +130,7 @@ def find_stored_head(name: str, revision: str = "main") -> StoredHead | None:
                 "Fix: give a reward model or the causal language model it came from."
             )
     heads = [_stored(key, tensors) for key in tensors if _is_head(key, tensors[key].shape)]
-    heads += _heads_in_side_files(name, revision)
+    heads += _heads_in_side_files(name, revision, tensors)
     if len(heads) > 1:
         raise ModelError(
             f"{name}: holds {len(heads)} heads of one output ({'; '.join(head.describe() for head in heads)}), and "
@@ -164,29 +172,65 @@ def _stored(key: str, tensors: Mapping[str, TensorPlace]) -> StoredHead:
     return StoredHead(tensors[key].file, key, bias if has_bias else None)
 
 
-def _heads_in_side_files(name: str, revision: str) -> list[StoredHead]:
-    """Return the head in a file beside the weights. The pickled form is not read where the safe one is there."""
+def _heads_in_side_files(name: str, revision: str, tensors: Mapping[str, TensorPlace]) -> list[StoredHead]:
+    """Return the heads in files beside the weights. A pickled form is not read where the safe one is there.
+
+    Raises:
+        ModelError: such a file holds anything but one head of one output and its bias.
+    """
+    heads, seen = [], set()
+    for path in _side_files(name, revision, tensors):
+        if path.stem in seen:
+            continue
+        seen.add(path.stem)
+        pickled = None if path.suffix == ".safetensors" else _read_pickled(path)
+        shapes = read_header(path) if pickled is None else {key: tuple(one.shape) for key, one in pickled.items()}
+        if path.name not in SIDE_FILES and all(_is_copy(key, shape, tensors) for key, shape in shapes.items()):
+            continue  # the weights again or a part of them, e.g. in another type
+        keys = [key for key, shape in shapes.items() if _is_head(key, shape)]
+        bias = keys[0].removesuffix("weight") + "bias" if keys else None
+        if len(keys) != 1 or set(shapes) - {keys[0], bias}:
+            raise ModelError(
+                f"{path}: holds no head of one output alone but {printable(str(sorted(shapes)[:4]))}, so the model's "
+                "reward is not known. Fix: give the causal language model it came from, in a folder without this file."
+            )
+        heads.append(StoredHead(path, keys[0], bias if bias in shapes else None, pickled))
+    return heads
+
+
+def _is_copy(key: str, shape: tuple[int, ...], tensors: Mapping[str, TensorPlace]) -> bool:
+    """Tell whether a tensor is one of the model's again; its output layer may be left out of one of the two."""
+    if key in tensors:
+        return tensors[key].shape == shape
+    return key in _OUTPUT_LAYERS and shape[:1] != (1,)
+
+
+def _side_files(name: str, revision: str, tensors: Mapping[str, TensorPlace]) -> list[Path]:
+    """Return the files beside the weights that may hold a head, the safe form first.
+
+    Of a hub model those are seen that are on this machine, and those with the names that heads usually have.
+    """
+    usual = []
     for file in SIDE_FILES:
         try:
             path = file_of(name, file, revision)
         except OSError:  # no network to ask whether the hub has one
             path = None
-        if path is None:
-            continue
-        if path.suffix == ".safetensors":
-            shapes, tensors = read_header(path), None
-        else:
-            tensors = _read_pickled(path)
-            shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        keys = [key for key, shape in shapes.items() if _is_head(key, shape)]
-        if len(keys) != 1:
-            raise ModelError(
-                f"{path}: holds no head of one output but {sorted(shapes)[:4]}, so the model's reward is not known. "
-                "Fix: give the causal language model it came from, in a folder without this file."
-            )
-        bias = keys[0].removesuffix("weight") + "bias"
-        return [StoredHead(path, keys[0], bias if bias in shapes else None, tensors)]
-    return []
+        usual += [] if path is None else [path]
+    weights = {place.file for place in tensors.values()}
+    folders = {file.parent for file in weights}
+    found = sorted(path for folder in folders for path in folder.iterdir() if _may_hold_a_head(path))
+    others = [path for path in found if path not in weights and path.name not in SIDE_FILES]
+    return usual + sorted(others, key=lambda path: path.suffix != ".safetensors")
+
+
+def _may_hold_a_head(path: Path) -> bool:
+    if path.suffix not in {".safetensors", ".bin"} or _HOLDS_NO_HEAD.fullmatch(path.name) or not path.is_file():
+        return False
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(4).startswith(_STARTS_OF_PICKLED)  # other formats are called .bin too
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:

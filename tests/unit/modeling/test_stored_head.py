@@ -285,3 +285,55 @@ def test_what_transformers_leaves_out_by_design_is_left_out() -> None:
         )
         ignored = _ignored_by_design(AutoModelForSequenceClassification.from_config(config))
     assert ignored is not None and ignored.search("mtp.layers.0.mlp.gate.weight") and not ignored.search("fc.weight")
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("reward_head.safetensors", "weight"),
+        ("score.safetensors", "score.weight"),
+        ("v_head.safetensors", "v_head.summary.weight"),
+        ("reward_head.bin", "weight"),
+    ],
+)
+def test_a_head_in_a_file_of_any_name_is_used(model: Path, tiny_model: Path, file: str, key: str) -> None:
+    head = head_of(model)
+    tensors = {key: head, key.replace("weight", "bias"): torch.zeros(1)}
+    if file.endswith(".bin"):
+        torch.save(tensors, model / file)
+    else:
+        save_file(tensors, model / file, META)
+    stored = find_stored_head(str(model))
+    assert stored is not None and stored.describe() == f"{key} in {file}" and torch.equal(stored.weight(), head)
+    scored = score_sequences(load_reward_model(model, torch.float32), SEQUENCES, 0, 1, "cpu")
+    assert scored == pytest.approx(rewards_of_transformers(model, tiny_model, head), abs=1e-5)
+
+
+@pytest.mark.parametrize("file", ["mlp_head.safetensors", "value_head.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_file_beside_the_weights_that_is_no_head_alone_is_refused(model: Path, file: str) -> None:
+    save_file({"dense.weight": torch.ones(WIDTH, WIDTH), "out.weight": torch.ones(1, WIDTH)}, model / file, META)
+    with pytest.raises(ModelError, match=rf"{re.escape(file)}: holds no head of one output alone but \['dense\.weight"):
+        load(model)
+
+
+def test_two_files_with_a_head_are_refused(model: Path) -> None:
+    for file in ("score.safetensors", "v_head.safetensors"):
+        save_file({"v_head.weight": head_of(model)}, model / file, META)
+    with pytest.raises(ModelError, match=r"holds 2 heads of one output \(v_head\.weight in score.*in v_head\.safet"):
+        load(model)
+
+
+def test_copies_of_the_weights_and_states_of_a_training_are_no_heads(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file({key: tensor.half() for key, tensor in weights.items()}, model / "model.fp16.safetensors", META)
+    save_file({"lm_head.weight": torch.ones(400, WIDTH)}, model / "model-00002-of-00002.safetensors", META)
+    save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, model / "consolidated.safetensors", META)
+    save_file(
+        {"layers.0.attention.wq.weight": torch.ones(4, 4)}, model / "consolidated-00001-of-00002.safetensors", META
+    )
+    torch.save(weights, model / "pytorch_model.bin")
+    torch.save({"state": {0: torch.ones(1, WIDTH)}}, model / "optimizer.bin")
+    (model / "training_args.bin").write_bytes(b"PK\x03\x04 no tensors")
+    (model / "vocabulary.bin").write_bytes(b"words")
+    assert find_stored_head(str(model)) is None
+    assert not load(model).head_was_found
