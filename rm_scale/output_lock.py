@@ -166,8 +166,8 @@ def _read(path: Path) -> Owner | None:
     return None
 
 
-def refuse(output_dir: str | Path, owner: Owner) -> UserError:
-    """Return the error that says who writes to a directory, and what to do."""
+def refuse(output_dir: str | Path, owner: Owner, setting: str = "output_dir") -> UserError:
+    """Return the error that says who writes to a directory, and what to do; `setting` is what names the directory."""
     if owner.job is not None:
         who = f"job {owner.job} is running and writes there ({owner.text()})"
         stop = f"scancel {owner.job}, or --dependency=afterany:{owner.job}"
@@ -176,7 +176,7 @@ def refuse(output_dir: str | Path, owner: Owner) -> UserError:
     else:
         who, stop = f"another run may write there, its {LOCK_FILE} can't be read", "wait for it"
     return UserError(
-        f"output_dir={output_dir}: {who}. Fix: another --output_dir, or {stop}. If you know that it has ended: "
+        f"{setting}={output_dir}: {who}. Fix: another --{setting}, or {stop}. If you know that it has ended: "
         f"rm {Path(output_dir) / LOCK_FILE}"
     )
 
@@ -185,11 +185,15 @@ def refuse(output_dir: str | Path, owner: Owner) -> UserError:
 
 
 @contextmanager
-def writing_alone(output_dir: str | Path) -> Iterator[None]:
+def writing_alone(output_dir: str | Path, setting: str = "output_dir") -> Iterator[None]:
     """Hold the lock of an output directory while the block runs; the directory is made where it is missing.
 
     Whatever ends the block gives it back, and removes the folders that were made for it where they are still empty.
     The lock of an owner that has ended, killed say, is taken over.
+
+    Args:
+        output_dir: the directory.
+        setting: what names it, in errors.
 
     Raises:
         UserError: another run writes there, or the directory can't be written.
@@ -199,11 +203,11 @@ def writing_alone(output_dir: str | Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = _take(path)
+        content = _take(path, setting)
     except OSError as error:
         _remove_empty(made)
         raise UserError(
-            f"output_dir={output_dir}: can't be written ({error.strerror or error}). "
+            f"{setting}={output_dir}: can't be written ({error.strerror or error}). "
             "Fix: choose a folder you may write to."
         ) from error
     except UserError:
@@ -220,7 +224,7 @@ def writing_alone(output_dir: str | Path) -> Iterator[None]:
         _remove_empty(made)
 
 
-def _take(path: Path) -> bytes:
+def _take(path: Path, setting: str) -> bytes:
     """Make the lock, in place of one whose owner has ended; return its content.
 
     Raises:
@@ -233,7 +237,7 @@ def _take(path: Path) -> bytes:
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            _remove_stale(path, me)
+            _remove_stale(path, me, setting)
             continue
         try:
             with os.fdopen(handle, "wb") as file:
@@ -246,7 +250,7 @@ def _take(path: Path) -> bytes:
         return content
 
 
-def _remove_stale(path: Path, me: Owner) -> None:
+def _remove_stale(path: Path, me: Owner, setting: str) -> None:
     """Remove a lock whose owner has ended.
 
     Raises:
@@ -254,7 +258,7 @@ def _remove_stale(path: Path, me: Owner) -> None:
     """
     owner = me if path in _held else running_owner(path.parent, me)
     if owner is not None:
-        raise refuse(path.parent, owner)
+        raise refuse(path.parent, owner, setting)
     try:
         seen = path.read_bytes()
         aside = path.with_name(f"{LOCK_FILE}.{os.urandom(4).hex()}.ended")

@@ -129,7 +129,7 @@ def _score(options: argparse.Namespace, world: Any) -> int:
     prepare_environment(world)
     # Before torch is imported. Else MKL may add in another order with another number of threads, and so of ranks.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    from rm_scale.inference.scoring.batch_scoring import ScoringJob, forget_parts, run_job
+    from rm_scale.inference.scoring.batch_scoring import ScoringJob, forget_parts, parts_held, run_job
     from rm_scale.inference.scoring.ensemble import Ensemble
     from rm_scale.inference.scoring.row_files import open_rows, output_suffix
     from rm_scale.launch.devices import rank_device
@@ -145,12 +145,15 @@ def _score(options: argparse.Namespace, world: Any) -> int:
             max_rejected_share=options.max_rejected_share,
             stop_at_bad_row=options.on_bad_row == "stop",
         )
-        if options.restart and world.is_main:
-            forget_parts(job)
-        scorers = [load_scorer(folder, options, device) for folder in options.model]
-        ensemble = Ensemble(scorers, options.ensemble, options.combine_raw)
-        with _progress(len(rows), world.is_main) as bar:
-            summary = run_job(job, rows, ensemble, world, lambda done: bar.update(done - bar.n))
+        with parts_held(job, world):
+            if world.is_main:
+                _check(options)  # once more: another start may have written the output meanwhile
+            if options.restart and world.is_main:
+                forget_parts(job)
+            scorers = [load_scorer(folder, options, device) for folder in options.model]
+            ensemble = Ensemble(scorers, options.ensemble, options.combine_raw)
+            with _progress(len(rows), world.is_main) as bar:
+                summary = run_job(job, rows, ensemble, world, lambda done: bar.update(done - bar.n))
     if summary is not None:
         for line in summary.lines():
             logger.warning(line)

@@ -56,6 +56,14 @@ def test_killed_it_goes_on(
     while len(list(parts.glob("part-*"))) < 2 and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    before = {path.name: path.read_bytes() for path in parts.iterdir()}
+    for more in ([], ["--restart"]):
+        assert main(["score", *words, *more]) == 2, "a second start beside the first"
+        said = capsys.readouterr().err
+        assert f"output={parts}: another run writes there (process {process.pid} on" in said, said
+        assert "Fix: another --output, or kill" in said
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == before
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not output.exists()
@@ -67,7 +75,7 @@ def test_killed_it_goes_on(
     )
     done = run([*CLI, "score", *words])
     assert done.code == 0 and f"{len(begun)} parts of 64 rows are there already" in done.output, done.output
-    assert output.read_bytes() == one_rank.read_bytes()
+    assert output.read_bytes() == one_rank.read_bytes() and list(tmp_path.iterdir()) == [output]
 
 
 @pytest.mark.long

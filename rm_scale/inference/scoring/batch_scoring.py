@@ -34,6 +34,7 @@ from rm_scale.inference.scoring.out_of_memory_retry import TokenBudget
 from rm_scale.inference.scoring.row_files import RowFile, Scorable, output_suffix, scorable, write_rows
 from rm_scale.logs import get_logger
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, ScoringContract
+from rm_scale.output_lock import LOCK_FILE, writing_alone
 
 logger = get_logger(__name__)
 
@@ -161,6 +162,26 @@ def _weights(folder: Path) -> dict[str, list[int]]:
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
+@contextlib.contextmanager
+def parts_held(job: ScoringJob, world: World) -> Iterator[None]:
+    """Let one start at a time work in the folder of parts while the block runs: rank 0 holds its lock.
+
+    The lock of a start that was killed is taken over.
+
+    Raises:
+        DataError: the folder holds what is not ours.
+        UserError: another start works there.
+    """
+    if not world.is_main:
+        yield
+        return
+    _require_own(job)
+    with writing_alone(job.parts_folder, "output"):
+        yield
+    with contextlib.suppress(OSError):  # parts are left when the block has failed
+        job.parts_folder.rmdir()
+
+
 def run_job(
     job: ScoringJob, rows: RowFile, scores: Scores, world: World, progress: Callable[[int], None] | None = None
 ) -> ScoringSummary | None:
@@ -232,6 +253,7 @@ def open_parts(job: ScoringJob, world: World) -> None:
         logger.info(f"{job.parts_folder}: {found} parts of {job.part_rows} rows are there already")
 
 
+_BEFORE_THE_RECORD = re.compile(rf"{re.escape(LOCK_FILE)}.*|\.{re.escape(JOB_FILE)}\.[0-9a-f]{{8}}\.writing")
 _OUR_FILES = re.compile(r"job\.json|part-\d{8}\.jsonl|\.(job\.json|part-\d{8}\.jsonl)\.[0-9a-f]{8}\.writing")
 
 
@@ -246,7 +268,10 @@ def _require_own(job: ScoringJob) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise DataError(f"{folder}: is no folder, and parts of the output go there. Fix: another --output.")
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not _BEFORE_THE_RECORD.fullmatch(path.name))
+    except FileNotFoundError:  # another start has just finished
+        return
     begun = read_json_object(folder / JOB_FILE)
     is_ours = not names or {"chunk_rows", *job.facts} <= begun.keys()
     foreign = next((name for name in names if not is_ours or not _OUR_FILES.fullmatch(name)), None)
@@ -284,7 +309,13 @@ def _score_chunk(job: ScoringJob, number: int, rows: RowFile, scores: Scores, bu
         found += _score_block(rows.read(first, first + job.block_rows), scores, budget)
     if job.stop_at_bad_row:
         _require_scores(rows.name, start, [columns for _, columns, _ in found])
-    write_whole(job.part(number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    try:
+        write_whole(job.part(number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{job.parts_folder}: is gone, and parts of the output go there: rank 0 has ended, or somebody removed it. "
+            "Fix: look at what rank 0 said, then start it again."
+        ) from error
 
 
 def _require_scores(name: str, start: int, found: Sequence[Mapping[str, Any]]) -> None:

@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 
 from rm_scale.distributed import World
-from rm_scale.errors import DataError, ModelError
+from rm_scale.errors import DataError, ModelError, UserError
 from rm_scale.inference.scoring import batch_scoring
-from rm_scale.inference.scoring.batch_scoring import ScoringJob, ScoringSummary, model_facts, open_parts, run_job
+from rm_scale.inference.scoring.batch_scoring import (
+    ScoringJob,
+    ScoringSummary,
+    model_facts,
+    open_parts,
+    parts_held,
+    run_job,
+)
 from rm_scale.inference.scoring.ensemble import Ensemble, Scored
 from rm_scale.inference.scoring.row_files import Scorable, open_rows
 from rm_scale.inference.scoring.scorer import RewardScorer
@@ -113,6 +120,44 @@ def test_parts_of_another_job_are_refused(lora: RewardScorer, texts: Path, tmp_p
                 run_job(job_for(output, **changed), rows, Ensemble([lora]), World())
         batch_scoring.forget_parts(job_for(output))
         assert run_job(job_for(output, chunk_rows=6), rows, Ensemble([lora]), World()) is not None
+
+
+def test_the_folder_of_parts_is_held_by_one_start(lora: RewardScorer, texts: Path, tmp_path: Path) -> None:
+    job = job_for(tmp_path / "scores.jsonl")
+    with open_rows(str(texts)) as rows:
+        with pytest.raises(KeyboardInterrupt), parts_held(job, World()):
+            run_job(job, rows, Counting([lora], stop_after=8), World())
+        with parts_held(job, World()):
+            before = sorted(job.parts_folder.iterdir())
+            with (
+                pytest.raises(UserError, match=r"output=.*\.parts: another run writes there"),
+                parts_held(job, World()),
+            ):
+                pass
+            with parts_held(job, World(1, 2)):
+                assert sorted(job.parts_folder.iterdir()) == before, "the other ranks of the same start"
+            assert len(before) == 4, "two parts, their record and the lock"
+            assert run_job(job, rows, Ensemble([lora]), World()) is not None
+        assert not job.parts_folder.exists()
+        (tmp_path / "other.jsonl.parts").mkdir()
+        (tmp_path / "other.jsonl.parts" / "notes").write_text("mine")
+        with pytest.raises(DataError, match="holds notes"), parts_held(job_for(tmp_path / "other.jsonl"), World()):
+            pass
+        assert [path.name for path in (tmp_path / "other.jsonl.parts").iterdir()] == ["notes"]
+
+
+def test_a_rank_whose_folder_is_gone_says_so(lora: RewardScorer, texts: Path, tmp_path: Path) -> None:
+    job = job_for(tmp_path / "scores.jsonl")
+
+    class Removing(Counting):
+        def score(self, texts: Sequence[Scorable], max_tokens: int) -> list[Scored]:
+            batch_scoring.forget_parts(job)
+            return super().score(texts, max_tokens)
+
+    with open_rows(str(texts)) as rows:
+        open_parts(job, World())
+        with pytest.raises(DataError, match=r"\.parts: is gone, .*Fix: look at what rank 0 said"):
+            run_job(job, rows, Removing([lora]), World(1, 2))
 
 
 def test_ranks_share_the_work(lora: RewardScorer, texts: Path, tmp_path: Path) -> None:
