@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rm_scale.data.conversations import message_text
 from rm_scale.data.preference_group import Text
 from rm_scale.errors import DataError
 
@@ -33,7 +34,7 @@ class BenchmarkItem:
         """Return what was said, without roles, for models without a chat template."""
         if isinstance(self.prompt, str):
             return self
-        prompt = "\n\n".join(str(message["content"]) for message in self.prompt)
+        prompt = "\n\n".join(message_text(message) for message in self.prompt)
         return replace(self, prompt=f"{prompt}\n\n")
 
 

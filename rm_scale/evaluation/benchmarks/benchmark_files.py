@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rm_scale.data.preference_group import Text
+from rm_scale.data.conversations import as_text, check_answered
+from rm_scale.data.preference_group import Message
+from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.sources import RawRows, local_sources
 from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks.benchmark import Benchmark, BenchmarkItem
@@ -44,6 +46,9 @@ def read_benchmark(path: str | Path, format: str = "auto") -> Benchmark:
     for number, row in enumerate(rows):
         try:
             items.append(read(row, number))
+        except RejectedRow as error:
+            seen = f"{path}, row {number}: can't be scored ({error})"
+            raise DataError(f"{seen}. Fix: correct its prompt, or download the file again.") from error
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, row {number}: is no {name} row ({error}). Fix: download it again.") from error
     return build(items)
@@ -110,13 +115,16 @@ def _detect(row: Row, path: str) -> str:
     )
 
 
-def _conversation(prompt: Any) -> Text:
-    """Make messages of a prompt: RewardBench's are a user's text, or a list of messages already."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and all(isinstance(message, Mapping) and "role" in message for message in prompt):
-        return [dict(message) for message in prompt]
-    raise ValueError("prompt is neither text nor a conversation")
+def _conversation(prompt: Any) -> list[Message]:
+    """Make messages of a prompt: a user's text, as published, or messages in any form that training reads.
+
+    Raises:
+        RejectedRow: it is neither, or no conversation to which an assistant answers.
+    """
+    found = as_text(prompt, "prompt")
+    messages: list[Message] = [{"role": "user", "content": found}] if isinstance(found, str) else found
+    check_answered([*messages, {"role": "assistant"}])
+    return messages
 
 
 def _texts(row: Row, column: str, count: int | None = None) -> list[str]:

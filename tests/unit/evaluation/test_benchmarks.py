@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rm_scale.data.conversations import message_text
 from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks import Benchmark, BenchmarkItem, read_benchmark
 from rm_scale.evaluation.benchmarks.rewardbench import SECTIONS, SUBSET_WEIGHTS, SUBSETS_2, ties_score
@@ -214,6 +215,70 @@ def test_parquet_is_read_as_published(tmp_path: Path) -> None:
     assert read_benchmark(tmp_path / "rb2.parquet").name == "RewardBench 2"
 
 
+TURNS = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]
+
+
+def in_a_row(prompt: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": "x", "rejected": "y", "subset": "math-prm", "id": "1"}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        TURNS,
+        json.dumps(TURNS),
+        [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS],
+        [{"from": "human" if turn["role"] == "user" else turn["role"], "value": turn["content"]} for turn in TURNS],
+        [{**turn, "name": None, "tool_calls": None} for turn in TURNS],
+    ],
+    ids=["messages", "JSON text", "text parts", "ShareGPT", "nulls"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_prompt_is_read_as_in_training_data(tmp_path: Path, kind: str, prompt: Any) -> None:
+    path = tmp_path / f"rb.{kind}"
+    if kind == "jsonl":
+        write(path, [in_a_row(prompt)])
+    else:
+        pq.write_table(pa.Table.from_pylist([in_a_row(prompt)]), path)
+    benchmark = read_benchmark(path)
+    (item,) = benchmark.items
+    assert isinstance(item.prompt, list)
+    assert [with_text(message) for message in item.prompt] == TURNS
+    assert benchmark.items_for(False)[0].prompt == "s\n\na\n\nb\n\nc\n\n"
+
+
+def with_text(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": message_text(message)}
+
+
+def test_a_text_prompt_is_a_users_turn_as_published(tmp_path: Path) -> None:
+    texts = ["q", "", " [1, 2]", '{"a": 1}', "[INST] x [/INST]", "a\n\nHuman: b"]
+    items = read_benchmark(write(tmp_path / "rb.jsonl", [in_a_row(text) for text in texts])).items
+    assert [item.prompt for item in items] == [[{"role": "user", "content": text}] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (TURNS[1:2] * 2, r"row 0: .*bad_conversation: message 1 is user after user: .* Fix: correct its prompt"),
+        (TURNS[:3], r"bad_conversation: message 3 is assistant after assistant: expected user"),
+        (json.dumps(TURNS[1:2] * 2), r"bad_conversation: message 1 is user after user"),
+        ([], r"empty: prompt has no messages"),
+        ([{"content": "a"}], r"bad_conversation: prompt\[0\] has no role"),
+        ("[{'role': 'user', 'content': 'a'}]", r"prompt begins like a list of messages, but isn't JSON"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"has a content part of type 'image'"),
+    ],
+)
+def test_a_prompt_that_is_no_conversation_is_refused(tmp_path: Path, prompt: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_benchmark(write(tmp_path / "rb.jsonl", [in_a_row(prompt)]))
+
+
 @pytest.mark.parametrize(
     ("rows", "format", "message"),
     [
@@ -227,7 +292,7 @@ def test_parquet_is_read_as_published(tmp_path: Path) -> None:
         (
             [{"prompt": 1, "chosen": "a", "rejected": "b", "subset": "math-prm"}],
             "auto",
-            "prompt is neither text nor a conversation",
+            "prompt is a number, neither text nor a list of messages",
         ),
         (
             [{"prompt": "q", "chosen": ["a"], "rejected": ["b"], "num_correct": 2, "subset": "Math"}],
