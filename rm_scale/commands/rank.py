@@ -78,6 +78,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--per_completion", nargs="+", default=[], metavar="COLUMN", help="columns with one value per completion"
     )
     files.add_argument(
+        "--ignore_columns", nargs="+", default=[], metavar="COLUMN", help="carried along and not read, as in training"
+    )
+    files.add_argument(
         "--score_column", metavar="COLUMN", help="rank by scores that the input holds already, without --model"
     )
     files.add_argument(
@@ -204,7 +207,7 @@ def _columns(options: argparse.Namespace) -> Columns:
 
     gold = [options.gold_column] if options.gold_column else []
     per_completion = tuple(dict.fromkeys([*options.per_completion, *gold]))
-    return Columns(options.group_by, per_completion, options.score_column)
+    return Columns(options.group_by, per_completion, options.score_column, tuple(options.ignore_columns))
 
 
 def _selection(options: argparse.Namespace) -> Selection:

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--input", required=True, metavar="FILE", help="JSONL, JSON, CSV, Parquet or Arrow")
     files.add_argument("--output", required=True, metavar="FILE", help="ends in .jsonl, .jsonl.gz, .csv or .parquet")
     files.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    files.add_argument(
+        "--ignore_columns", nargs="+", default=[], metavar="COLUMN", help="carried along and not read, as in training"
+    )
     files.add_argument("--restart", action="store_true", help="forget what an earlier start has scored")
     files.add_argument(
         "--on_bad_row",
@@ -136,7 +139,7 @@ def _score(options: argparse.Namespace, world: Any) -> int:
 
     output_suffix(options.output)
     device = rank_device(options.device, world)
-    with open_rows(options.input) as rows:
+    with open_rows(options.input, options.ignore_columns) as rows:
         job = ScoringJob(
             output=Path(options.output),
             facts=_facts(options, rows.identity),
@@ -171,7 +174,7 @@ def _facts(options: argparse.Namespace, identity: dict[str, Any]) -> dict[str, A
         folder = local_folder(name)
         require_reward_model(folder)
         models[str(folder.resolve())] = model_facts(folder)
-    names = ("ensemble", "combine_raw", "dtype", "chat_template_path", "force")
+    names = ("ensemble", "combine_raw", "dtype", "chat_template_path", "force", "ignore_columns")
     return {"input": identity, "models": models, "settings": {name: getattr(options, name) for name in names}}
 
 

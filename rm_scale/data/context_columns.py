@@ -125,15 +125,48 @@ def refuse_unread_context(row: Row, group: PreferenceGroup, read: Collection[str
         raise UnreadContext(found, f"{found[0]} holds {_shown(row[found[0]])}, which is not read")
 
 
-def refuse_template_arguments(row: Row) -> None:
-    """Refuse a row to score that asks for arguments of the chat template: templates are called without.
+def refuse_unread_beside(
+    row: Row, prompt: Text, completions: Sequence[Text], read: Collection[str], fix: str, any_answer: bool = False
+) -> None:
+    """Refuse a row to score of which a column holds context, by the names and rules of training.
+
+    Args:
+        row: names and values.
+        prompt: text or messages, as read.
+        completions: texts or messages to be scored.
+        read: columns that these come from, and those of which the user has said what they are.
+        fix: what to do; `{names}` stands for the columns.
+        any_answer: an assistant's turn in another column may be another answer, which is no context.
 
     Raises:
-        UnreadContext: it has such a column, and not an empty one.
+        UnreadContext: names the columns.
     """
-    value = row.get(TEMPLATE_ARGUMENTS)
-    if _has_other_meaning(TEMPLATE_ARGUMENTS, value):
-        raise UnreadContext([TEMPLATE_ARGUMENTS], f"{TEMPLATE_ARGUMENTS} holds {_shown(value)}, which is not read")
+    texts = _Texts(prompt, completions, any_answer)
+    found = [
+        name
+        for name, value in row.items()
+        if name not in read
+        and ((name == TEMPLATE_ARGUMENTS and _has_other_meaning(name, value)) or _is_unread(name, value, texts))
+    ]
+    if found:
+        told = f"{found[0]} holds {_shown(row[found[0]])}, which is not read"
+        raise UnreadContext(found, f"{told}. Fix: {fix.format(names=' '.join(found))}")
+
+
+def refuse_unread_text(row: Row, prompt: Text, completions: Sequence[Text], fix: str) -> None:
+    """Refuse a row that brings a whole `text` beside what is scored, unless it is the same text.
+
+    Raises:
+        UnreadContext: it is another one.
+    """
+    value = row.get("text")
+    if not isinstance(value, str) or not value.strip():
+        return
+    text = _flat(value)
+    parts = [_flat(part) for one in (prompt, *completions) for part in _pieces_of(one)]
+    if not all(part in text for part in parts) and not _Texts(prompt, completions).hold(value):
+        told = f"text holds {_shown(value)}, which is not what is scored"
+        raise UnreadContext(["text"], f"{told}. Fix: {fix.format(names='text')}")
 
 
 def advice(columns: Sequence[str]) -> str:
@@ -169,12 +202,14 @@ class _Texts:
     Args:
         prompt: text or messages.
         responses: texts or messages.
+        any_answer: what an assistant says in another column needs not be among them.
     """
 
-    def __init__(self, prompt: Text, responses: Sequence[Text]) -> None:
+    def __init__(self, prompt: Text, responses: Sequence[Text], any_answer: bool = False) -> None:
         self.prompt = prompt
         self.responses = responses
-        self.is_conversational = not isinstance(prompt, str)
+        self.any_answer = any_answer
+        self.is_conversational = any(not isinstance(text, str) for text in (prompt, *responses))
 
     @functools.cached_property
     def asked(self) -> frozenset[str]:
@@ -204,6 +239,8 @@ class _Texts:
             by_assistant: it may be a response as well.
             short_too: look for a short text inside lines too, where it may stand by chance.
         """
+        if by_assistant and self.any_answer:
+            return True
         flat = _flat(piece)
         if flat in self.asked or (by_assistant and flat in self.said):
             return True

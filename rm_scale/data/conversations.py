@@ -254,7 +254,19 @@ def read_completion(
         prompt = ""
     asked = as_text(prompt, "prompt")
     said = as_text(completion, "completion", json_text or (isinstance(prompt, str) and not isinstance(asked, str)))
-    return (*join_completion(asked, said), as_tools(tools))
+    descriptions = as_tools(tools)
+    if descriptions and isinstance(asked, str) and isinstance(said, str):
+        raise tools_beside_text()
+    return (*join_completion(asked, said), descriptions)
+
+
+def tools_beside_text() -> RejectedRow:
+    """Return the refusal of tools where no chat template is called that could write them, as in training."""
+    return RejectedRow(
+        "unread_context",
+        "tools need messages, which a chat template renders. Fix: give prompt or completion as such, or leave tools "
+        "out (in files --ignore_columns tools)",
+    )
 
 
 def join_completion(prompt: Text, completion: Text) -> tuple[Text, Text]:

@@ -19,6 +19,7 @@ import httpx
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import REJECTION_REASONS
 from rm_scale.errors import DataError, UserError
+from rm_scale.inference.scoring.encode_completions import tools_per_prompt
 from rm_scale.inference.serve_token import TOKEN_VARIABLE, token_of_variable
 from rm_scale.logs import get_logger
 from rm_scale.texts import one_line, typed_line
@@ -144,7 +145,7 @@ class RemoteScorer:
             raise DataError(
                 f"{len(prompts)} prompts and {len(completions)} completions: give one prompt per completion."
             )
-        tools = tools if tools is not None else [None] * len(prompts)
+        tools = tools_per_prompt(tools, len(prompts))
         found: list[float | Unscorable] = [math.nan] * len(prompts)
         items: dict[int, bytes] = {}
         for number, values in enumerate(zip(prompts, completions, tools, strict=True)):

@@ -17,7 +17,13 @@ from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import ConfigError, DataError, ModelError
 from rm_scale.inference.model_folder import local_folder, require_reward_model
 from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
-from rm_scale.inference.scoring.encode_completions import Completion, encode_completions, read_completions
+from rm_scale.inference.scoring.encode_completions import (
+    Completion,
+    encode_completions,
+    read_completions,
+    refuse_unread_columns,
+    tools_per_prompt,
+)
 from rm_scale.inference.scoring.scorer import RewardScorer, prompt_keys
 from rm_scale.logs import get_logger
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, ScoringContract
@@ -55,6 +61,7 @@ class RewardFunction:
         name: under which trainers log it.
         batch_size, max_tokens: of a forward pass, see `RewardScorer.score`.
         loading: for `RewardScorer.from_pretrained`.
+        ignore_columns: columns of the trainer's data that are not read, whatever their name.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class RewardFunction:
         batch_size: int,
         max_tokens: int | None,
         loading: dict[str, Any],
+        ignore_columns: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.shape = shape
@@ -72,6 +80,7 @@ class RewardFunction:
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.loading = loading
+        self.ignore_columns = tuple(ignore_columns)
         self._scorer: RewardScorer | None = None
         self._pid = 0
         self._told: set[str] = set()
@@ -83,14 +92,17 @@ class RewardFunction:
             prompts: texts or lists of messages.
             completions: as many, of the same kind.
             kwargs: what else the trainer passes: `tools`, a column of tool descriptions or of their JSON text, is used
-                for the chat template; `log_metric` is told the share of completions without a score.
+                for the chat template; `log_metric` is told the share of completions without a score. Other columns of
+                its data are not read.
 
         Raises:
-            DataError: the lengths differ; or a completion has no reward and this trainer would count that as 0.
+            DataError: the lengths differ; a column holds context, as training would refuse it; or a completion has no
+                reward and this trainer would count that as 0.
             RemoteError: the server returns no scores.
         """
-        tools = kwargs.get("tools")
-        tools = tools if isinstance(tools, list) and len(tools) == len(prompts) else None
+        columns = {name: values for name, values in kwargs.items() if name not in self.ignore_columns}
+        tools = tools_per_prompt(columns.get("tools"), len(prompts))
+        refuse_unread_columns(prompts, completions, {**columns, "tools": tools}, self.__name__)
         found = self._try_score(prompts, completions, tools)
         rewards = [self._reward(one, found[place]) for place, one in enumerate(completions)]
         unscored = [one for one in found if isinstance(one, Unscorable)]
@@ -186,6 +198,7 @@ def reward_function(
     name: str | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    ignore_columns: Sequence[str] = (),
     **options: Any,
 ) -> RewardFunction:
     """Return a reward model as a reward function of TRL's trainers.
@@ -208,6 +221,8 @@ def reward_function(
         name: under which trainers log it, `rewards/NAME/mean`; default the folder's name, as for a model by path.
         batch_size: texts in a forward pass, see `RewardScorer.score`; not used with a server.
         max_tokens: tokens in a forward pass; not used with a server.
+        ignore_columns: columns of the trainer's data that are not read. Without, one that holds context outside of the
+            prompt (`system`, `documents`, `images`, `chat_template_kwargs`, ...) is an error, as in training.
         options: for `RewardScorer.from_pretrained` (`device`, `dtype`, ...), or for `RemoteScorer` (`token_env`, ...).
 
     Raises:
@@ -221,16 +236,16 @@ def reward_function(
         if options:
             raise ConfigError([f"{key}: belongs to the scorer, which is there already." for key in options], _HEADING)
         default = "reward_model" if isinstance(model, RewardScorer) else "remote_reward"
-        return RewardFunction(model, shape, name or default, batch_size, max_tokens, {})
+        return RewardFunction(model, shape, name or default, batch_size, max_tokens, {}, ignore_columns)
     if isinstance(model, str) and model.startswith(("http://", "https://")):
         remote = RemoteScorer(model, **options)
-        return RewardFunction(remote, shape, name or "remote_reward", batch_size, max_tokens, {})
+        return RewardFunction(remote, shape, name or "remote_reward", batch_size, max_tokens, {}, ignore_columns)
     folder = local_folder(model)
     require_reward_model(folder)
     if normalized:
         _require_spread(folder)
     default = Path(model).name or folder.resolve().name
-    return RewardFunction(folder, shape, name or default, batch_size, max_tokens, options)
+    return RewardFunction(folder, shape, name or default, batch_size, max_tokens, options, ignore_columns)
 
 
 class PlainTextTokenizer:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from rm_scale.data.context_columns import refuse_template_arguments
+from rm_scale.data.context_columns import UnreadContext, refuse_unread_beside
 from rm_scale.data.conversations import as_text, as_tools, join_completion, join_text_prompt
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import DataError
+from rm_scale.inference.scoring.row_files import FIX_IN_FILES, prompt_column
 
 LIST_COLUMNS = ("completions", "responses")
 SINGLE_COLUMNS = ("completion", "response")
@@ -62,11 +63,17 @@ class Columns:
             that follow one another.
         per_completion: columns with one value per completion.
         score_column: one of them that holds scores; default there are none yet.
+        ignore_columns: columns that are carried along and not read, as in training.
     """
 
     group_by: str | None = None
     per_completion: tuple[str, ...] = ()
     score_column: str | None = None
+    ignore_columns: tuple[str, ...] = ()
+
+    def read_of(self, row: Row) -> Row:
+        """Return the columns of a row that may be read."""
+        return {name: value for name, value in row.items() if name not in self.ignore_columns}
 
 
 @dataclass
@@ -134,7 +141,7 @@ def read_groups(rows: Iterable[tuple[int, Any]], columns: Columns, report: Input
         return
     _require_columns(first, columns)
     together = chain([first], readable)
-    if _first_column(first[1], LIST_COLUMNS) is not None:
+    if _first_column(columns.read_of(first[1]), LIST_COLUMNS) is not None:
         yield from _from_lists(together, columns, report)
     else:
         singles = _singles(together, columns, report)
@@ -158,7 +165,7 @@ def _first_column(row: Row, names: Sequence[str]) -> str | None:
 
 
 def _require_columns(first: tuple[int, Row], columns: Columns) -> None:
-    index, row = first
+    index, row = first[0], columns.read_of(first[1])
     known = ", ".join(row) or "none"
     if not any(name in row for name in (*LIST_COLUMNS, *SINGLE_COLUMNS)):
         raise DataError(
@@ -192,7 +199,8 @@ def _from_lists(rows: Iterable[tuple[int, Row]], columns: Columns, report: Input
             report.refuse(index, rejected)
 
 
-def _list_group(index: int, row: Row, columns: Columns) -> CandidateGroup:
+def _list_group(index: int, whole: Row, columns: Columns) -> CandidateGroup:
+    row = columns.read_of(whole)
     name = _first_column(row, LIST_COLUMNS)
     if name is None:
         raise RejectedRow("missing_key", " or ".join(LIST_COLUMNS))
@@ -207,7 +215,9 @@ def _list_group(index: int, row: Row, columns: Columns) -> CandidateGroup:
         _part(prompt, completion, {column: values[place] for column, values in lists.items()}, columns)
         for place, completion in enumerate(completions)
     ]
-    others = {key: value for key, value in row.items() if key not in {name, "prompt", "tools", *lists}}
+    _refuse_unread(row, name, prompt, parts, columns)
+    read = {name, "prompt", prompt_column(row), "tools", *lists}
+    others = {key: value for key, value in whole.items() if key not in read}
     return _group(prompt, tools, parts, others, (index, index), columns)
 
 
@@ -231,14 +241,17 @@ def _singles(rows: Iterable[tuple[int, Row]], columns: Columns, report: InputRep
             report.refuse(index, rejected)
 
 
-def _single(index: int, row: Row, columns: Columns) -> _Open:
+def _single(index: int, whole: Row, columns: Columns) -> _Open:
+    row = columns.read_of(whole)
     prompt, tools = _prompt(row)
     name = _first_column(row, SINGLE_COLUMNS)
     if name is None and _first_column(row, LIST_COLUMNS) is not None:
         raise RejectedRow("missing_key", "completion: the row holds a list of them, the rows before it one each")
     values = {column: row.get(column) for column in _per_completion(columns)}
     part = _part(prompt, None if name is None else row[name], values, columns)
-    others = {key: value for key, value in row.items() if key not in {*SINGLE_COLUMNS, "prompt", "tools", *values}}
+    _refuse_unread(row, name, prompt, [part], columns)
+    read = {*SINGLE_COLUMNS, "prompt", prompt_column(row), "tools", *values}
+    others = {key: value for key, value in whole.items() if key not in read}
     if columns.group_by is not None and row.get(columns.group_by) is None:
         raise RejectedRow("missing_key", columns.group_by)
     identity = [prompt, tools] if columns.group_by is None else row[columns.group_by]
@@ -314,13 +327,33 @@ def _per_completion(columns: Columns) -> tuple[str, ...]:
 
 
 def _prompt(row: Row) -> tuple[Text, list[Any] | None]:
-    if row.get("prompt") is None:
+    name = prompt_column(row)
+    if row.get(name) is None:
         raise RejectedRow("missing_key", "prompt")
-    refuse_template_arguments(row)
-    prompt = as_text(row["prompt"], "prompt")
+    prompt = as_text(row[name], name)
     if isinstance(prompt, str) and not prompt.strip():
         raise RejectedRow("empty", "the prompt has no text")
     return prompt, as_tools(row.get("tools"))
+
+
+def _refuse_unread(row: Row, name: str | None, prompt: Text, parts: Sequence[_Part], columns: Columns) -> None:
+    """Refuse a row with completions in two columns that differ, or with context that is not read.
+
+    Raises:
+        UnreadContext: names the columns.
+    """
+    for other in (*LIST_COLUMNS, *SINGLE_COLUMNS):
+        value = row.get(other)
+        named = other in _per_completion(columns)
+        if name is None or other == name or value is None or named or value == row[name]:
+            continue
+        if not (isinstance(row[name], list) and value in row[name]):
+            fix = FIX_IN_FILES.format(names=other)
+            raise UnreadContext([other], f"{name} and {other} hold different completions. Fix: {fix}")
+    said = [part.completion for part in parts if part.completion is not None]
+    group_by = {columns.group_by} if columns.group_by else set()
+    read = {prompt_column(row), *LIST_COLUMNS, *SINGLE_COLUMNS, *_per_completion(columns), *group_by}
+    refuse_unread_beside(row, prompt, said, read, FIX_IN_FILES)
 
 
 def _part(prompt: Text, completion: Any, values: Mapping[str, Any], columns: Columns) -> _Part:

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rm_scale.data.context_columns import refuse_template_arguments
-from rm_scale.data.conversations import as_text, as_tools, check_answered, read_completion
+from rm_scale.data.context_columns import refuse_unread_beside, refuse_unread_text
+from rm_scale.data.conversations import (
+    as_text,
+    as_tools,
+    check_answered,
+    json_messages,
+    read_completion,
+)
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import check_unicode
@@ -33,11 +39,13 @@ class RowFile:
         name: the path as given.
         identity: what must be unchanged for it to be the same file.
         raw: the rows.
+        ignore_columns: what of a row is carried along and not read.
     """
 
     name: str
     identity: dict[str, Any]
     raw: RawRows
+    ignore_columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.raw.dataset)
@@ -45,19 +53,50 @@ class RowFile:
     def read(self, start: int, stop: int) -> list[tuple[int, Any]]:
         """Return number and content of some rows; a `RejectedRow` in place of one that can't be read."""
         stop = min(stop, len(self))
-        return self.raw.decode(self.raw.dataset[start:stop], range(start, stop)) if start < stop else []
+        rows = self.raw.decode(self.raw.dataset[start:stop], range(start, stop)) if start < stop else []
+        if not self.ignore_columns:
+            return rows
+        return [
+            (number, PartlyReadRow(row, self.ignore_columns) if isinstance(row, Mapping) else row)
+            for number, row in rows
+        ]
+
+
+class PartlyReadRow(dict[str, Any]):
+    """A row with columns that are not to be read: they come back with its score.
+
+    Args:
+        row: names and values.
+        ignore_columns: those that are not read.
+    """
+
+    def __init__(self, row: Mapping[str, Any], ignore_columns: Sequence[str]) -> None:
+        super().__init__(row)
+        self.ignore_columns = tuple(ignore_columns)
+
+    def read_columns(self) -> dict[str, Any]:
+        """Return the columns that are read."""
+        return {name: value for name, value in self.items() if name not in self.ignore_columns}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild it in another process."""
+        return type(self), (dict(self), self.ignore_columns)
 
 
 @contextmanager
-def open_rows(path: str) -> Iterator[RowFile]:
+def open_rows(path: str, ignore_columns: Sequence[str] = ()) -> Iterator[RowFile]:
     """Open a JSONL, JSON, CSV (each also .gz), Parquet or Arrow file.
+
+    Args:
+        path: of the file.
+        ignore_columns: columns that `scorable` leaves out, as training does.
 
     Raises:
         DataError: it is not there, or can't be read at all.
     """
     with tempfile.TemporaryDirectory(prefix="rm_scale_rows_") as work:
         (source,) = local_sources([path])
-        yield RowFile(path, source.identity, source.load(Path(work)))
+        yield RowFile(path, source.identity, source.load(Path(work)), tuple(ignore_columns))
 
 
 # --- What of a row is scored -----------------------------------------------------------------------------------------
@@ -79,8 +118,15 @@ class Scorable:
     text: str | None = None
 
 
+FIX_IN_FILES = "make it part of prompt, or --ignore_columns {names} to score without"
+_FIX_ELSEWHERE = "give one form: prompt and completion, or messages, or text; and leave {names} out"
+
+
 def scorable(row: Any, cells: bool = True) -> Scorable:
     """Read `prompt` and `completion`, or `messages` (the last one is the completion), or `text`.
+
+    `conversations` is a prompt where there is no other, as in training. What else a row holds of these, and what
+    training refuses as context that is not read, must be part of what is scored.
 
     Args:
         row: names and values.
@@ -88,29 +134,54 @@ def scorable(row: Any, cells: bool = True) -> Scorable:
             text: see `rm_scale.data.conversations.read_completion`.
 
     Raises:
-        RejectedRow: none of them is there, or one is not what it should be.
+        RejectedRow: none of them is there, one is not what it should be, or the row holds several that differ.
     """
     if isinstance(row, RejectedRow):
         raise row
     if not isinstance(row, Mapping):
         raise RejectedRow("wrong_type", "the row is no object with columns")
+    if isinstance(row, PartlyReadRow):
+        row = row.read_columns()
+    found, read = _scorable_of(row, cells)
+    fix = FIX_IN_FILES if cells else _FIX_ELSEWHERE
+    if found.text is not None:
+        refuse_unread_beside(row, found.text, [""], read, fix)
+    else:
+        refuse_unread_beside(row, found.prompt, [found.completion], read, fix)
+        refuse_unread_text(row, found.prompt, [found.completion], fix)
+    return found
+
+
+def _scorable_of(row: Mapping[str, Any], cells: bool) -> tuple[Scorable, set[str]]:
+    """Return what the first form that a row has asks to be scored, and the columns that it was read from."""
     if row.get("completion") is not None:
-        refuse_template_arguments(row)
-        return Scorable(*read_completion(row.get("prompt"), row["completion"], row.get("tools"), json_text=cells))
+        name = prompt_column(row)
+        found = read_completion(row.get(name), row["completion"], row.get("tools"), json_text=cells)
+        return Scorable(*found), {name, "completion"}
     if row.get("messages") is not None:
-        refuse_template_arguments(row)
         messages = as_text(row["messages"], "messages")
         if isinstance(messages, str):
             raise RejectedRow("wrong_type", "messages is text, not a list of messages")
         check_answered(messages)
-        return Scorable(messages[:-1], messages[-1:], as_tools(row.get("tools")))
+        return Scorable(messages[:-1], messages[-1:], as_tools(row.get("tools"))), {"messages"}
     if row.get("text") is not None:
         if not isinstance(row["text"], str):
             raise RejectedRow("wrong_type", "text is not text")
         check_unicode(row["text"], "text")
-        return Scorable(text=row["text"])
+        return Scorable(text=row["text"]), {"text"}
     seen = ", ".join(row) or "no column"
     raise RejectedRow("missing_key", f"prompt and completion, or messages, or text; the row has {seen}")
+
+
+def prompt_column(row: Mapping[str, Any]) -> str:
+    """Return the column of the prompt: `conversations` where that holds messages and there is no `prompt`."""
+    value = row.get("conversations")
+    if row.get("prompt") is None and value is not None:
+        if isinstance(value, str):
+            value = json_messages(value, "conversations")
+        if isinstance(value, list):
+            return "conversations"
+    return "prompt"
 
 
 # --- The file that comes of it ---------------------------------------------------------------------------------------

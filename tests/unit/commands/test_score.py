@@ -99,6 +99,20 @@ def test_every_kind_of_row_means_the_same(
     assert found[4:] == pytest.approx([scorer.score([user], [answer])] * 3, abs=1e-5)
 
 
+def test_columns_that_are_not_read_are_refused_or_ignored_on_purpose(
+    score: Score, expected: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "system": "Be short."} for row in ROWS]
+    write_jsonl(rows, tmp_path / "in.jsonl")
+    assert score("in.jsonl", "out.jsonl", "--on_bad_row", "stop") == 2
+    assert "unread_context: system holds 'Be short.'" in (said := capsys.readouterr().err)
+    assert "--ignore_columns system to score without" in said
+    assert score("in.jsonl", "out.jsonl", "--ignore_columns", "system", "--restart") == 0
+    found = read_lines(tmp_path / "out.jsonl")
+    assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
+    assert [row["system"] for row in found] == ["Be short."] * len(rows), "it comes back with the row"
+
+
 def test_a_text_that_stops_short_gets_the_end_that_training_gave_it(
     scorer: RewardScorer, score: Score, tmp_path: Path
 ) -> None:

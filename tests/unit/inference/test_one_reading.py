@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -211,6 +212,17 @@ def test_the_same_row_is_the_same_tokens(
     entry: Callable[..., list[list[int]]], kind: str, expected: Any, encoder: TextEncoder, tmp_path: Path
 ) -> None:
     assert entry(write(tmp_path, kind, ROWS), encoder, tmp_path) == expected
+
+
+@pytest.mark.parametrize("kind", [tuple, lambda tools: np.array([*tools, 0], dtype=object)[:-1]])
+def test_tools_may_come_in_any_sequence(kind: Any, expected: Any, encoder: TextEncoder) -> None:
+    prompts, said = [one["prompt"] for one in ROWS], [one["chosen"] for one in ROWS]
+    scorer, server = _Scorer(encoder), _Server(encoder)
+    for tools in (kind([one["tools"] for one in ROWS]), kind([tuple(one["tools"]) for one in ROWS])):
+        for ours in (scorer, server):
+            reward_function(ours)(prompts, said, tools=tools)
+        scorer.score(prompts, said, tools=tools)
+    assert scorer.seen == expected * 4 and server.scorer.seen == expected * 2
 
 
 def test_sharegpt_messages_are_read_everywhere(encoder: TextEncoder) -> None:

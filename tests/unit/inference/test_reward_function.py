@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,15 +49,6 @@ def test_rewards_are_the_scorers(full_run: Path, scorer: RewardScorer) -> None:
 MESSAGES: list[Any] = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 SAID: list[Any] = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
 TOOLS: list[Any] = [[{"name": "f"}], None, None]
-
-
-@pytest.mark.parametrize("kind", [tuple, lambda tools: np.array([*tools, 0], dtype=object)[:-1]])
-def test_tools_may_come_in_any_sequence(scorer: RewardScorer, kind: Any) -> None:
-    expected = reward_function(scorer)(MESSAGES, SAID, tools=TOOLS)
-    assert reward_function(scorer)(MESSAGES, SAID, tools=kind(TOOLS)) == expected
-    assert reward_function(scorer)(MESSAGES, SAID, tools=kind([(TOOLS[0][0],), None, None])) == expected
-    assert scorer.score(MESSAGES, SAID, tools=kind(TOOLS)) == pytest.approx(expected, abs=1e-6)
-    assert expected[0] != pytest.approx(reward_function(scorer)(MESSAGES, SAID)[0], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +44,8 @@ def test_a_prompt_that_comes_again_is_an_error_that_names_both_rows() -> None:
     rows = [{"prompt": p, "completion": "x"} for p in ("a", "a", "b", "a")]
     with pytest.raises(DataError, match=r"row 3: its prompt was in row 1 already.*--group_by COLUMN"):
         read(rows)
-    tools = [{"prompt": "a", "completion": "x"}, {"prompt": "a", "completion": "x", "tools": [{"type": "function"}]}]
+    asked: dict[str, Any] = {"prompt": [USER], "completion": "x"}
+    tools = [asked, {**asked, "tools": [{"type": "function"}]}]
     assert len(read(tools)[0]) == 2
 
 
@@ -105,6 +107,37 @@ def test_conversations_become_one_kind_and_are_checked() -> None:
     assert odd.completions[1] == [SAID]
     (cell,), _ = read([{"prompt": json.dumps([USER]), "completion": json.dumps([SAID])}])
     assert (cell.prompt, cell.completions) == ([USER], ([SAID],))
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"system": "Be short."}, "system holds 'Be short.', which is not read. Fix: .* --ignore_columns system"),
+        ({"tools": [{"name": "f"}]}, "tools holds"),
+        ({"images": ["a.png"]}, "images holds"),
+        ({"messages": [{"role": "user", "content": "other"}]}, "messages holds"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs holds"),
+        ({"conversations": [USER]}, "conversations holds"),
+        ({"response": "other"}, "hold different completions"),
+    ],
+)
+def test_context_that_is_not_read_is_refused_by_name(others: dict[str, Any], told: str) -> None:
+    for row in ({"prompt": "a", "completions": ["x", "y"]}, {"prompt": "a", "completion": "x"}):
+        groups, report = read([{**row, **others}])
+        assert (groups, report.refused) == ([], {"unread_context": 1})
+        assert re.search(told, report.examples["unread_context"][0][1])
+        (name,) = others
+        ((group,), _) = read([{**row, **others}], ignore_columns=(name,))
+        assert group.prompt == "a" and group.tools is None and group.completions[0] == "x"
+        assert name in ("tools", "response") or group.columns == others, "carried along"
+
+
+def test_columns_whose_meaning_is_given_are_no_context() -> None:
+    row = {"prompt": "a", "completions": ["x", "y"], "question": ["p", "q"], "response": "x"}
+    ((group,), _) = read([row], per_completion=("question",))
+    assert group.per_completion == {"question": ("p", "q")}
+    ((group,), _) = read([{"conversations": [USER], "completions": ["x", "y"]}])
+    assert group.prompt == [USER]
 
 
 def test_rows_that_cannot_be_used_are_counted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ SYSTEM = {"role": "system", "content": "Be short."}
         ({"completion": [USER, ANSWER]}, Scorable([], [USER, ANSWER])),
         ({"completion": [ANSWER]}, Scorable([], [ANSWER])),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": None}}, Scorable([USER], [ANSWER])),
+        # Several forms of the same, and context that is part of it.
+        ({"conversations": [USER], "completion": [ANSWER]}, Scorable([USER], [ANSWER])),
+        ({"conversations": json.dumps([USER]), "completion": "4"}, Scorable([USER], "4")),
+        ({"prompt": [USER], "completion": [ANSWER], "messages": [USER, ANSWER]}, Scorable([USER], [ANSWER])),
+        ({"prompt": "2 + 2?", "messages": [USER, ANSWER], "text": ""}, Scorable([USER], [ANSWER])),
+        ({"prompt": "2 + 2?", "text": "<user>2 + 2?</user>4"}, Scorable(text="<user>2 + 2?</user>4")),
+        ({"prompt": "2 + 2?", "completion": "4", "text": "<user>2 + 2?</user>4"}, Scorable("2 + 2?", "4")),
+        ({"prompt": [SYSTEM, USER], "completion": "4", "system": "Be short."}, Scorable([SYSTEM, USER], "4")),
+        ({"prompt": "a", "completion": "b", "prompt_id": "x", "images": [], "system": ""}, Scorable("a", "b")),
+        ({"completion": [ANSWER], "tools": [{"name": "f"}]}, Scorable([], [ANSWER], [{"name": "f"}])),
     ],
 )
 def test_what_is_scored(row: dict[str, Any], expected: Scorable) -> None:
@@ -70,6 +81,26 @@ def test_what_is_scored(row: dict[str, Any], expected: Scorable) -> None:
         ({"messages": [USER, {"role": "assistant"}]}, "bad_conversation: .* neither content nor tool calls"),
         ({"messages": "[{'role': 'user', 'content': 'a'}]"}, "wrong_type: .* isn't JSON .* json.dumps"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, "unread_context: chat_template_kwargs"),
+        # Two forms of which one would be dropped.
+        (
+            {"messages": [USER], "completion": "b"},
+            r"unread_context: messages holds .* Fix: .* --ignore_columns messages",
+        ),
+        ({"messages": [USER, ANSWER], "prompt": [USER], "completion": [{**ANSWER, "content": "5"}]}, "messages holds"),
+        ({"prompt": [USER], "conversations": [SYSTEM, USER], "completion": "4"}, "unread_context: conversations holds"),
+        ({"prompt": "a", "text": "b"}, "unread_context: prompt holds 'a', which is not read"),
+        ({"prompt": "Be kind.", "messages": [USER, ANSWER]}, "unread_context: prompt holds 'Be kind.', which is not"),
+        (
+            {"prompt": "a", "completion": "b", "text": "c"},
+            "unread_context: text holds 'c', which is not what is scored",
+        ),
+        ({"messages": [USER, ANSWER], "text": "c"}, "unread_context: text holds 'c'"),
+        # What training refuses.
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "unread_context: tools need messages"),
+        ({"text": "a", "tools": [{"name": "f"}]}, "unread_context: tools holds"),
+        ({"prompt": "a", "completion": "b", "system": "Be short."}, "system holds .* --ignore_columns system"),
+        ({"prompt": [USER], "completion": "4", "images": ["a.png"]}, "unread_context: images holds"),
+        ({"text": "a", "system": "b"}, "unread_context: system holds"),
         ({"prompt": "a", "completion": "\ud800"}, "bad_unicode: completion holds a lone surrogate"),
         ({"prompt": [{"role": "user", "content": "\udc00"}], "completion": "b"}, "bad_unicode: prompt"),
         ({"prompt": "a", "completion": "b", "tools": "{"}, "wrong_type: tools is text that isn.t JSON"),
@@ -80,6 +111,24 @@ def test_what_is_scored(row: dict[str, Any], expected: Scorable) -> None:
 def test_what_is_refused(row: Any, reason: str) -> None:
     with pytest.raises(RejectedRow, match=reason):
         scorable(row)
+
+
+def test_columns_that_are_to_be_ignored_come_back_unread(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "system": "Be short.", "messages": [USER, ANSWER]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\nno row\n")
+    with open_rows(str(path), ["system", "messages"]) as rows:
+        (_, found), (_, broken) = rows.read(0, 2)
+    for one in (found, pickle.loads(pickle.dumps(found))):
+        assert one == row and scorable(one) == Scorable("a", "b")
+    assert isinstance(broken, RejectedRow)
+    with open_rows(str(path), ["completion"]) as rows, pytest.raises(RejectedRow, match="unread_context: prompt"):
+        scorable(rows.read(0, 1)[0][1])
+
+
+def test_requests_are_refused_without_advice_on_files() -> None:
+    with pytest.raises(RejectedRow, match=r"messages holds .* Fix: give one form: .* and leave messages out"):
+        scorable({"messages": [USER], "completion": "b"}, cells=False)
 
 
 ROWS = [
