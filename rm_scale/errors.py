@@ -105,7 +105,17 @@ _FAULTS_OF_A_NAMED_FILE = {
     errno.EISDIR: "is a folder, where a file is needed. Fix: name a file.",
     errno.ENOTDIR: "a part of this path is a file, not a folder. Fix: correct the path.",
     errno.ELOOP: "links lead round in a circle. Fix: correct the link.",
+    errno.ENOENT: "is not there, and can't be made there. Fix: correct the path.",
+    errno.EEXIST: "is there already. Fix: give another name, or move it away.",
     errno.ESTALE: "another machine has replaced it meanwhile. Fix: start again.",
+}
+# What Python says of a path before it asks the system. It names no file.
+_FAULTS_OF_A_PATH = {
+    "embedded null byte": "a path holds a NUL, which no name of a file can. Fix: correct the path.",
+    "embedded null character": "a path holds a NUL, which no name of a file can. Fix: correct the path.",
+    "Could not determine home directory.": (
+        "a path begins with ~, and there is no such user, or no home. Fix: write the folder's whole path."
+    ),
 }
 
 
@@ -120,6 +130,8 @@ def system_fault(error: BaseException | None) -> str | None:
         Value, rule and fix; `None` for any other error.
     """
     while error is not None:
+        if isinstance(error, ValueError | RuntimeError) and str(error) in _FAULTS_OF_A_PATH:
+            return _FAULTS_OF_A_PATH[str(error)]
         name, number = None, None
         if isinstance(error, OSError):
             name, number = error.filename, error.errno

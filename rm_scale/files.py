@@ -17,6 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rm_scale.errors import UserError
+from rm_scale.texts import one_line
+
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -33,7 +36,9 @@ def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if (error.filename is None and error.errno in _WRITE_ERRORS) or error.filename in (aside, str(aside)):
+        is_a_write = error.filename is None and error.errno in _WRITE_ERRORS
+        is_aside = aside is not None and error.filename in (aside, str(aside))
+        if is_a_write or is_aside:
             error.filename = str(path)
         raise
 
@@ -155,25 +160,29 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Return the objects of a file that another process may be writing to; none when it can't be read.
 
     Lines that are no JSON object are left out: the last one may be half-written, as may any line that a killed process
-    began.
+    began. A pipe or device is not read: that might never end.
     """
     try:
+        if not_a_file(Path(path)) is not None:
+            return []
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     found = []
     for line in text.split("\n"):  # splitlines() would split at U+2028 as well, which JSON allows inside a string
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict):
                 found.append(record)
     return found
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty when there is no such file, or it holds anything else."""
+    """Return the object in a JSON file; empty when there is no such file, or it holds or is anything else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not_a_file(Path(path)) is not None:
+            return {}
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -185,9 +194,34 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+
+def user_path(given: str | Path) -> Path:
+    """Return the path that a person wrote; "~" or "~USER" at its start is that user's home.
+
+    Raises:
+        UserError: it holds a NUL, or there is no such user.
+    """
+    text = str(given)
+    if "\0" in text:
+        raise UserError(f"{one_line(text, 200)!r}: holds a NUL, which no name of a file can. Fix: correct the path.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        user = one_line(text.partition("/")[0], 80)
+        raise UserError(
+            f"{one_line(text, 200)}: no user of this machine has the home {user}. Fix: write the folder's whole path."
+        ) from error
+
+
 def existing_parent(path: Path) -> Path:
-    """Return the path itself, absolute, or the nearest folder above it that exists."""
-    path = path.expanduser().absolute()
+    """Return the path itself, absolute, or the nearest folder above it that exists.
+
+    Raises:
+        UserError: see `user_path`.
+    """
+    path = user_path(path).absolute()
     return next(place for place in [path, *path.parents] if place.is_dir())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -13,13 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from rm_scale.errors import UserError
 from rm_scale.files import (
     append_json_line,
     existing_parent,
+    naming,
     read_json_lines,
     read_json_object,
     replacing,
     sha256_of_file,
+    user_path,
     write_whole,
 )
 
@@ -225,6 +230,34 @@ def test_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert existing_parent(Path("a")) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert existing_parent(Path("~/a/b")) == tmp_path
+
+    with pytest.raises(UserError, match="no user of this machine has the home ~nosuch"):
+        existing_parent(Path("~nosuch/a"))
+
+
+def test_a_persons_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a") == tmp_path / "a" and user_path(Path("~")) == tmp_path
+    assert user_path("a/~/b") == Path("a/~/b") and user_path("") == Path()
+    for wrong, said in (("~nosuch/a", "~nosuch/a: no user"), ("a\0b", "NUL")):
+        with pytest.raises(UserError, match=said):
+            user_path(wrong)
+
+
+@pytest.mark.parametrize("aside", [None, Path("hidden")])
+@pytest.mark.parametrize("error", [gzip.BadGzipFile("Not a gzipped file (b'ab')"), OSError("bare"), EOFError("short")])
+def test_what_is_no_failed_write_keeps_its_own_words(error: Exception, aside: Path | None) -> None:
+    text = str(error)
+    with pytest.raises(type(error)) as met, naming(Path("raw.arrow"), aside):
+        raise error
+    assert str(met.value) == text
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), FileNotFoundError(errno.ENOENT, "no", "hidden")])
+def test_a_failed_write_names_the_file_that_is_written(error: OSError) -> None:
+    with pytest.raises(OSError) as met, naming(Path("scores.jsonl"), Path("hidden")):
+        raise error
+    assert met.value.filename == "scores.jsonl"
 
 
 def test_needs_the_standard_library_alone() -> None:
