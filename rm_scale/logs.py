@@ -111,3 +111,17 @@ def setup_logging(rank: int = 0, debug: bool = False) -> None:
     # bitsandbytes asks for a kernel that no wheel ships for this processor, and goes on without it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        _hide_progress_bars()
+
+
+def _hide_progress_bars() -> None:
+    """Leave the libraries' bars, which draw themselves again and again, out of a log file."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):  # read at their import
+        os.environ.setdefault(name, "1")
+    for module, function in (
+        ("transformers.utils.logging", "disable_progress_bar"),
+        ("datasets", "disable_progress_bars"),
+    ):
+        if module in sys.modules:
+            getattr(sys.modules[module], function)()

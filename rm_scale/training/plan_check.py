@@ -24,6 +24,9 @@ logger = get_logger(__name__)
 TOLERANCE = 0.20
 """A larger relative deviation is a warning."""
 
+LEAST_BYTES = 500_000_000
+"""A smaller deviation of memory is none: what the libraries take differs so much from machine to machine."""
+
 WARM_UP_STEPS = 1
 """Steps that don't count: kernels are compiled and memory is taken in them."""
 
@@ -144,7 +147,7 @@ def predicted_record(predicted: Estimate, knows_speed: bool) -> dict[str, Any]:
 
 
 def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed: bool) -> dict[str, Any]:
-    """Return predicted and measured figures, and a warning for each that differs by more than `TOLERANCE`.
+    """Return predicted and measured figures, and a warning for each that differs by more than the limits above.
 
     Args:
         predicted: the plan's estimate.
@@ -158,7 +161,7 @@ def comparison(predicted: Estimate, peak: int, seconds: list[float], knows_speed
         "warnings": [],
     }
     deviation = peak / predicted.peak_memory_bytes - 1
-    if abs(deviation) > TOLERANCE:
+    if abs(deviation) > TOLERANCE and abs(peak - predicted.peak_memory_bytes) > LEAST_BYTES:
         record["warnings"].append(
             f"peak memory was {peak / 1e9:.2f} GB, {_more_or_less(deviation)} than the "
             f"{predicted.peak_memory_bytes / 1e9:.2f} GB predicted; the part of the prediction most likely wrong: "

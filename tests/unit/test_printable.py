@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rm_scale.config import RunConfig
 from rm_scale.errors import UserError
@@ -92,6 +93,13 @@ def test_an_exported_card_names_no_folder_as_base(given: str, tmp_path: Path) ->
     assert "base_model:" not in text and "| base model | base |" in text and str(tmp_path) not in text
     assert text.startswith("---\nlibrary_name: transformers\n") and name not in text
     assert_harmless(text)
+
+
+@pytest.mark.parametrize("name", ["models/a: b #1", "org/base-1.5", "- x", "1e3", "[a]"])
+def test_a_cards_front_matter_is_yaml_whatever_the_base_is_called(name: str) -> None:
+    config = RunConfig(model_name_or_path=name, dataset_path=["a.jsonl"], output_dir="o")
+    front = model_card._front_matter(config).removeprefix("---").removesuffix("---")
+    assert yaml.safe_load(front)["base_model"] == name
 
 
 def test_an_exported_card_keeps_a_hub_name(tmp_path: Path) -> None:

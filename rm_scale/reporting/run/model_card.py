@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from rm_scale.config import RunConfig
 from rm_scale.errors import ModelError
 from rm_scale.evaluation.evaluation_document import EvaluationDocument
@@ -71,7 +73,8 @@ def update_model_card(folder: Path, document: EvaluationDocument) -> Path:
 
 def _front_matter(config: RunConfig) -> str:
     lines = ["---", "library_name: peft" if config.use_peft else "library_name: transformers"]
-    lines += ["pipeline_tag: text-classification", f"base_model: {config.model_name_or_path}"]
+    base = yaml.safe_dump({"base_model": config.model_name_or_path}, allow_unicode=True, width=10_000).strip()
+    lines += ["pipeline_tag: text-classification", base]
     lines += ["tags:", "- reward-model", "- reward-trainer", "- trl", "- rm_scale", "---"]
     return "\n".join(lines)
 

@@ -25,6 +25,7 @@ from rm_scale.modeling.out_of_memory import free_memory, is_out_of_memory
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import as_in_training, score_sequences
 from rm_scale.texts import one_line
+from rm_scale.training.checkpoint.publish import ASIDE
 
 logger = get_logger(__name__)
 
@@ -95,13 +96,21 @@ def verify_saved(
     if scores is None:
         scores = _scores_after_reload(folder, contract, head_weight, torch.device("cpu"))
         allowed = allowed_drift(contract, contract.compute_dtype)
-        logger.info(f"checking {folder.name} on the CPU, where scores may differ by {allowed:.3g}: {reason}")
+        logger.info(
+            f"checking {_name_to_come(folder).name} on the CPU, where scores may differ by {allowed:.3g}: {reason}"
+        )
     golden = contract.golden_scores
     check_golden([g.score for g in golden], scores, contract.compute_dtype, str(folder), allowed)
     logger.info(
-        f"saved and verified {folder}: {len(golden)} texts score the same after a reload "
+        f"saved and verified {_name_to_come(folder)}: {len(golden)} texts score the same after a reload "
         f"({time.perf_counter() - started:.1f} s)"
     )
+
+
+def _name_to_come(folder: Path) -> Path:
+    """Return what a folder that is being saved will be called."""
+    step = folder.name.removeprefix(ASIDE).partition("-")[0]
+    return folder.with_name(f"checkpoint-{step}") if folder.name.startswith(ASIDE) and step.isdigit() else folder
 
 
 def _no_memory(device: torch.device, model_bytes: int) -> str | None:

@@ -39,6 +39,13 @@ def test_deviations_name_the_likely_term() -> None:
     assert "node_bandwidth" in step
 
 
+def test_a_small_model_whose_libraries_take_less_than_planned_is_no_warning() -> None:
+    plan = predicted()
+    small = replace(plan, peak_memory_bytes=900_000_000)
+    assert comparison(small, 500_000_000, [], knows_speed=False)["warnings"] == []
+    assert comparison(small, 1_500_000_000, [], knows_speed=False)["warnings"] != []
+
+
 def test_unknown_devices_are_not_judged_by_time() -> None:
     plan = predicted()
     record = comparison(plan, plan.peak_memory_bytes, [1e9], knows_speed=False)
