@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.errors import UserError
+from rm_scale.json_values import parse_json
 from rm_scale.texts import one_line
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

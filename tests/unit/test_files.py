@@ -269,3 +269,18 @@ def test_needs_the_standard_library_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' * 100_000, '{"a": ' + "[" * 200 + "]" * 200 + "}"])
+def test_what_is_nested_without_end_is_as_good_as_half_written(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    assert read_json_object(path) == {}
+    path.write_text(f'{{"a": 1}}\n{content}\n{{"a": 2}}\n')
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_pipe_in_a_records_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    assert read_json_object(tmp_path / "a.json") == {}
+    assert read_json_lines(tmp_path / "a.json") == []

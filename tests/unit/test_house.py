@@ -48,7 +48,7 @@ PACKAGES = (
     "cli",
 )
 ANYWHERE = (
-    *("version", "errors", "logs", "files", "texts", "yaml_files", "output_paths", "output_lock"),
+    *("version", "errors", "logs", "files", "texts", "json_values", "yaml_files", "output_paths", "output_lock"),
     *("distributed", "guard"),
 )
 # Entries: nothing may import them but the command line.
