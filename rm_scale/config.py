@@ -23,6 +23,15 @@ FORCEABLE_RULES = {
 }
 
 
+# Far above any use: a larger number is a slip, and would fail only when it meets an array, a process or a tensor.
+MOST_STEPS = 1_000_000_000
+MOST_GROUPS = 1_000_000_000
+MOST_TOKENS = 1_000_000_000
+MOST_PROCESSES = 1024
+MOST_SECONDS = 366 * 24 * 3600
+MANY = 1_000_000
+
+
 class Group(StrEnum):
     """The groups of settings, in the order in which `--help` and docs/settings.md show them."""
 
@@ -91,7 +100,8 @@ class RunConfig(BaseModel):
         Group.DATA,
         None,
         "Hold out this many groups (>= 1) or this share (< 1) of the training data for evaluation.",
-        gt=0,
+        ge=1e-6,
+        le=MOST_GROUPS,
     )
     dataset_format: Literal[
         "auto", "explicit_prompt", "implicit_prompt", "conversational", "hh_text", "ranked", "soft_label"
@@ -100,30 +110,38 @@ class RunConfig(BaseModel):
     ignore_columns: list[str] = _setting(
         Group.DATA, [], "Columns that are not read, such as a question that the responses are to be judged without."
     )
-    max_length: int = _setting(Group.DATA, 1024, "Longest prompt + response in tokens.", ge=8)
+    max_length: int = _setting(Group.DATA, 1024, "Longest prompt + response in tokens.", ge=8, le=MOST_TOKENS)
     overlong_policy: Literal["drop", "truncate_prompt_left", "error"] = _setting(
         Group.DATA, "drop", "What happens to a group with a sequence over max_length."
     )
     max_rejected_share: float = _setting(Group.DATA, 0.05, "Stop when a larger share of rows is rejected.", ge=0, le=1)
-    max_train_samples: int | None = _setting(Group.DATA, None, "Use only the first N groups.", ge=1)
-    max_eval_samples: int | None = _setting(Group.DATA, None, "Evaluate only the first N groups.", ge=1)
+    max_train_samples: int | None = _setting(Group.DATA, None, "Use only the first N groups.", ge=1, le=MOST_GROUPS)
+    max_eval_samples: int | None = _setting(Group.DATA, None, "Evaluate only the first N groups.", ge=1, le=MOST_GROUPS)
     shuffle_train: bool = _setting(Group.DATA, True, "New order of the groups in each epoch.")
     data_seed: int | None = _setting(Group.DATA, None, "Seed of the data order alone.", ge=0, lt=2**32)
-    dataset_num_proc: int | None = _setting(Group.DATA, None, "Processes for reading and tokenising.", ge=1)
+    dataset_num_proc: int | None = _setting(
+        Group.DATA, None, "Processes for reading and tokenising.", ge=1, le=MOST_PROCESSES
+    )
     dataset_cache_dir: str | None = _setting(
         Group.DATA, None, "Where encoded data is cached. Default ~/.cache/rm_scale."
     )
 
     # --- Batch and layout ----------------------------------------------------------------------------------------
     per_device_train_batch_size: int | None = _setting(
-        Group.BATCH, None, "Groups per micro-batch and device. Default by size tier.", ge=1
+        Group.BATCH, None, "Groups per micro-batch and device. Default by size tier.", ge=1, le=MANY
     )
     per_device_eval_batch_size: int | None = _setting(
-        Group.BATCH, None, "Groups per evaluation batch and device.", ge=1
+        Group.BATCH, None, "Groups per evaluation batch and device.", ge=1, le=MANY
     )
-    gradient_accumulation_steps: int | None = _setting(Group.BATCH, None, "Micro-steps per optimizer step.", ge=1)
+    gradient_accumulation_steps: int | None = _setting(
+        Group.BATCH, None, "Micro-steps per optimizer step.", ge=1, le=MANY
+    )
     global_batch_size: int | None = _setting(
-        Group.BATCH, None, "Groups per optimizer step over all devices; sets gradient_accumulation_steps.", ge=1
+        Group.BATCH,
+        None,
+        "Groups per optimizer step over all devices; sets gradient_accumulation_steps.",
+        ge=1,
+        le=MOST_GROUPS,
     )
     packing: Literal["auto", "none", "padding_free", "prefix_shared"] = _setting(
         Group.BATCH,
@@ -135,12 +153,18 @@ class RunConfig(BaseModel):
         Group.BATCH, "auto", "Attention of packed rows. auto: by device and type."
     )
     max_tokens_per_device: int | None = _setting(
-        Group.BATCH, None, "Most tokens of a packed row. Default: 2 x per_device_train_batch_size x max_length.", ge=16
+        Group.BATCH,
+        None,
+        "Most tokens of a packed row. Default: 2 x per_device_train_batch_size x max_length.",
+        ge=16,
+        le=MOST_TOKENS,
     )
     pad_to_multiple_of: int = _setting(
-        Group.BATCH, 8, "Round padded lengths up, so that kernels meet fewer shapes.", ge=1
+        Group.BATCH, 8, "Round padded lengths up, so that kernels meet fewer shapes.", ge=1, le=65_536
     )
-    dataloader_num_workers: int = _setting(Group.BATCH, 0, "Worker processes that build batches.", ge=0)
+    dataloader_num_workers: int = _setting(
+        Group.BATCH, 0, "Worker processes that build batches.", ge=0, le=MOST_PROCESSES
+    )
 
     # --- Loss ----------------------------------------------------------------------------------------------------
     loss_type: Literal["bradley_terry", "plackett_luce"] = _setting(
@@ -148,32 +172,43 @@ class RunConfig(BaseModel):
     )
     label_smoothing_factor: float = _setting(Group.LOSS, 0.0, "Assumed share of flipped labels.", ge=0, lt=0.5)
     center_rewards_coefficient: float | None = _setting(
-        Group.LOSS, None, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244).", ge=0
+        Group.LOSS,
+        None,
+        "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244).",
+        ge=0,
+        le=MANY,
     )
     tie_policy: Literal["half", "ignore"] = _setting(
         Group.LOSS, "half", "Pairs of equal rank: pull the rewards together (target 0.5), or leave them out."
     )
 
     # --- Optimisation --------------------------------------------------------------------------------------------
-    learning_rate: float | None = _setting(Group.OPTIMISATION, None, "Peak learning rate. Default by size tier.", gt=0)
-    num_train_epochs: float | None = _setting(
-        Group.OPTIMISATION, None, "Passes over the data. Default by size tier.", gt=0
+    learning_rate: float | None = _setting(
+        Group.OPTIMISATION, None, "Peak learning rate. Default by size tier.", gt=0, le=1000
     )
-    max_steps: int = _setting(Group.OPTIMISATION, -1, "Optimizer steps; overrides num_train_epochs when positive.")
+    num_train_epochs: float | None = _setting(
+        Group.OPTIMISATION, None, "Passes over the data. Default by size tier.", gt=0, le=MANY
+    )
+    max_steps: int = _setting(
+        Group.OPTIMISATION, -1, "Optimizer steps; overrides num_train_epochs when positive.", le=MOST_STEPS
+    )
     lr_scheduler_type: str = _setting(Group.OPTIMISATION, "linear", "transformers' schedule name.")
-    warmup_steps: int | None = _setting(Group.OPTIMISATION, None, "Warm-up in optimizer steps.", ge=0)
+    warmup_steps: int | None = _setting(Group.OPTIMISATION, None, "Warm-up in optimizer steps.", ge=0, le=MOST_STEPS)
     warmup_ratio: float = _setting(Group.OPTIMISATION, 0.03, "Warm-up as a share of all steps.", ge=0, lt=1)
     optim: str = _setting(Group.OPTIMISATION, "adamw_torch", "transformers' optimizer name.")
-    weight_decay: float = _setting(Group.OPTIMISATION, 0.0, "AdamW weight decay (biases and norms excepted).", ge=0)
+    weight_decay: float = _setting(
+        Group.OPTIMISATION, 0.0, "AdamW weight decay (biases and norms excepted).", ge=0, le=1000
+    )
     adam_beta1: float = _setting(Group.OPTIMISATION, 0.9, "AdamW beta 1.", ge=0, lt=1)
     adam_beta2: float = _setting(Group.OPTIMISATION, 0.999, "AdamW beta 2.", ge=0, lt=1)
-    adam_epsilon: float = _setting(Group.OPTIMISATION, 1e-8, "AdamW epsilon.", gt=0)
-    max_grad_norm: float = _setting(Group.OPTIMISATION, 1.0, "Gradient clipping norm; 0 turns it off.", ge=0)
+    adam_epsilon: float = _setting(Group.OPTIMISATION, 1e-8, "AdamW epsilon.", gt=0, le=1)
+    max_grad_norm: float = _setting(Group.OPTIMISATION, 1.0, "Gradient clipping norm; 0 turns it off.", ge=0, le=1e12)
     max_nonfinite_steps: int = _setting(
         Group.OPTIMISATION,
         0,
         "Skip at most this many steps with a NaN or infinite loss or gradient; one more stops.",
         ge=0,
+        le=MOST_STEPS,
     )
     disable_dropout: bool = _setting(Group.OPTIMISATION, True, "Switch the model's own dropout off (LoRA's stays).")
     seed: int = _setting(
@@ -209,8 +244,8 @@ class RunConfig(BaseModel):
 
     # --- LoRA and quantisation -----------------------------------------------------------------------------------
     use_peft: bool = _setting(Group.LORA, False, "Train LoRA adapters beside the scalar head, not the whole model.")
-    lora_r: int = _setting(Group.LORA, 16, "LoRA rank.", ge=1)
-    lora_alpha: int = _setting(Group.LORA, 32, "LoRA alpha; updates are scaled by alpha / r.", ge=1)
+    lora_r: int = _setting(Group.LORA, 16, "LoRA rank.", ge=1, le=65_536)
+    lora_alpha: int = _setting(Group.LORA, 32, "LoRA alpha; updates are scaled by alpha / r.", ge=1, le=MANY)
     lora_dropout: float = _setting(Group.LORA, 0.05, "Dropout on the LoRA input.", ge=0, lt=1)
     lora_target_modules: list[str] | None = _setting(Group.LORA, None, "Modules to adapt. Default: all linear layers.")
     lora_modules_to_save: list[str] | None = _setting(
@@ -243,24 +278,27 @@ class RunConfig(BaseModel):
         1800,
         "Seconds without progress after which a hung run ends and names the missing rank.",
         ge=1,
+        le=MOST_SECONDS,
     )
 
     # --- Evaluation ----------------------------------------------------------------------------------------------
     eval_strategy: Literal["no", "steps", "epoch"] = _setting(
         Group.EVALUATION, "no", "When to evaluate while training."
     )
-    eval_steps: int | None = _setting(Group.EVALUATION, None, "Optimizer steps between evaluations.", ge=1)
+    eval_steps: int | None = _setting(
+        Group.EVALUATION, None, "Optimizer steps between evaluations.", ge=1, le=MOST_STEPS
+    )
     eval_on_start: bool = _setting(Group.EVALUATION, False, "Evaluate before the first step too.")
     sample_scores: int = _setting(
-        Group.EVALUATION, 4, "Groups of the evaluation set whose scores are printed at the end.", ge=0
+        Group.EVALUATION, 4, "Groups of the evaluation set whose scores are printed at the end.", ge=0, le=MANY
     )
 
     # --- Saving and resuming -------------------------------------------------------------------------------------
     output_dir: str = _setting(Group.SAVING, "outputs/run", "Where everything of this run is written.")
     save_strategy: Literal["no", "steps", "epoch"] = _setting(Group.SAVING, "no", "When to write checkpoint-N folders.")
-    save_steps: int = _setting(Group.SAVING, 500, "Optimizer steps between checkpoints.", ge=1)
+    save_steps: int = _setting(Group.SAVING, 500, "Optimizer steps between checkpoints.", ge=1, le=MOST_STEPS)
     save_total_limit: int | None = _setting(
-        Group.SAVING, None, "Keep the newest checkpoints, this many, and the best. Default: all.", ge=1
+        Group.SAVING, None, "Keep the newest checkpoints, this many, and the best. Default: all.", ge=1, le=MOST_STEPS
     )
     metric_for_best_model: str | None = _setting(
         Group.SAVING,
@@ -271,7 +309,11 @@ class RunConfig(BaseModel):
         Group.SAVING, False, "Periodic checkpoints without optimizer state: smaller, can't be resumed."
     )
     max_failed_saves: int = _setting(
-        Group.SAVING, 3, "A run goes on when a checkpoint can't be written, until this many in a row have failed.", ge=1
+        Group.SAVING,
+        3,
+        "A run goes on when a checkpoint can't be written, until this many in a row have failed.",
+        ge=1,
+        le=MOST_STEPS,
     )
     resume_from_checkpoint: str | None = _setting(
         Group.SAVING,
@@ -288,12 +330,13 @@ class RunConfig(BaseModel):
         "Stop with a checkpoint when the job's time left is less. Default: from the save and step times "
         "measured, at least 60.",
         ge=0,
+        le=MOST_SECONDS,
     )
 
     # --- Logging -------------------------------------------------------------------------------------------------
     run_name: str | None = _setting(Group.LOGGING, None, "Name shown by loggers. Default the output directory's name.")
     report_to: list[str] = _setting(Group.LOGGING, [], "tensorboard, wandb, mlflow, trackio, ...")
-    logging_steps: int = _setting(Group.LOGGING, 10, "Optimizer steps between log lines.", ge=1)
+    logging_steps: int = _setting(Group.LOGGING, 10, "Optimizer steps between log lines.", ge=1, le=MOST_STEPS)
     disable_tqdm: bool = _setting(Group.LOGGING, False, "No progress bar.")
 
     # --- Launch and debugging ------------------------------------------------------------------------------------
@@ -303,7 +346,9 @@ class RunConfig(BaseModel):
     force: list[str] = _setting(Group.LAUNCH, [], "Rules to override by name: " + ", ".join(FORCEABLE_RULES))
     dry_run: bool = _setting(Group.LAUNCH, False, "Print the plan and all settings, with --json as JSON, and stop.")
     debug: bool = _setting(Group.LAUNCH, False, "Full tracebacks and log lines from every rank.")
-    local_rank: int | None = _setting(Group.LAUNCH, None, "Set by launchers; the environment's LOCAL_RANK counts.")
+    local_rank: int | None = _setting(
+        Group.LAUNCH, None, "Set by launchers; the environment's LOCAL_RANK counts.", ge=-1, le=MANY
+    )
 
     @property
     def method(self) -> Literal["full", "lora", "qlora"]:

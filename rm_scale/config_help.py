@@ -66,12 +66,16 @@ def value_type(name: str) -> str:
     """Return the type of a setting that has no fixed choice of values, with its limits, e.g. "whole number, >= 1"."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [
-        f"{sign} {getattr(limit, kind):g}"
+        f"{sign} {_number(getattr(limit, kind))}"
         for limit in RunConfig.model_fields[name].metadata
         for kind, sign in signs.items()
         if hasattr(limit, kind)
     ]
     return ", ".join([_TYPE_NAMES[_annotation(name)], *limits])
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def default_text(name: str) -> str:

@@ -17,6 +17,9 @@ from rm_scale.errors import ConfigError
 from rm_scale.texts import has_surrogates, one_line
 from rm_scale.yaml_files import read_yaml
 
+_MAX_TEXT = 4096
+"""Characters of a text: the longest path that Linux takes."""
+
 
 @dataclass(frozen=True)
 class ParsedConfig:
@@ -177,6 +180,8 @@ def _text_rule(value: Any) -> str | None:
             continue
         if not text.strip():
             return "must not be empty. Fix: give a value, or leave the setting out."
+        if len(text) > _MAX_TEXT:
+            return f"must have at most {_MAX_TEXT:,} characters, and has {len(text):,}. Fix: shorten it."
         if "\0" in text:
             return "must not hold a NUL character. Fix: take it out."
         if not text.isascii() and has_surrogates(text):

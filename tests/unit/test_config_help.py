@@ -35,7 +35,10 @@ def test_values_and_defaults_as_a_reader_writes_them() -> None:
     assert (value_choices("overlong_policy")[0], default_text("overlong_policy")) == ("drop", "drop")
     assert value_choices("bnb_4bit_quant_storage") == ("uint8", "bfloat16", "float16", "float32")
     assert (value_type("lora_dropout"), default_text("lora_dropout")) == ("number, >= 0, < 1", "0.05")
-    assert (value_type("max_train_samples"), default_text("max_train_samples")) == ("whole number, >= 1", "none")
+    assert (value_type("max_train_samples"), default_text("max_train_samples")) == (
+        "whole number, >= 1, <= 1,000,000,000",
+        "none",
+    )
     assert (value_type("report_to"), default_text("report_to")) == ("list of text", "empty")
     assert (value_type("gradient_checkpointing_kwargs"), default_text("adam_epsilon")) == ("mapping", "1e-08")
     assert (value_type("model_name_or_path"), default_text("model_name_or_path")) == ("text", "required")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections import Counter
 from typing import Any
 
@@ -142,6 +143,12 @@ def test_names_are_those_of_transformers() -> None:
         ({"adam_epsilon": float("nan")}, "adam_epsilon=nan: must be a finite number"),
         ({"seed": 2**32}, "seed=4294967296: must be less than 4294967296"),
         ({"data_seed": 2**32}, "data_seed=4294967296: must be less than 4294967296"),
+        ({"eval_split_size": 1e-300}, "eval_split_size=1e-300: must be greater than or equal to 0.000001"),
+        ({"lora_r": 1_000_000}, "lora_r=1000000: must be less than or equal to 65536"),
+        ({"lora_alpha": int("9" * 400)}, "must be less than or equal to 1000000. Fix: LoRA alpha"),
+        ({"pad_to_multiple_of": "1" + 20 * "0"}, "must be less than or equal to 65536"),
+        ({"run_name": "a" * 1_000_000}, "must have at most 4,096 characters, and has 1,000,000. Fix: shorten it."),
+        ({"report_to": ["tensorboard", "a" * 5000]}, "must have at most 4,096 characters"),
     ],
 )
 def test_values_that_training_could_not_use_are_refused_before_anything_is_read(
@@ -149,3 +156,16 @@ def test_values_that_training_could_not_use_are_refused_before_anything_is_read(
 ) -> None:
     (problem,) = config_from_dict({**BASE, **settings}).problems
     assert part in problem
+
+
+def _takes_numbers(name: str) -> bool:
+    kinds = RunConfig.model_fields[name].annotation
+    return bool({int, float} & {kinds, *typing.get_args(kinds)})
+
+
+@pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if _takes_numbers(name)])
+@pytest.mark.parametrize("value", [10**25, 1e300, "1" + 400 * "0"], ids=["10^25", "1e300", "10^400"])
+def test_every_number_has_a_bound_far_above_any_use(name: str, value: Any) -> None:
+    (problem,) = [text for text in config_from_dict({**BASE, name: value}).problems if text.startswith(f"{name}=")]
+    assert "must be" in problem
+    assert len(problem) < 500
