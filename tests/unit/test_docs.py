@@ -71,6 +71,22 @@ def test_named_tests_and_sources_exist(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_command_of_a_block_writes_over_what_an_earlier_one_wrote(document: Path) -> None:
+    """Pasted one after the other they must all run: a second `--output best.jsonl` is refused."""
+    text = document.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", text, re.DOTALL) + re.findall(
+        r"(?:^ {4}.*\n)+", text, re.MULTILINE
+    )
+    for block in blocks:
+        written: list[str] = []
+        for command in re.findall(r"(?:rm-scale (?!doctor)|train\.py|benchmarks/\w+\.py) .*", block):
+            replaces = "--overwrite" in command or "--dry_run" in command or "--resume" in command
+            names = [] if replaces else re.findall(r"--(?:output|output_dir|curves|summary)[ =](\S+)", command)
+            assert not {name for name in names if name != "..."} & set(written), command
+            written += names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_training_commands_use_real_settings(document: Path) -> None:
     text = document.read_text().replace("\\\n", " ")
     commands = re.findall(r"rm_scale/train\.py (--[^\n`|]*)", text)
