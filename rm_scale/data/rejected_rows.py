@@ -20,7 +20,7 @@ REJECTION_REASONS = {
     "over_long": "a sequence is longer than max_length (and could not be truncated)",
     "identical_tokens": "all responses are the same tokens after encoding",
     "template_error": "the chat template could not render the conversation",
-    "lost_text": "the chat template left out the text of a message",
+    "lost_text": "the chat template left out a message, a tool call or a tool",
     "unfinished_text": "a rendered conversation doesn't end with an answer as the chat template ends it",
     "double_bos": "a sequence begins with two BOS tokens: the text holds one and another is added to it",
     "ends_with_pad": "a sequence ends with the padding token, so that its last real token can't be found",
