@@ -7,11 +7,14 @@ running. Standard library only: a Slurm job asks before it starts anything.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,8 +30,12 @@ logger = get_logger(__name__)
 LOCK_FILE = ".rm_scale_lock"
 _HALF_WRITTEN_SECONDS = 2.0
 _SQUEUE_SECONDS = 30
+_GUARD_SECONDS = 2 * _SQUEUE_SECONDS
+_HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR)
 _held: set[Path] = set()
 """Locks of this process."""
+_taking = threading.Lock()
+"""Of this process's threads one at a time takes a lock: it may be made and not yet be in `_held`."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,9 @@ def writing_alone(output_dir: str | Path, setting: str = "output_dir") -> Iterat
     path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = _take(path, setting)
+        with _taking:
+            content = _take(path, setting)
+            _held.add(path)
     except OSError as error:
         _remove_empty(made)
         raise UserError(
@@ -213,7 +222,6 @@ def writing_alone(output_dir: str | Path, setting: str = "output_dir") -> Iterat
     except UserError:
         _remove_empty(made)
         raise
-    _held.add(path)
     try:
         yield
     finally:
@@ -237,7 +245,8 @@ def _take(path: Path, setting: str) -> bytes:
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            _remove_stale(path, me, setting)
+            with _looking_alone(path):
+                _remove_stale(path, me, setting)
             continue
         try:
             with os.fdopen(handle, "wb") as file:
@@ -248,6 +257,49 @@ def _take(path: Path, setting: str) -> bytes:
             path.unlink(missing_ok=True)
             raise
         return content
+
+
+@contextmanager
+def _looking_alone(path: Path) -> Iterator[None]:
+    """Let one process at a time look at a lock that is there and remove it, so that it never removes a newer one.
+
+    The system itself gives such a hold back when its process ends, however that happens. Where a file system has none,
+    or another process keeps it for long, the block runs all the same: `_remove_stale` then notices what it has moved.
+    """
+    guard = path.with_name(f"{LOCK_FILE}.guard")
+    handle = _hold(guard)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                guard.unlink(missing_ok=True)  # while it is held: whoever waits sees that it is gone, and makes another
+            os.close(handle)
+
+
+def _hold(guard: Path) -> int | None:
+    """Return a handle that holds a file alone; `None` where that can't be had."""
+    until = time.monotonic() + _GUARD_SECONDS
+    while True:
+        try:
+            handle = os.open(guard, os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), guard.stat()):
+                return handle
+        except FileNotFoundError:  # its owner has removed it in between
+            pass
+        except OSError as error:
+            is_held = error.errno in _HELD_BY_ANOTHER
+            if not is_held or time.monotonic() > until:
+                os.close(handle)
+                if not is_held:  # nobody can hold it here, so nobody does
+                    guard.unlink(missing_ok=True)
+                return None
+            time.sleep(0.05)
+        os.close(handle)
 
 
 def _remove_stale(path: Path, me: Owner, setting: str) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,6 +149,76 @@ def test_another_s_new_lock_is_put_back(tmp_path: Path, monkeypatch: pytest.Monk
         pass
     assert json.loads(path.read_text())["pid"] == os.getppid()
     assert [file.name for file in path.parent.iterdir()] == [LOCK_FILE]
+
+
+TAKES = """
+import sys, time
+from rm_scale.errors import UserError
+from rm_scale.output_lock import writing_alone
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with writing_alone(sys.argv[1]):
+        print("held", flush=True)
+        sys.stdin.readline()
+except UserError as error:
+    print("refused" if "another run writes there" in str(error) else str(error), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_of_many_that_find_a_stale_lock_one_takes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command = [sys.executable, "-c", TAKES, str(folder)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    for _ in range(2):
+        write_lock(folder, other_run(started=1))
+        started: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(5)]
+        said = [process.stdout.readline().strip() for process in started]
+        for process in started:
+            process.stdin.write("go\n")
+        answers = sorted(process.stdout.readline().strip() for process in started)
+        for process in started:
+            process.communicate("end\n", timeout=60)
+        assert said == ["ready"] * 5 and answers == ["held", *["refused"] * 4]
+        assert list(folder.iterdir()) == []
+
+
+def test_a_stale_lock_is_looked_at_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the move of a newer lock and its return a third process would take the name."""
+    folder = tmp_path / "out"
+    write_lock(folder, other_run(started=1))
+    results: list[str] = []
+
+    def take() -> None:
+        with writing_alone(folder):
+            results.append("held")
+
+    for seconds, waits in ((60.0, True), (0.0, False)):
+        monkeypatch.setattr(output_lock, "_GUARD_SECONDS", seconds)
+        results.clear()
+        write_lock(folder, other_run(started=1))
+        with (folder / f"{LOCK_FILE}.guard").open("w") as looked_at:
+            fcntl.flock(looked_at, fcntl.LOCK_EX)
+            thread = threading.Thread(target=take)
+            thread.start()
+            thread.join(0.5 if waits else 60.0)
+            assert results == ([] if waits else ["held"]), "it does not wait for ever"
+        thread.join(60.0)
+        assert results == ["held"]
+        assert [path.name for path in folder.iterdir()] == ([] if waits else [f"{LOCK_FILE}.guard"])
+
+
+def test_without_such_holds_a_stale_lock_is_taken_over_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    write_lock(tmp_path / "out", other_run(started=1))
+    with writing_alone(tmp_path / "out"):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
 
 
 def test_a_directory_that_can_not_be_written(tmp_path: Path) -> None:
