@@ -279,13 +279,13 @@ def _begins_before(piece: str, text: str, end: int) -> bool:
     start = text.find(piece)
     while 0 <= start < end:
         after = start + len(piece)
-        if not _same_word(text[start - 1 : start], piece[:1]) and not _same_word(piece[-1:], text[after : after + 1]):
+        if not same_word(text[start - 1 : start], piece[:1]) and not same_word(piece[-1:], text[after : after + 1]):
             return True
         start = text.find(piece, start + 1)
     return False
 
 
-def _same_word(before: str, after: str) -> bool:
+def same_word(before: str, after: str) -> bool:
     """Tell whether two neighbouring characters belong to one word; scripts such as Chinese put no space between."""
     return before.isalnum() and after.isalnum() and "Lo" not in {unicodedata.category(one) for one in (before, after)}
 

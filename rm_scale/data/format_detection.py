@@ -18,6 +18,7 @@ from rm_scale.data.formats import (
     NEEDED_COLUMNS,
     PAIR_COLUMNS,
     RowReader,
+    repeats_prompt,
     shared_length,
 )
 from rm_scale.data.rejected_rows import RejectedRow
@@ -179,7 +180,7 @@ def _repeats_prompt(row: Row) -> bool:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and prompt.strip()):
         return False
-    return chosen.startswith(prompt) and rejected.startswith(prompt)
+    return repeats_prompt(prompt, chosen) and repeats_prompt(prompt, rejected)
 
 
 def _holds_prompt_inside(row: Row) -> bool:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rm_scale.data.context_columns import refuse_unread_context
+from rm_scale.data.context_columns import refuse_unread_context, same_word
 from rm_scale.data.conversations import (
     as_messages,
     check_answered,
@@ -59,6 +59,8 @@ RESPONSE_LIST_COLUMNS = ("responses", "completions")
 SOFT_LABEL_COLUMNS = ("soft_label", "chosen_probability", "preference_probability")
 BETTER_COLUMN = "better_response_id"
 PAIR_COLUMNS = (("chosen", "rejected"), ("response_0", "response_1"), ("response_a", "response_b"))
+# A response may begin with a prompt of one word of fewer characters by chance: "Hello".
+_FEW_CHARACTERS = 12
 HH_HUMAN = "\n\nHuman:"
 HH_ASSISTANT = "\n\nAssistant:"
 
@@ -186,9 +188,45 @@ def _read_explicit(row: Row) -> PreferenceGroup:
 
 
 def without_text_prompt(prompt: str, responses: Sequence[str]) -> list[str]:
-    """Drop the prompt from responses that all begin with it, as in files that hold whole texts beside the prompt."""
-    repeated = all(response.startswith(prompt) for response in responses)
-    return [response[len(prompt) :] if repeated else response for response in responses]
+    """Drop the prompt from responses that all begin with it, as in files that hold whole texts beside the prompt.
+
+    A short word, with which a response may begin by chance (a greeting), is dropped only where several responses agree.
+
+    Raises:
+        RejectedRow: `prompt_mismatch`, since only some of them do; which of them answer the prompt can't be told.
+    """
+    rests = [_after_prompt(prompt, response) for response in responses]
+    whole = [rest for rest in rests if rest is not None]
+    by_chance = len(prompt.split()) == 1 and len(prompt.strip()) < _FEW_CHARACTERS
+    if len(whole) == len(responses) and not (by_chance and len(responses) == 1):
+        return whole
+    if whole and not by_chance:
+        first = rests.index(whole[0])
+        raise RejectedRow("prompt_mismatch", f"response {first} repeats the prompt at its beginning, and others don't")
+    return list(responses)
+
+
+def repeats_prompt(prompt: str, response: str) -> bool:
+    """Tell whether a text begins with the whole prompt, whatever the white space between its words."""
+    return _after_prompt(prompt, response) is not None
+
+
+def _after_prompt(prompt: str, response: str) -> str | None:
+    """Return what follows the prompt in a response that begins with it, cut between words; `None` for any other."""
+    place = 0
+    for number, word in enumerate(prompt.split()):
+        start = place
+        while response[place : place + 1].isspace():
+            place += 1
+        if (number and place == start) or not response.startswith(word, place):
+            return None
+        place += len(word)
+    if place == 0 or same_word(response[place - 1], response[place : place + 1]):
+        return None
+    if response.startswith(prompt):
+        return response[len(prompt) :]
+    # The prompt brings its own white space.
+    return response[place:].lstrip() if prompt[-1].isspace() else response[place:]
 
 
 def _read_implicit(row: Row) -> PreferenceGroup:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rm_scale.data.context_columns import UnreadContext, refuse_unread_beside
 from rm_scale.data.conversations import as_text, as_tools, join_completion, join_text_prompt
+from rm_scale.data.formats import without_text_prompt
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import DataError
@@ -274,10 +275,10 @@ def _runs(singles: Iterable[_Open], columns: Columns, report: InputReport) -> It
             )
         if current is not None:
             ended[current.key] = current.last
-            yield _closed(current, columns)
+            yield from _closed(current, columns, report)
         current = single
     if current is not None:
-        yield _closed(current, columns)
+        yield from _closed(current, columns, report)
 
 
 def _collected(singles: Iterable[_Open], columns: Columns, report: InputReport) -> Iterator[CandidateGroup]:
@@ -295,7 +296,7 @@ def _collected(singles: Iterable[_Open], columns: Columns, report: InputReport) 
         else:
             _join(group, single, report)
     for group in groups.values():
-        yield _closed(group, columns)
+        yield from _closed(group, columns, report)
 
 
 def _join(group: _Open, single: _Open, report: InputReport) -> None:
@@ -308,9 +309,13 @@ def _join(group: _Open, single: _Open, report: InputReport) -> None:
             report.differing_columns.add(name)
 
 
-def _closed(group: _Open, columns: Columns) -> CandidateGroup:
+def _closed(group: _Open, columns: Columns, report: InputReport) -> Iterator[CandidateGroup]:
     rows = (group.first, group.last)
-    return _group(group.prompt, group.tools, group.parts, group.columns, rows, columns)
+    try:
+        yield _group(group.prompt, group.tools, group.parts, group.columns, rows, columns)
+    except RejectedRow as rejected:
+        for _ in group.parts:
+            report.refuse(group.first, rejected)
 
 
 def _digest(identity: Any) -> bytes:
@@ -379,7 +384,11 @@ def _group(
     rows: tuple[int, int],
     columns: Columns,
 ) -> CandidateGroup:
-    """Make a group of completions of one kind: messages as soon as the prompt or one of them is."""
+    """Make a group of completions of one kind: messages as soon as the prompt or one of them is.
+
+    Raises:
+        RejectedRow: some of the completions repeat the prompt, and others don't.
+    """
     chat = not isinstance(prompt, str) or any(isinstance(part.completion, list) for part in parts)
     problems = [part.problem for part in parts]
     completions = [part.completion for part in parts]
@@ -391,6 +400,10 @@ def _group(
                     _, completions[place] = join_completion(prompt, completion)
                 except RejectedRow as rejected:
                     problems[place] = problems[place] or rejected.reason
+    else:
+        assert isinstance(prompt, str)
+        rests = iter(without_text_prompt(prompt, [one for one in completions if isinstance(one, str)]))
+        completions = [None if one is None else next(rests) for one in completions]
     return CandidateGroup(
         prompt=prompt,
         completions=tuple(completions),

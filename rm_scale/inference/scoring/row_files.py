@@ -21,6 +21,7 @@ from rm_scale.data.conversations import (
     json_messages,
     read_completion,
 )
+from rm_scale.data.formats import without_text_prompt
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import check_unicode
@@ -131,7 +132,7 @@ def scorable(row: Any, cells: bool = True) -> Scorable:
     Args:
         row: names and values.
         cells: it comes from a table, where a completion may be a conversation written as JSON. Elsewhere a text is a
-            text: see `rm_scale.data.conversations.read_completion`.
+            text, and keeps a prompt that it repeats: see `rm_scale.data.conversations.read_completion`.
 
     Raises:
         RejectedRow: none of them is there, one is not what it should be, or the row holds several that differ.
@@ -156,8 +157,10 @@ def _scorable_of(row: Mapping[str, Any], cells: bool) -> tuple[Scorable, set[str
     """Return what the first form that a row has asks to be scored, and the columns that it was read from."""
     if row.get("completion") is not None:
         name = prompt_column(row)
-        found = read_completion(row.get(name), row["completion"], row.get("tools"), json_text=cells)
-        return Scorable(*found), {name, "completion"}
+        prompt, completion, tools = read_completion(row.get(name), row["completion"], row.get("tools"), cells)
+        if cells and isinstance(prompt, str) and isinstance(completion, str):
+            (completion,) = without_text_prompt(prompt, [completion])
+        return Scorable(prompt, completion, tools), {name, "completion"}
     if row.get("messages") is not None:
         messages = as_text(row["messages"], "messages")
         if isinstance(messages, str):

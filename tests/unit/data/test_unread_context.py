@@ -231,6 +231,36 @@ def test_whole_dialogues_beside_their_question_are_not_joined_to_it(before: str,
         read([row, row, PAIR])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "read_as"),
+    [
+        ("Is it far? ", "Is it far?\nNo.", "Is it far? Yes.", ("No.", "Yes.")),
+        ("Is it far?", "Is it far?\nNo.", "Is  it far? Yes.", ("\nNo.", " Yes.")),
+        ("Is it far", "Is it farther?", "Is it far away?", None),
+        ("I", "I agree.", "It depends.", ("I agree.", "It depends.")),
+        ("I", "I agree.", "I don't.", (" agree.", " don't.")),
+        ("Hello", "Hello! How are you?", "Hi.", ("Hello! How are you?", "Hi.")),
+        ("Is it far", "Is it farther?", "Is it farthest?", ("Is it farther?", "Is it farthest?")),
+        ("Is it far? ", "Is it far? No.", "Yes.", None),
+        ("Is it far? ", "No.", "Is it far?\nYes.", None),
+        ("这是什么地方呢请告诉我", "这是什么地方呢请告诉我北京", "这是什么地方呢请告诉我上海", ("北京", "上海")),
+    ],
+)
+def test_all_responses_repeat_the_prompt_or_none(
+    prompt: str, chosen: str, rejected: str, read_as: tuple[str, str] | None
+) -> None:
+    for row in (
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+        {"prompt": prompt, "responses": [chosen, rejected], "ranks": [0, 1]},
+    ):
+        reader = RowReader("explicit_prompt" if "chosen" in row else "ranked")
+        if read_as is None:
+            with pytest.raises(RejectedRow, match=r"prompt_mismatch: response \d repeats the prompt at its beginning"):
+                reader.read(row, 0)
+        else:
+            assert reader.read(row, 0).responses == read_as
+
+
 def test_repeated_prompts_of_other_formats() -> None:
     whole = [WHOLE["chosen"], WHOLE["rejected"]]
     for row in (

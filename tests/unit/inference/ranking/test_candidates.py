@@ -132,6 +132,20 @@ def test_context_that_is_not_read_is_refused_by_name(others: dict[str, Any], tol
         assert name in ("tools", "response") or group.columns == others, "carried along"
 
 
+def test_a_prompt_that_completions_repeat_is_read_once() -> None:
+    asked = "Is it far? "
+    for said, read_as in (
+        ([f"{asked}No.", None, "Is it far?\nYes."], ("No.", None, "Yes.")),
+        (["No.", "Yes."], ("No.", "Yes.")),
+        ([f"{asked}No.", "Yes."], None),
+    ):
+        singles = [{"prompt": asked, "completion": one} for one in said]
+        for rows in ([{"prompt": asked, "completions": said}], singles):
+            groups, report = read(rows)
+            assert [group.completions for group in groups] == ([] if read_as is None else [read_as])
+            assert report.refused == ({"prompt_mismatch": len(rows)} if read_as is None else {})
+
+
 def test_columns_whose_meaning_is_given_are_no_context() -> None:
     row = {"prompt": "a", "completions": ["x", "y"], "question": ["p", "q"], "response": "x"}
     ((group,), _) = read([row], per_completion=("question",))

@@ -43,6 +43,9 @@ SYSTEM = {"role": "system", "content": "Be short."}
         ({"completion": [USER, ANSWER]}, Scorable([], [USER, ANSWER])),
         ({"completion": [ANSWER]}, Scorable([], [ANSWER])),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": None}}, Scorable([USER], [ANSWER])),
+        # A prompt that a table's completion repeats is read once, but for a word that may be there by chance.
+        ({"prompt": "Is it far? ", "completion": "Is it far?\nNo."}, Scorable("Is it far? ", "No.")),
+        ({"prompt": "Hello", "completion": "Hello! How are you?"}, Scorable("Hello", "Hello! How are you?")),
         # Several forms of the same, and context that is part of it.
         ({"conversations": [USER], "completion": [ANSWER]}, Scorable([USER], [ANSWER])),
         ({"conversations": json.dumps([USER]), "completion": "4"}, Scorable([USER], "4")),
@@ -124,6 +127,11 @@ def test_columns_that_are_to_be_ignored_come_back_unread(tmp_path: Path) -> None
     assert isinstance(broken, RejectedRow)
     with open_rows(str(path), ["completion"]) as rows, pytest.raises(RejectedRow, match="unread_context: prompt"):
         scorable(rows.read(0, 1)[0][1])
+
+
+def test_what_a_policy_wrote_keeps_a_prompt_that_it_repeats() -> None:
+    row = {"prompt": "Is it far? ", "completion": "Is it far? No."}
+    assert scorable(row, cells=False).completion == row["completion"]
 
 
 def test_requests_are_refused_without_advice_on_files() -> None:
