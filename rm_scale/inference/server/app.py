@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from rm_scale.data.formats import without_text_prompt
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.inference.scoring.row_files import Scorable, scorable
 from rm_scale.inference.server import protocols as form
@@ -39,6 +40,20 @@ def read_items(items: Sequence[dict[str, Any]]) -> list[Scorable]:
         except RejectedRow as rejected:
             raise Refused(422, rejected.reason, f"item {number}: {rejected}") from None
     return found
+
+
+def _read_once(prompt: Any, completions: list[Any]) -> list[Any]:
+    """Return completions without a prompt that all of them repeat, as in training.
+
+    Raises:
+        Refused: only some of them repeat it.
+    """
+    if not isinstance(prompt, str) or not all(isinstance(one, str) for one in completions):
+        return completions
+    try:
+        return list(without_text_prompt(prompt, completions))
+    except RejectedRow as rejected:
+        raise Refused(422, rejected.reason, f"completions: {rejected}") from None
 
 
 def build_app(service: Service, token: str | None = None) -> Any:
@@ -117,7 +132,8 @@ def _add_own_routes(app: FastAPI, service: Service) -> None:
     async def rank(request: Request, body: form.RankRequest) -> form.RankResponse:
         """Rank completions of one prompt, best first."""
         require_few_texts(len(body.completions), service.options)
-        rows = [{"prompt": body.prompt, "completion": one, "tools": body.tools} for one in body.completions]
+        completions = _read_once(body.prompt, body.completions)
+        rows = [{"prompt": body.prompt, "completion": one, "tools": body.tools} for one in completions]
         scores, _ = await service.score(request, read_items(rows))
         order = sorted(range(len(scores)), key=lambda place: -scores[place])
         values = sorted(set(scores), reverse=True)
@@ -161,8 +177,14 @@ def _envelope(service: Service, prefix: str) -> dict[str, Any]:
 async def _pooled(service: Service, request: Request, body: form.PoolingRequest) -> tuple[list[float], form.Usage]:
     if (body.input is None) == (body.messages is None):
         raise Refused(422, "invalid", "input or messages, one of the two. Fix: give input.")
+    if body.add_special_tokens is not None and body.add_special_tokens != (body.messages is None):
+        # The other value would take the contract's BOS away from texts, or add one to what a template has written.
+        raise Refused(422, "invalid", "add_special_tokens: the scoring contract decides this. Fix: leave it out.")
     if body.messages is not None:
-        scores, tokens = await service.score(request, read_items([{"messages": body.messages}]))
+        items = read_items([{"messages": body.messages, "tools": body.tools}])
+        scores, tokens = await service.score(request, items)
+    elif body.tools:
+        raise Refused(422, "unread_context", "tools need messages, which a chat template renders. Fix: give messages.")
     else:
         scores, tokens = await _score_inputs(service, request, body.input)
     if body.use_activation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 Message = dict[str, JsonValue]
 TextOrMessages = str | list[Message]
@@ -77,14 +77,57 @@ class OpenRLHFResponse(BaseModel):
     extra_logs: dict[str, list[float]] = {}
 
 
-class PoolingRequest(BaseModel):
-    """Rendered texts, token ids, or a conversation; `use_activation` asks for a probability, not the raw score."""
+def _changes_nothing(value: Any) -> Any:
+    """Let through what leaves text and number as they are: null, false, an empty object.
 
-    model: str | None = None
+    Raises:
+        ValueError: the value would change one of them, which is not done here.
+    """
+    if value is None or value is False or value == {}:
+        return value
+    raise ValueError("the scoring contract says how a text is scored, and this would change it. Fix: leave it out")
+
+
+_Unchanged = Annotated[JsonValue, AfterValidator(_changes_nothing)]
+
+
+class PoolingRequest(_Strict):
+    """Rendered texts, token ids, or a conversation; `use_activation` asks for a probability, not the raw score.
+
+    Fields that clients of vLLM send and that don't bear on a score are taken, and not used. Those that would change the
+    text or the number may only say that they don't; any other field is refused.
+    """
+
     input: str | list[str] | list[int] | list[list[int]] | None = None
     messages: list[Message] | None = None
-    use_activation: bool = False
+    tools: str | list[JsonValue] | None = None
+    use_activation: bool | None = None
     encoding_format: Annotated[str, Field(pattern="^float$")] = "float"
+    # Not used.
+    model: str | None = None
+    user: str | None = None
+    priority: int | None = None
+    request_id: str | None = None
+    rid: str | list[str] | None = None
+    cache_salt: str | None = None
+    endianness: str | None = None
+    truncation_side: str | None = None
+    task: Annotated[str, Field(pattern="^classify$")] | None = None
+    embed_dtype: Annotated[str, Field(pattern="^float32$")] | None = None
+    # Would change the text.
+    chat_template: _Unchanged = None
+    chat_template_kwargs: _Unchanged = None
+    add_generation_prompt: _Unchanged = None
+    continue_final_message: _Unchanged = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: _Unchanged = None
+    mm_processor_kwargs: _Unchanged = None
+    media_io_kwargs: _Unchanged = None
+    # Would change the number; the first two are older names of `use_activation`.
+    activation: _Unchanged = None
+    softmax: _Unchanged = None
+    normalize: _Unchanged = None
+    dimensions: _Unchanged = None
 
 
 class Usage(BaseModel):

@@ -93,6 +93,37 @@ def test_conversations(url: str, scorer: RewardScorer) -> None:
     assert pooled["data"][0]["data"][0] == pytest.approx(expected, abs=1e-5)
 
 
+def test_fields_that_clients_of_vllm_send_are_taken(url: str, scorer: RewardScorer) -> None:
+    text = scorer.encoder.render(PROMPT, " 4")
+    expected = pytest.approx(scorer.score(PROMPT, " 4"), abs=1e-5)
+    others = {"model": "any", "user": "me", "priority": 0, "request_id": "r", "encoding_format": "float"}
+    none = {"chat_template": None, "chat_template_kwargs": {}, "softmax": False, "activation": False, "normalize": None}
+    body = {"input": text, **others, **none, "use_activation": None, "add_special_tokens": True, "task": "classify"}
+    assert post(url, "/pooling", body).json()["data"][0]["data"][0] == expected
+    assert post(url, "/v1/classify", body).json()["data"][0]["probs"][0] == expected
+
+
+def test_rank_reads_a_prompt_once_that_all_repeat(url: str, scorer: RewardScorer) -> None:
+    body = {"prompt": PROMPT, "completions": [f"{PROMPT} 4", f"{PROMPT} 5"]}
+    assert post(url, "/rank", body).json()["scores"] == pytest.approx(scorer.score(PROMPT, [" 4", " 5"]), abs=1e-5)
+
+
+def test_tools_of_a_conversation_are_rendered(scorer: RewardScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = scorer.encoder.encode_many
+
+    def encode_many(prompts: Any, completions: Any, tools: Any) -> Any:
+        seen.extend(tools)
+        return real(prompts, completions, [None] * len(prompts))
+
+    monkeypatch.setattr(scorer.encoder, "encode_many", encode_many)
+    messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "4"}]
+    with served(scorer) as (url, _):
+        for tools in ([{"name": "f"}], '[{"name": "f"}]'):
+            assert post(url, "/pooling", {"messages": messages, "tools": tools}).status_code == 200
+    assert seen == [[{"name": "f"}]] * 2
+
+
 def test_many_clients_each_get_their_own_score(
     url: str, scorer: RewardScorer, lora_run: Path, pairs_file: Path
 ) -> None:
@@ -147,6 +178,22 @@ BAD = [
     ("/pooling", {"input": [[]]}, 422, "0 tokens, from 1 to 1024"),
     ("/pooling", {"input": [[1, 999_999]]}, 422, "token ids are from 0 to"),
     ("/pooling", {"input": "a", "encoding_format": "base64"}, 422, "encoding_format"),
+    ("/pooling", {"input": "a", "tools": [{"name": "f"}]}, 422, "tools need messages"),
+    ("/pooling", {"input": "a", "chat_template": "{{ messages }}"}, 422, "chat_template: Value error, the scoring"),
+    ("/pooling", {"input": "a", "chat_template_kwargs": {"a": 1}}, 422, "chat_template_kwargs: Value error"),
+    ("/classify", {"input": "a", "add_generation_prompt": True}, 422, "add_generation_prompt: Value error"),
+    ("/classify", {"input": "a", "truncate_prompt_tokens": 2}, 422, "truncate_prompt_tokens: Value error"),
+    ("/classify", {"input": "a", "softmax": True}, 422, "softmax: Value error"),
+    ("/classify", {"input": "a", "activation": True}, 422, "activation: Value error"),
+    ("/classify", {"input": "a", "normalize": True}, 422, "normalize: Value error"),
+    ("/classify", {"input": "a", "add_special_tokens": False}, 422, "add_special_tokens: the scoring contract"),
+    ("/classify", {"input": "a", "task": "embed"}, 422, "task"),
+    ("/classify", {"input": "a", "typo": 1}, 422, "typo"),
+    ("/score", {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, 422, "tools need messages"),
+    ("/score", {"prompt": "a", "completion": "b", "text": "c"}, 422, "text holds 'c', which is not what is scored"),
+    ("/score", {"prompt": "a", "text": "b"}, 422, "prompt holds 'a', which is not read"),
+    ("/rank", {"prompt": "Is it?", "completions": ["Is it? No", "Yes"]}, 422, "response 0 repeats the prompt"),
+    ("/rank", {"prompt": "a", "completions": ["b"], "tools": [{"name": "f"}]}, 422, "tools need messages"),
 ]
 
 
