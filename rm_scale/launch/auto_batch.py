@@ -11,11 +11,12 @@ from pathlib import Path
 
 from rm_scale.config_parsing import ParsedConfig
 from rm_scale.errors import ConfigError, UserError
-from rm_scale.files import read_json_lines
+from rm_scale.files import read_json_lines, write_whole
 from rm_scale.launch.deepspeed_command import launch_command
 from rm_scale.launch.machine import Machine
 from rm_scale.logs import get_logger
 from rm_scale.planning.plan import Plan
+from rm_scale.version import __version__
 
 logger = get_logger(__name__)
 
@@ -35,7 +36,7 @@ def auto_batch(settings: Sequence[str], parsed: ParsedConfig, plan: Plan, machin
     if start is None:
         raise ConfigError(["auto_batch with packing=none: it searches tokens of packed rows. Fix: leave it out."])
     folder = Path(parsed.config.output_dir).with_name(Path(parsed.config.output_dir).name + ".auto_batch")
-    _require_free(folder)
+    _begin(folder)
     best, failed, budget = 0, math.inf, float(start)
     for number in range(MAX_TRIALS):
         tokens = int(budget) // 8 * 8
@@ -61,16 +62,36 @@ def auto_batch(settings: Sequence[str], parsed: ParsedConfig, plan: Plan, machin
     return ["--max_tokens_per_device", str(best)]
 
 
+def _begin(folder: Path) -> None:
+    """Make the folder for the trials, marked as ours, without what a killed search has left in it.
+
+    It is removed at the end.
+
+    Raises:
+        ConfigError: it is there and holds anything else; names the folder.
+    """
+    _require_free(folder)
+    for number in _TRIALS:
+        shutil.rmtree(folder / number, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / MARK_FILE, f"Short runs of rm_scale {__version__}; removed when the search has ended.\n")
+
+
 def _require_free(folder: Path) -> None:
-    """Refuse a folder for the trials that holds anything but those of an earlier search: it is removed at the end.
+    """Refuse a folder for the trials that holds anything but those of an earlier search, as our mark shows.
 
     Raises:
         ConfigError: names the folder.
     """
-    if folder.exists() and not (folder.is_dir() and all(path.name in _TRIALS for path in folder.iterdir())):
+    if not os.path.lexists(folder):
+        return
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() and not folder.is_symlink() else [""]
+    if names and (MARK_FILE not in names or any(name not in {MARK_FILE, *_TRIALS} for name in names)):
         raise ConfigError([f"auto_batch: {folder} exists, and trials would go there. Fix: move it away."])
 
 
+MARK_FILE = "rm_scale_trials.txt"
+"""In the folder of trials: it tells that a search has made it."""
 _TRIALS = [str(number) for number in range(MAX_TRIALS)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -200,8 +201,6 @@ def test_only_an_export_with_nothing_added_is_replaced(run_folder: Path, tmp_pat
 
 
 def test_an_export_never_removes_its_model(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     outputs = tmp_path / "outputs"
     shutil.copytree(lora_run, outputs / "mine")
     (outputs / "neighbour").mkdir()
@@ -268,12 +267,25 @@ def test_a_run_does_not_begin_among_foreign_files(run_folder: Path, tmp_path: Pa
 
 
 def test_trials_go_to_a_folder_of_their_own(tmp_path: Path) -> None:
-    folder = tmp_path / "run.auto_batch"
-    (folder / "0").mkdir(parents=True)
-    auto_batch._require_free(folder)
+    folder = tmp_path / "deep" / "run.auto_batch"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "thesis.txt").write_text("mine")
+    before = tree(tmp_path)
+    refused = r"auto_batch: .* exists, and trials would go there"
+    with pytest.raises(ConfigError, match=refused):
+        auto_batch._begin(folder)
+    assert tree(tmp_path) == before
+    shutil.rmtree(folder)
+    auto_batch._begin(folder)
+    (folder / "0").mkdir()
+    (folder / "0" / "config.json").write_text("of a killed search")
+    auto_batch._begin(folder)
+    assert [path.name for path in folder.iterdir()] == [auto_batch.MARK_FILE]
     (folder / "notes").write_text("mine")
-    with pytest.raises(ConfigError, match=r"run.auto_batch exists, and trials would go there"):
-        auto_batch._require_free(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "deep")
+    for taken in (folder, tmp_path / "link"):
+        with pytest.raises(ConfigError, match=refused):
+            auto_batch._begin(taken)
 
 
 def test_a_damaged_cache_entry_keeps_what_is_not_ours(tmp_path: Path) -> None:
