@@ -182,7 +182,7 @@ def make_plan(
     if shape is not None:
         problems += check_model(config, shape, values)
     if check_output and "output_dir" not in parsed.broken and not (defer_output and not problems):
-        problems += check_output_dir(config)
+        problems += check_output_dir(config, parsed.source)
     if problems:
         raise _met_by_node(problems)
     assert shape is not None and model is not None

@@ -10,13 +10,14 @@ import glob
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rm_scale.config import RunConfig
 from rm_scale.files import read_small_text
 from rm_scale.output_lock import LOCK_FILE, refuse, running_owner
-from rm_scale.output_paths import run_output_problem
+from rm_scale.output_paths import all_that_is_read, removed_with_a_run, run_output_problem
 from rm_scale.planning.deepspeed_config import offload_device, zero_stage
 from rm_scale.planning.shape import ModelShape
 from rm_scale.texts import nearest_file
@@ -112,12 +113,28 @@ def _would_be_replaced(model: Path, output: Path) -> bool:
         return True
     if output not in model.parents:
         return False
-    first = model.relative_to(output).parts[0]
-    return first in {"merged", "run"} or first.startswith("checkpoint-")
+    return removed_with_a_run(model.relative_to(output).parts[0])
 
 
-def check_output_dir(config: RunConfig) -> list[str]:
-    """Check that a run may write its output directory; it is tried, without leaving a trace."""
+def _read_by_the_run(config: RunConfig, source: str | None) -> Iterator[Path]:
+    """Yield files and folders that a run reads, patterns expanded, and its cache, which is there once it begins."""
+    for pattern in [*(config.dataset_path or []), *(config.eval_dataset_path or [])]:
+        yield from (
+            Path(path) for path in ([pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True))
+        )
+    named = (config.chat_template_path, config.deepspeed, source, config.model_name_or_path)
+    yield from all_that_is_read(name for name in named if name is not None and Path(name).exists())
+    if config.dataset_cache_dir is not None:
+        yield Path(config.dataset_cache_dir)
+
+
+def check_output_dir(config: RunConfig, source: str | None = None) -> list[str]:
+    """Check that a run may write its output directory; it is tried, without leaving a trace.
+
+    Args:
+        config: the settings.
+        source: the file that they were read from, if any.
+    """
     path = Path(config.output_dir)
     may_hold_files = config.resume_from_checkpoint is not None or "overwrite" in config.force
     owner = running_owner(path)
@@ -129,16 +146,15 @@ def check_output_dir(config: RunConfig) -> list[str]:
             f"output_dir={config.output_dir}: already holds files. Fix: choose another folder, continue with "
             "--resume_from_checkpoint last, or add --force overwrite."
         ]
-    if _would_be_replaced(Path(config.model_name_or_path).resolve(), path.resolve()):
+    model = all_that_is_read([config.model_name_or_path])
+    if any(_would_be_replaced(place.resolve(), path.resolve()) for place in model):
         return [
             f"output_dir={config.output_dir}: holds the model that is to be trained from and would overwrite it. "
             "Fix: choose another output_dir."
         ]
     if may_hold_files:
-        read = [*(config.dataset_path or []), *(config.eval_dataset_path or []), config.chat_template_path]
         removes = "overwrite" in config.force and config.resume_from_checkpoint is None
-        given = [place for place in read if place is not None]
-        problem = run_output_problem(path, removes, config.merge_adapter, given)
+        problem = run_output_problem(path, removes, config.merge_adapter, list(_read_by_the_run(config, source)))
         if problem is not None:
             return [problem]
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

@@ -20,8 +20,10 @@ from rm_scale.output_paths import (
     file_problem,
     folder_problem,
     foreign_files,
+    foreign_in,
     is_our_page,
     list_files,
+    remove_part,
     removed_with_a_run,
     run_output_problem,
 )
@@ -264,6 +266,67 @@ def test_a_run_does_not_begin_among_foreign_files(run_folder: Path, tmp_path: Pa
     assert run_output_problem(theirs, removes=True, merges=True, read=[]) is None
     (theirs / "README.md").write_text("x")
     assert "holds README.md, which no run of rm_scale wrote" in str(run_output_problem(theirs, False, False, []))
+
+
+def sealed(folder: Path, step: int) -> Path:
+    """A checkpoint as its manifest shows it."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("w")
+    files = {"model.safetensors": {"size": 1, "sha256": "0"}}
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "world_size": 1, "files": files}))
+    return folder
+
+
+def test_some_manifest_is_no_sign_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    for name in ("model.safetensors", "config.json", "README.md", "checkpoint-5/manifest.json"):
+        (tmp_path / name).write_text("theirs")
+    assert "which no run of rm_scale wrote" in str(run_output_problem(tmp_path, False, False, []))
+    (tmp_path / "checkpoint-5" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-5").rmdir()
+    sealed(tmp_path / "checkpoint-5", 5)
+    assert run_output_problem(tmp_path, False, False, []) is None
+
+
+def test_a_run_is_removed_as_far_as_it_is_ours(run_folder: Path) -> None:
+    records = [
+        *("plan.json", "attempts.jsonl", "lives.jsonl", "report.html", ".timing.json.0123abcd.writing", ".nfs0001"),
+        *("hang-attempt1/rank-00001.json", "hang-attempt1/rank-00000.txt", "hang-life2/rank-00000.json"),
+    ]
+    for name in records:
+        (run_folder / "run" / name).parent.mkdir(exist_ok=True)
+        (run_folder / "run" / name).write_text("{}")
+    for name, step in (("checkpoint-6", 6), ("unverified-checkpoint-7", 7), ("later-checkpoint-8-0123abcd", 8)):
+        sealed(run_folder / name, step)
+    assert run_output_problem(run_folder, True, True, []) is None
+    mine = ("run/notes.md", "run/plots/fig.png", "checkpoint-500/pytorch_model.bin", "checkpoint-6/notes.txt")
+    for name in (*mine, "later-checkpoint-8-0123abcd/thesis.txt", "config.json.d/x"):
+        path = run_folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        problem = str(run_output_problem(run_folder, True, True, []))
+        assert (f"{path} was not written by the earlier run" in problem) is (name != "config.json.d/x"), name
+        assert run_output_problem(run_folder, False, True, []) is None, "a run that is resumed removes nothing"
+        path.unlink()
+
+
+def test_what_appears_in_a_run_while_it_is_removed_stays(run_folder: Path) -> None:
+    (run_folder / "run" / "plots").mkdir()
+    (run_folder / "run" / "plots" / "fig.png").write_text("mine")
+    (run_folder / "run" / "empty").mkdir()
+    folder = sealed(run_folder / "checkpoint-6", 6)
+    (folder / "notes.txt").write_text("mine")
+    assert remove_part(run_folder / "run") == ["plots/fig.png"] and remove_part(folder) == ["notes.txt"]
+    assert remove_part(run_folder / "config.json") == remove_part(sealed(run_folder / "checkpoint-7", 7)) == []
+    names = [path.relative_to(run_folder).as_posix() for path in sorted(run_folder.rglob("*"))]
+    kept = ["checkpoint-6", "checkpoint-6/notes.txt", "run", "run/plots", "run/plots/fig.png"]
+    assert names == sorted([*kept, "README.md", "model.safetensors", "scoring_contract.json"])
+
+
+def test_a_real_run_holds_nothing_foreign(full_run: Path, lora_run: Path) -> None:
+    for run in (full_run, lora_run):
+        assert [foreign_in(path) for path in run.iterdir() if removed_with_a_run(path.name) and foreign_in(path)] == []
+        assert run_output_problem(run, True, True, []) is None
 
 
 def test_trials_go_to_a_folder_of_their_own(tmp_path: Path) -> None:

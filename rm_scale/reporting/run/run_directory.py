@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from rm_scale.config import LAUNCH_FIELDS, RunConfig
 from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
-from rm_scale.output_paths import removed_with_a_run
+from rm_scale.output_paths import remove_part, removed_with_a_run
 from rm_scale.planning.plan import Plan
 from rm_scale.version import PACKAGE, __version__
 
@@ -52,12 +51,12 @@ def remove_earlier_run(config: RunConfig) -> None:
     folder = Path(config.output_dir)
     if not (run_folder(config) / "run_config.yaml").is_file():
         return  # whatever lies there, no run of ours wrote it
-    for path in sorted(path for path in folder.iterdir() if removed_with_a_run(path.name)):
+    parts = [path for path in folder.iterdir() if removed_with_a_run(path.name)]
+    for path in sorted(parts, key=lambda path: (path.name == "run", path)):  # it shows that a run of ours was here
         logger.warning(f"removing {path} of the run that is overwritten")
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        left = remove_part(path)
+        if left:
+            logger.warning(f"{path / left[0]} was not written by that run and stays")
 
 
 def forget_later_metrics(config: RunConfig, step: int) -> None:

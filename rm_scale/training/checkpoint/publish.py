@@ -6,6 +6,7 @@ A kill at any moment leaves the earlier checkpoints as they were, and at most a 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from rm_scale.distributed import agreed_errors, gather_from_ranks
 from rm_scale.errors import CheckpointError, DiskError
 from rm_scale.files import sync
 from rm_scale.logs import get_logger
+from rm_scale.output_paths import foreign_in
 from rm_scale.texts import one_line
 from rm_scale.training.checkpoint.manifest import (
     FileRecord,
@@ -34,6 +36,8 @@ logger = get_logger(__name__)
 ASIDE = ".tmp-checkpoint-"
 LATER = "later-"
 UNVERIFIED = "unverified-"
+FOREIGN = "foreign-"
+_ASIDE_NAME = re.compile(rf"{re.escape(ASIDE)}(\d+-(attempt|life)\d+|old)-[0-9a-f]{{8}}")
 _TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 SPARE_SHARE = 0.05
@@ -47,7 +51,7 @@ def aside_name(step: int, attempt: int) -> str:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what killed saves of earlier attempts left."""
-    for path in sorted(output_dir.glob(f"{ASIDE}*")):
+    for path in sorted(path for path in output_dir.glob(f"{ASIDE}*") if _ASIDE_NAME.fullmatch(path.name)):
         logger.info(f"removing {path.name}: a checkpoint that was never finished")
         shutil.rmtree(path, ignore_errors=True)
 
@@ -126,11 +130,18 @@ def _require_shared(folder: Path, records: dict[str, FileRecord]) -> None:
 def publish(aside: Path, final: Path) -> None:
     """Give a sealed checkpoint its name, by one rename. A folder of that name, from an abandoned attempt, is removed.
 
+    One that holds what no run has written is moved aside instead.
+
     Raises:
         DiskError: the rename failed.
     """
     with writing(final):
-        if final.exists():
+        foreign = foreign_in(final)
+        if foreign:
+            other = final.with_name(f"{FOREIGN}{final.name}-{uuid.uuid4().hex[:8]}")
+            logger.warning(f"{final.name} holds {foreign[0]}, which no run has written; it is now {other.name}")
+            final.rename(other)
+        elif final.exists():
             old = final.with_name(f"{ASIDE}old-{uuid.uuid4().hex[:8]}")
             final.rename(old)
             shutil.rmtree(old, ignore_errors=True)
@@ -142,15 +153,19 @@ def keep_one_unverified(newest: Path) -> None:
     """Remove earlier unverified checkpoints if this is one: a run that is started again may leave one each time."""
     if newest.name.startswith(UNVERIFIED):
         for folder in newest.parent.glob(f"{UNVERIFIED}checkpoint-*"):
-            if folder != newest:
+            if folder != newest and not foreign_in(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, best_step: int | None) -> None:
-    """Keep the newest `limit` checkpoints and the best one. Called after a new one has been published, never before."""
+    """Keep the newest `limit` checkpoints and the best one. Called after a new one has been published, never before.
+
+    What holds files that no run has written stays, and is not counted.
+    """
     if limit is None:
         return
-    for folder in checkpoints_in(output_dir)[limit:]:
+    ours = [folder for folder in checkpoints_in(output_dir) if not foreign_in(folder)]
+    for folder in ours[limit:]:
         if checkpoint_step(folder) == best_step:
             continue
         # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.

@@ -13,6 +13,7 @@ from rm_scale.errors import ConfigError, ModelError
 from rm_scale.planning.deepspeed_config import ZERO_KEYS, engine_config, find_deepspeed_config, read_deepspeed_config
 from rm_scale.planning.parameters import count_parameters
 from rm_scale.planning.plan import Plan, dry_run_text, make_plan
+from rm_scale.planning.plan_checks import check_output_dir
 from rm_scale.planning.shape import read_model_config, shape_from_config
 from rm_scale.train import main
 
@@ -252,12 +253,39 @@ def test_texts_longer_than_the_models_positions_are_refused(model: Path, data: P
 
 
 def test_output_must_not_hold_the_model_itself(model: Path, data: Path) -> None:
-    for inside in (".", "merged", "checkpoint-4"):
+    for inside in (".", "merged", "checkpoint-4", "unverified-checkpoint-4", "later-checkpoint-4-0123abcd"):
         base = model / inside
         base.mkdir(exist_ok=True)
         (base / "config.json").write_text(json.dumps(LLAMA_8B))
         with pytest.raises(ConfigError, match="holds the model that is to be trained from"):
             plan(base, data, output_dir=str(model), force=["overwrite"])
+
+
+def test_nothing_that_a_run_reads_is_removed_with_the_earlier_run(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "full"
+    (output / "run" / "data").mkdir(parents=True)
+    for name in ("run_config.yaml", "ds.json"):
+        (output / "run" / name).write_text("{}")
+    (output / "run" / "data" / "pairs.jsonl").write_text(data.read_text())
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(output)}))
+    values = {"model_name_or_path": str(model), "dataset_path": [str(data)], "output_dir": str(output)}
+    for changed, seen in (
+        ({"dataset_path": [str(output / "run" / "data" / "*.jsonl")]}, "pairs.jsonl lies in"),
+        ({"eval_dataset_path": [str(output / "**" / "pairs.jsonl")]}, "pairs.jsonl lies in"),
+        ({"deepspeed": str(output / "run" / "ds.json")}, "ds.json lies in"),
+        ({"dataset_cache_dir": str(output / "run" / "cache")}, "cache lies in"),
+        ({"model_name_or_path": str(adapter)}, "holds the model that is to be trained from"),
+        ({}, "pairs.jsonl was not written by the earlier run"),
+    ):
+        config = config_from_dict({**values, "force": ["overwrite"], **changed}).config
+        assert seen in " ".join(check_output_dir(config)), changed
+    (output / "run" / "data" / "pairs.jsonl").unlink()
+    config = config_from_dict({**values, "force": ["overwrite"]}).config
+    assert "run_config.yaml lies in" in check_output_dir(config, str(output / "run" / "run_config.yaml"))[0]
+    (output / "run" / "ds.json").unlink()
+    assert check_output_dir(config) == []
 
 
 def test_patterns_of_files_are_let_through(model: Path, data: Path) -> None:
@@ -326,8 +354,6 @@ def test_when_gradients_are_reduced_once(
 def test_a_folder_that_another_job_has_begun_to_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs of an array find one folder missing; the other writes into it while this one probes."""
     import tempfile
-
-    from rm_scale.planning.plan_checks import check_output_dir
 
     plain = tempfile.TemporaryFile
 

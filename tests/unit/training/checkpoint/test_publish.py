@@ -28,8 +28,10 @@ from rm_scale.training.checkpoint.manifest import (
 )
 from rm_scale.training.checkpoint.optimizer_state import FOLDER, StoredState
 from rm_scale.training.checkpoint.publish import (
+    ASIDE,
     _require_shared,
     aside_name,
+    keep_one_unverified,
     publish,
     remove_leftovers,
     require_space,
@@ -78,6 +80,34 @@ def test_a_name_is_taken_over_from_an_abandoned_try(tmp_path: Path) -> None:
     checkpoint(tmp_path, 5, replace(EMPTY, attempt=1))
     checkpoint(tmp_path, 5, replace(EMPTY, attempt=2))
     assert names(tmp_path) == ["checkpoint-5"] and read_manifest(tmp_path / "checkpoint-5").attempt == 2
+
+
+def test_what_no_run_has_written_is_never_removed(tmp_path: Path) -> None:
+    for step in (4, 500):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "notes.txt").write_text("mine")
+    noted = checkpoint(tmp_path, 3)
+    (noted / "thesis.txt").write_text("mine")
+    (tmp_path / f"{ASIDE}mine").mkdir()
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+        rotate(tmp_path, 1, None)
+    remove_leftovers(tmp_path)
+    aside = next(tmp_path.glob("foreign-checkpoint-4-*"))
+    kept = [f"{ASIDE}mine", "checkpoint-3", "checkpoint-500", "checkpoint-6", aside.name]
+    assert names(tmp_path) == kept, "the foreign ones don't count among those that are kept"
+    assert names(aside) == names(tmp_path / "checkpoint-500") == ["notes.txt"]
+    checkpoint(tmp_path, 3)
+    assert (next(tmp_path.glob("foreign-checkpoint-3-*")) / "thesis.txt").read_text() == "mine"
+    assert names(tmp_path / "checkpoint-3") == ["manifest.json", "model.safetensors"]
+
+
+def test_of_unverified_checkpoints_ours_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step).rename(tmp_path / f"unverified-checkpoint-{step}")
+    (tmp_path / "unverified-checkpoint-1" / "notes.txt").write_text("mine")
+    keep_one_unverified(tmp_path / "unverified-checkpoint-3")
+    assert names(tmp_path) == ["unverified-checkpoint-1", "unverified-checkpoint-3"]
 
 
 def test_a_manifest_that_counts_lives_is_read(tmp_path: Path) -> None:
