@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,7 @@ from rm_scale.commands import (
 from rm_scale.commands import eval as evaluate
 from rm_scale.commands.help_formatter import HelpFormatter
 from rm_scale.errors import UserError
+from rm_scale.files import user_path
 from rm_scale.guard import run_guarded
 from rm_scale.logs import setup_logging
 from rm_scale.texts import has_surrogates
@@ -106,6 +109,23 @@ def _add_command(commands: Any, name: str, module: ModuleType) -> None:
     )
     command.set_defaults(run=getattr(module, "run", None))
     module.add_arguments(command)
+    for action in command._actions:
+        if isinstance(action.metavar, str) and _NAMES_A_PATH.search(action.metavar):
+            action.type = _at_home if action.type is None else lambda text: Path(_at_home(text))
+
+
+_NAMES_A_PATH = re.compile(r"DIR|FILE|RECORDS|\.json", re.IGNORECASE)
+
+
+def _at_home(text: str) -> str:
+    """Return a path with "~" replaced by the user's home, which the shell leaves in `--output=~/x`.
+
+    A path of an unknown user stays as it is: where it is used, it is refused beside whatever else is wrong.
+    """
+    try:
+        return str(user_path(text)) if text.startswith("~") else text
+    except UserError:
+        return text
 
 
 def _command_list() -> str:

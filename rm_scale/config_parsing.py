@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from rm_scale.config import RunConfig
 from rm_scale.config_rules import conflicts, unknown_key_problem
-from rm_scale.errors import ConfigError
+from rm_scale.errors import ConfigError, UserError
+from rm_scale.files import user_path
 from rm_scale.texts import has_surrogates, one_line
 from rm_scale.yaml_files import read_yaml
 
@@ -132,7 +133,8 @@ def _validate(values: dict[str, Any], problems: list[str], source: str | None) -
         problems.append(unknown_key_problem(name, known, where))
         del values[name]
     values = {name: _normalise(name, value) for name, value in values.items()}
-    wrong = {name: rule for name, value in values.items() if (rule := _text_rule(value)) is not None}
+    rules = {name: _text_rule(value) or _path_rule(name, value) for name, value in values.items()}
+    wrong = {name: rule for name, rule in rules.items() if rule is not None}
     problems += [f"{name}={_shown(values.pop(name))}: {rule}" for name, rule in wrong.items()]
     broken = set(wrong)
     if "model_name_or_path" in wrong:
@@ -162,8 +164,38 @@ def _normalise(name: str, value: Any) -> Any:
         if isinstance(value, list) and [str(part).lower() for part in value] in (["none"], ["null"]):
             return None if optional else []
         if isinstance(value, str):
-            return [] if value.lower() == "none" else [value]
-    return value
+            value = [] if value.lower() == "none" else [value]
+    return _at_home(value) if name in _PATHS else value
+
+
+# What may begin with "~". The shell leaves it as it is in a YAML file and in `--output_dir=~/run`.
+_PATHS = {
+    *("model_name_or_path", "chat_template_path", "dataset_path", "eval_dataset_path", "dataset_cache_dir"),
+    *("deepspeed", "hardware", "output_dir", "resume_from_checkpoint"),
+}
+
+
+def _at_home(value: Any) -> Any:
+    """Return a path, or each of a list, with "~" replaced by the user's home; what can't be stays for `_path_rule`."""
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(user_path(value))
+    except UserError:
+        return value
+
+
+def _path_rule(name: str, value: Any) -> str | None:
+    """Return why a path can't be used: its home is nobody's."""
+    for part in (value if isinstance(value, list) else [value]) if name in _PATHS else []:
+        if isinstance(part, str) and part.startswith("~"):
+            try:
+                user_path(part)
+            except UserError as error:
+                return str(error).partition(": ")[2]
+    return None
 
 
 def _field_problem(name: str, item: Any, values: dict[str, Any]) -> str:

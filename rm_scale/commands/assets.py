@@ -16,7 +16,7 @@ EXAMPLE = "rm-scale assets tiny outputs/tiny-model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rm-scale assets`."""
     parser.add_argument("name", choices=["tiny", "smollm2-135m", "random"], help="which model")
-    parser.add_argument("directory", help="where to write the model folder")
+    parser.add_argument("directory", metavar="DIR", help="where to write the model folder")
     parser.add_argument("--architecture", default="llama", help="of the tiny model: llama, qwen2, qwen3, mistral, ...")
     parser.add_argument("--tier", default="1b", help="shape of the random model: 1b, 3b, 7b, 13b")
     parser.add_argument("--model_config", metavar="CONFIG.json", help="shape of the random model, instead of --tier")

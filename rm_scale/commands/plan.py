@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rm-scale plan`."""
     model = parser.add_argument_group("model")
     model.add_argument("--tier", help="1b, 3b, 7b or 13b (`rm-scale tiers`)")
-    model.add_argument("--model", help="a folder, a config.json, or a hub name")
+    model.add_argument("--model", metavar="DIR|NAME", help="a folder, a config.json, or a hub name")
     model.add_argument("--method", choices=METHODS, default="full")
     model.add_argument("--lora_r", type=int, default=16)
     model.add_argument("--use_bnb_nested_quant", action="store_true", help="double quantisation of 4-bit weights")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--hardware", metavar="FILE.yaml", help="devices of your own; see docs/planning.md")
     run = parser.add_argument_group("run")
     run.add_argument("--seq", type=int, default=4096, help="longest sequence, as max_length of a run")
-    run.add_argument("--data", help="preference file whose real lengths are used")
+    run.add_argument("--data", metavar="FILE", help="preference file whose real lengths are used")
     run.add_argument("--packing", choices=["none", "padding_free", "prefix_shared"], default="prefix_shared")
     run.add_argument("--global_batch_size", type=int, default=128, help="groups per optimizer step")
     run.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="default: chosen; 0: without DeepSpeed")

@@ -33,7 +33,7 @@ from transformers import (
 
 from rm_scale.demo.synthetic_preferences import generate_pairs
 from rm_scale.errors import AssetError
-from rm_scale.files import read_json_object, replacing, sha256_of_file
+from rm_scale.files import read_json_object, replacing, sha256_of_file, user_path
 from rm_scale.logs import get_logger
 
 logger = get_logger(__name__)
@@ -100,7 +100,7 @@ def make_tiny_model(
     Raises:
         AssetError: unknown architecture, impossible sizes, or a folder that can't be used.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     _check_tiny_sizes(architecture, vocab_size, hidden_size, layers, heads)
     corpus = list(_default_texts() if texts is None else texts)
     marker = {
@@ -156,7 +156,7 @@ def fetch_smollm2(directory: str | Path) -> Path:
         logger.info("smollm2-135m: checking the result")
         _check_smollm2(folder)
 
-    return make_asset(Path(directory), marker, build)
+    return make_asset(user_path(directory), marker, build)
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------

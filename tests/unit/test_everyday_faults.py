@@ -17,6 +17,7 @@ import pytest
 
 from rm_scale import guard
 from rm_scale.cli import main as cli
+from rm_scale.config_parsing import parse_config
 from rm_scale.data import text_files
 from rm_scale.distributed import detect_world
 from rm_scale.errors import ModelError, UserError
@@ -546,3 +547,49 @@ def test_a_broken_data_file_is_not_the_caches_fault(
     words = ["--model_name_or_path", tiny_model, "--dataset_path", texts, "--dataset_cache_dir", tmp_path / "cache"]
     said = refused("data", *words)
     assert "may not read or write it" in said and "dataset_cache_dir" not in said
+
+
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_paths_of_unknown_users(refused: Told, tmp_path: Path, texts: Path, reward_model: Path) -> None:
+    run = tmp_path / "a_run"
+    (run / "run").mkdir(parents=True)
+    (run / "run" / "run_config.yaml").write_text("{}")
+    ranked = ("rank", "--score_column", "s", "--input", texts, "--output")
+    for words in (
+        (*ranked, "~nosuch/x.jsonl"),
+        score(reward_model, texts, Path("~nosuch/x.jsonl")),
+        ("report", run, "--output", "~nosuch/x.html"),
+        ("assets", "tiny", "~nosuch/x"),
+    ):
+        assert "~nosuch/x" in (said := refused(*words)) and "the home ~nosuch" in said
+
+
+def test_a_home_is_found_wherever_a_path_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "s": [1, 2]}) + "\n")
+    words = ["rank", "--score_column", "s", "--input=~/in.jsonl", "--output=~/out.jsonl", "--summary=~/s.json"]
+    assert cli(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").is_file() and (tmp_path / "s.json").is_file()
+
+
+def test_outputs_where_the_system_makes_no_file(refused: Told, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "s": [1, 2]}) + "\n")
+    ranked = ("rank", "--score_column", "s", "--input", source, "--output")
+    assert "is not there, and can't be made" in refused(*ranked, "/proc/x.jsonl")
+    said = refused(*ranked, source / "x" / "y.jsonl")
+    assert f"{source} is a file, not a folder" in said and "mkdir" not in said
+
+
+def test_settings_with_a_home(refused: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--model_name_or_path=~/model", "--dataset_path=~/a.jsonl,b.jsonl", "--output_dir=~/run"]
+    config = parse_config(words).config
+    assert (config.model_name_or_path, config.output_dir) == (f"{tmp_path}/model", f"{tmp_path}/run")
+    assert config.dataset_path == [f"{tmp_path}/a.jsonl", "b.jsonl"]
+    said = refused(*words[:2], "--output_dir=~nosuch/run", program=train)
+    assert "output_dir='~nosuch/run': no user of this machine has the home ~nosuch. Fix:" in said
