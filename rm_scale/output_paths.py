@@ -5,6 +5,7 @@ Standard library only, so that a wrong name is refused before anything is loaded
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -88,7 +89,8 @@ def all_that_is_read(given: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-_PART_OF_A_RUN = re.compile(r"run|merged|(unverified-)?checkpoint-\d+|later-checkpoint-\d+-[0-9a-f]{8}")
+_CHECKPOINT = r"(unverified-)?checkpoint-\d+|later-checkpoint-\d+-[0-9a-f]{8}"
+_PART_OF_A_RUN = re.compile(rf"run|merged|{_CHECKPOINT}")
 _NAMES_A_BASE = (("adapter_config.json", "base_model_name_or_path"), ("scoring_contract.json", "base_model"))
 
 
@@ -121,12 +123,21 @@ def is_within(path: str | Path, place: str | Path) -> bool:
 # --- A run's output directory ----------------------------------------------------------------------------------------
 
 _SHARD = r"(-\d{5}-of-\d{5})?\.safetensors"
-_REMOVED = re.compile(
-    r"run|merged|(unverified-)?checkpoint-\d+|later-checkpoint-\d+-[0-9a-f]{8}|config\.json|scoring_contract\.json|"
-    rf"adapter_config\.json|(adapter_)?model({_SHARD}|\.safetensors\.index\.json)"
+_MODEL_FILE = (
+    r"config\.json|scoring_contract\.json|adapter_config\.json|"
+    rf"(adapter_)?model({_SHARD}|\.safetensors\.index\.json)"
 )
+_REMOVED = re.compile(rf"run|merged|{_CHECKPOINT}|{_MODEL_FILE}")
 _WRITTEN_TOO = re.compile(r"README\.md|tokenizer.*\.json|chat_template\.jinja|special_tokens_map\.json")
-_SIGNS_OF_A_RUN = ("run/run_config.yaml", "checkpoint-*/manifest.json")
+_TOKENIZER_FILE = r"tokenizer\.model|vocab\.json|vocab\.txt|merges\.txt|added_tokens\.json|generation_config\.json"
+_MODEL_OF_OURS = re.compile(rf"{_MODEL_FILE}|{_WRITTEN_TOO.pattern}|{_TOKENIZER_FILE}")
+_RECORD = (
+    r"run_config\.yaml|(plan|environment|data_report|timing|plan_check|evaluation)\.json|report\.html|"
+    r"(rejected_rows|metrics|warnings|steps|attempts|lives|evaluation_scores|nonfinite)\.jsonl"
+)
+_HANG_REPORT = r"hang-(attempt|life)\d+/(rank-\d+\.(json|txt)|\.rank-\d+\.json\.[0-9a-f]{8}\.writing)"
+RUN_RECORDS = re.compile(rf"{_RECORD}|\.({_RECORD})\.[0-9a-f]{{8}}\.writing|{_HANG_REPORT}|(.*/)?\.nfs[0-9a-f]+")
+"""What a run writes into `run/`, its page and what kills and network disks leave of them too. By path in there."""
 
 
 def removed_with_a_run(name: str) -> bool:
@@ -146,13 +157,13 @@ def run_output_problem(output_dir: Path, removes: bool, merges: bool, read: Iter
     name = f"output_dir={output_dir}"
     inside = [path for path in sorted(output_dir.glob("*")) if removed_with_a_run(path.name)]
     written = inside or [path for path in sorted(output_dir.glob("*")) if _WRITTEN_TOO.fullmatch(path.name)]
-    if written and not any(any(output_dir.glob(sign)) for sign in _SIGNS_OF_A_RUN):
+    if written and not _holds_a_run(output_dir):
         return (
             f"{name}: holds {written[0].name}, which no run of rm_scale wrote (no run/run_config.yaml), and which "
             "would be written over. Fix: another output_dir."
         )
     for path in inside if removes else ():
-        for place in (place for place in read if os.path.exists(place) and is_within(place, path)):
+        for place in (place for place in read if is_within(place, path)):
             return f"{name}: {place} lies in {path}, which is removed with the earlier run. Fix: another output_dir."
     merged = output_dir / "merged"
     added = foreign_files(merged)
@@ -160,7 +171,72 @@ def run_output_problem(output_dir: Path, removes: bool, merges: bool, read: Iter
     if (removes or merges) and (added or is_foreign):
         seen = added[0] if added else "no merged model of ours"
         return f"{name}: {merged} holds {seen}, which would be lost. Fix: move it away, or another output_dir."
+    for path in inside if removes else ():
+        for foreign in foreign_in(path):
+            return (
+                f"{name}: {path / foreign} was not written by the earlier run, and {path} is removed with that. "
+                "Fix: move it away, or another output_dir."
+            )
     return None
+
+
+def _holds_a_run(output_dir: Path) -> bool:
+    is_recorded = (output_dir / "run" / "run_config.yaml").is_file()
+    return is_recorded or any(_files_of_checkpoint(path) is not None for path in output_dir.glob("checkpoint-*"))
+
+
+def foreign_in(path: Path) -> list[str]:
+    """Return the files in a part of a run's output directory that no run has written, by their paths in it.
+
+    Args:
+        path: what `removed_with_a_run` names: `run`, a checkpoint, `merged`, or a file of the model, which is ours.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return []
+    names = [name for name in _files_below(path) if (path / name).is_symlink() or not (path / name).is_dir()]
+    if path.name == "run":
+        return [name for name in names if not RUN_RECORDS.fullmatch(name)]
+    if path.name == "merged":
+        foreign = foreign_files(path)
+        return [name for name in names if not _MODEL_OF_OURS.fullmatch(name)] if foreign is None else foreign
+    files = _files_of_checkpoint(path)
+    return names if files is None else [name for name in names if name not in files]
+
+
+def _files_of_checkpoint(folder: Path) -> set[str] | None:
+    """Return the files of a checkpoint as its manifest lists them, and the manifest; `None` where it is not ours."""
+    values, named = read_json_object(folder / _MANIFEST), re.search(r"checkpoint-(\d+)", folder.name)
+    files = values.get("files")
+    if (
+        named is None
+        or values.get("step") != int(named[1])
+        or not isinstance(files, dict)
+        or "world_size" not in values
+    ):
+        return None
+    return {*files, _MANIFEST}
+
+
+_MANIFEST = "manifest.json"
+
+
+def remove_part(path: Path) -> list[str]:
+    """Remove a part of an earlier run, as far as a run wrote it; return the files in it that are left.
+
+    What tells that it is ours goes last, so that whoever is killed in between can begin anew.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return []
+    left = foreign_in(path)
+    last = ("run_config.yaml", _MANIFEST, LIST_FILE, "scoring_contract.json")
+    for name in sorted(_files_below(path), key=lambda name: (name in last, name)):
+        if name not in left and ((path / name).is_symlink() or not (path / name).is_dir()):
+            (path / name).unlink(missing_ok=True)
+    for place, _, _ in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):  # something is left in it
+            os.rmdir(place)
+    return left
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
