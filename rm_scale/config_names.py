@@ -1,4 +1,4 @@
-"""The names of schedules, optimizers and loggers that transformers 5 knows.
+"""The names of schedules, optimizers, attention kernels and loggers that transformers 5 knows.
 
 They stand here so that a wrong name is found before any library is loaded; a test compares them with transformers.
 """
@@ -9,6 +9,18 @@ from __future__ import annotations
 SCHEDULES: tuple[str, ...] = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+)
+# Need arguments that are no settings here (lr_scheduler_kwargs, optim_target_modules).
+SCHEDULES_WITH_ARGUMENTS: tuple[str, ...] = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+OPTIMIZERS_WITH_ARGUMENTS = ("galore_", "apollo_")  # how their names begin
+# Follow the loss of the evaluations, not the number of steps.
+SCHEDULES_BY_LOSS: tuple[str, ...] = ("reduce_lr_on_plateau", "greedy")
+# What an evaluation while training measures, and with "_accuracy" behind it each subset's name.
+EVALUATION_METRICS: tuple[str, ...] = (
+    "accuracy", "loss", "mean_margin", "num_pairs", "num_ties", "accuracy_ci95_low", "accuracy_ci95_high", "score_std",
+)
+ATTENTIONS: tuple[str, ...] = (
+    "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "paged|eager",
 )
 OPTIMIZERS: tuple[str, ...] = (
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",

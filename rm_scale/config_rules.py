@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from rm_scale.config import FORCEABLE_RULES, RESUME_FACTS, RunConfig
-from rm_scale.config_names import LOGGERS, OPTIMIZERS, SCHEDULES
+from rm_scale.config_names import (
+    ATTENTIONS,
+    EVALUATION_METRICS,
+    LOGGERS,
+    OPTIMIZERS,
+    OPTIMIZERS_WITH_ARGUMENTS,
+    SCHEDULES,
+    SCHEDULES_BY_LOSS,
+    SCHEDULES_WITH_ARGUMENTS,
+)
 from rm_scale.texts import did_you_mean
 
 # Settings that TRL or transformers know and we refuse on purpose, with the reason.
@@ -203,11 +212,70 @@ RULES = (
             "training. Fix: set eval_strategy: steps and eval_steps."
         ),
     ),
+    Rule(
+        "best_model_by_a_metric_that_is_measured",
+        lambda c: c.metric_for_best_model is not None and not _is_measured(c.metric_for_best_model),
+        lambda c: (
+            f"metric_for_best_model={c.metric_for_best_model}: no evaluation measures it. Fix: "
+            + did_you_mean(
+                _without_prefix(c.metric_for_best_model or ""),
+                EVALUATION_METRICS,
+                f"one of {', '.join(EVALUATION_METRICS)}; for a subset its name with _accuracy behind it.",
+            )
+        ),
+    ),
+    # --- Schedule and optimizer
+    Rule(
+        "schedule_without_arguments",
+        lambda c: c.lr_scheduler_type in SCHEDULES_WITH_ARGUMENTS,
+        lambda c: (
+            f"lr_scheduler_type={c.lr_scheduler_type}: needs arguments (lr_scheduler_kwargs), which are no setting "
+            "here. Fix: use cosine, linear or constant_with_warmup."
+        ),
+    ),
+    Rule(
+        "schedule_by_loss_needs_evaluations",
+        lambda c: c.lr_scheduler_type in SCHEDULES_BY_LOSS and c.eval_strategy == "no",
+        lambda c: (
+            f"lr_scheduler_type={c.lr_scheduler_type} with eval_strategy=no: it follows the loss of evaluations while "
+            "training. Fix: set eval_strategy: steps and eval_steps, or use linear."
+        ),
+    ),
+    Rule(
+        "schedule_by_loss_follows_the_loss",
+        lambda c: (
+            c.lr_scheduler_type in SCHEDULES_BY_LOSS
+            and c.metric_for_best_model is not None
+            and _without_prefix(c.metric_for_best_model) != "loss"
+        ),
+        lambda c: (
+            f"lr_scheduler_type={c.lr_scheduler_type} with metric_for_best_model={c.metric_for_best_model}: it lowers "
+            "the rate when that metric no longer falls, as only a loss should. Fix: metric_for_best_model: loss, or "
+            "another schedule."
+        ),
+    ),
+    Rule(
+        "optimizer_without_arguments",
+        lambda c: c.optim.startswith(OPTIMIZERS_WITH_ARGUMENTS) and c.optim in OPTIMIZERS,
+        lambda c: (
+            f"optim={c.optim}: needs the names of its modules (optim_target_modules), which are no setting here. "
+            "Fix: use adamw_torch; adamw_8bit or use_peft to save memory."
+        ),
+    ),
 )
 
 
 def _computes_in_fp32(config: RunConfig) -> bool:
     return not config.bf16 and not config.fp16
+
+
+def _without_prefix(metric: str) -> str:
+    return metric.removeprefix("eval_")
+
+
+def _is_measured(metric: str) -> bool:
+    name = _without_prefix(metric)
+    return name in EVALUATION_METRICS or (name.endswith("_accuracy") and name != "_accuracy")
 
 
 def _evaluation_sources(config: RunConfig) -> list[str]:
@@ -254,6 +322,11 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
     for setting, values in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS), ("report_to", LOGGERS)):
         if setting not in broken:
             found += _unknown_values(setting, getattr(config, setting), values)
+    if "attn_implementation" not in broken and config.attn_implementation is not None:
+        # "owner/name" is a kernel on the hub, which only the hub can judge.
+        found += _unknown_values(
+            "attn_implementation", [one for one in [config.attn_implementation] if "/" not in one], ATTENTIONS
+        )
     for setting, known in (("allow_changed", RESUME_FACTS), ("force", FORCEABLE_RULES)):
         if setting not in broken:
             unknown = [name for name in getattr(config, setting) if name not in known]

@@ -83,8 +83,7 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         push_to_hub=False,
-        # Losses are better when smaller; every other metric when larger.
-        greater_is_better=not (config.metric_for_best_model or "").endswith("loss"),
+        # greater_is_better follows from the metric: losses are better when smaller, every other metric when larger.
     )
 
 

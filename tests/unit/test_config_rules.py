@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from rm_scale.config import RunConfig
-from rm_scale.config_names import LOGGERS, OPTIMIZERS, SCHEDULES
+from rm_scale.config_names import (
+    ATTENTIONS,
+    EVALUATION_METRICS,
+    LOGGERS,
+    OPTIMIZERS,
+    SCHEDULES,
+    SCHEDULES_BY_LOSS,
+    SCHEDULES_WITH_ARGUMENTS,
+)
 from rm_scale.config_parsing import config_from_dict
 from rm_scale.config_rules import RULES, Rule, conflicts
 
@@ -80,6 +88,36 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "eval_strategy",
         "metric_for_best_model=loss with eval_strategy=no",
     ),
+    "best_model_by_a_metric_that_is_measured": (
+        {**EVALUATED, "eval_strategy": "epoch", "metric_for_best_model": "eval_acuracy"},
+        "metric_for_best_model",
+        "metric_for_best_model=eval_acuracy: no evaluation measures it. Fix: did you mean accuracy?",
+    ),
+    "schedule_without_arguments": (
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        "lr_scheduler_type",
+        "needs arguments (lr_scheduler_kwargs), which are no setting here",
+    ),
+    "schedule_by_loss_needs_evaluations": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        "eval_strategy",
+        "it follows the loss of evaluations",
+    ),
+    "schedule_by_loss_follows_the_loss": (
+        {
+            **EVALUATED,
+            "eval_strategy": "epoch",
+            "lr_scheduler_type": "greedy",
+            "metric_for_best_model": "eval_accuracy",
+        },
+        "metric_for_best_model",
+        "lowers the rate when that metric no longer falls",
+    ),
+    "optimizer_without_arguments": (
+        {"optim": "galore_adamw"},
+        "optim",
+        "needs the names of its modules (optim_target_modules)",
+    ),
 }
 
 
@@ -126,10 +164,13 @@ def test_all_broken_rules_are_reported_at_once() -> None:
 def test_names_are_those_of_transformers() -> None:
     from transformers import SchedulerType
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.training_args import OptimizerNames
 
     assert set(SCHEDULES) == {one.value for one in SchedulerType}
     assert set(OPTIMIZERS) == {one.value for one in OptimizerNames}
+    assert set(ATTENTIONS) == {*ALL_ATTENTION_FUNCTIONS._global_mapping, "eager"}
+    assert set(SCHEDULES) > {*SCHEDULES_WITH_ARGUMENTS, *SCHEDULES_BY_LOSS}
     assert set(LOGGERS) == {*INTEGRATION_TO_CALLBACK, "all", "none"}
 
 
@@ -138,6 +179,7 @@ def test_names_are_those_of_transformers() -> None:
     [
         ({"optim": "adamw"}, "optim=adamw: transformers knows no such name. Fix: did you mean"),
         ({"lr_scheduler_type": "cosin"}, "did you mean cosine"),
+        ({"attn_implementation": "zzz"}, "attn_implementation=zzz: transformers knows no such name. Fix: one of eager"),
         ({"report_to": ["tensorbord"]}, "did you mean tensorboard?"),
         ({"learning_rate": float("inf")}, "learning_rate=inf: must be a finite number"),
         ({"adam_epsilon": float("nan")}, "adam_epsilon=nan: must be a finite number"),
@@ -156,6 +198,19 @@ def test_values_that_training_could_not_use_are_refused_before_anything_is_read(
 ) -> None:
     (problem,) = config_from_dict({**BASE, **settings}).problems
     assert part in problem
+
+
+@pytest.mark.parametrize("metric", [*EVALUATION_METRICS, "maths_accuracy", "eval_a_b_accuracy"])
+def test_metrics_of_an_evaluation_can_choose_the_best_model(metric: str) -> None:
+    settings = {**EVALUATED, "eval_strategy": "epoch", "metric_for_best_model": metric}
+    assert config_from_dict({**BASE, **settings}).problems == ()
+
+
+def test_metrics_are_those_of_an_evaluation() -> None:
+    from rm_scale.training.exact_evaluation import logged_metrics
+    from rm_scale.training.pair_counts import EvaluationResult
+
+    assert set(logged_metrics(EvaluationResult(), "eval")) == {f"eval_{name}" for name in EVALUATION_METRICS}
 
 
 def _takes_numbers(name: str) -> bool:
