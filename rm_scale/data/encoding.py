@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rm_scale.data.encoding_settings import wrong_setting
 from rm_scale.data.length_bound import longest_token, num_solid_characters
 from rm_scale.data.preference_group import PreferenceGroup, Text
 from rm_scale.data.rejected_rows import RejectedRow
@@ -416,8 +417,12 @@ class TextEncoder:
         """Build an encoder from what `describe` returned; unknown keys are ignored.
 
         Raises:
-            ModelError: the tokenizer's special tokens or vocabulary size are not those in `settings`.
+            ModelError: a setting is of a wrong type or size; or the tokenizer's special tokens or vocabulary size are
+                not those in `settings`.
         """
+        problem = wrong_setting(settings)
+        if problem is not None:
+            raise ModelError(f"{problem}. Fix: give the settings that TextEncoder.describe returned.")
         rules = {name: settings[name] for name in EncodingRules.__dataclass_fields__ if name in settings}
         encoder = cls(tokenizer, EncodingRules(**rules))
         require_same_tokenizer(tokenizer, settings)

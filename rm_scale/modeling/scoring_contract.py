@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.errors import ModelError
-from rm_scale.files import write_whole
+from rm_scale.files import not_a_file, write_whole
+from rm_scale.json_values import as_number, parse_json, shown
+from rm_scale.modeling.contract_fields import PADDING_SIDE, POOLING, field_problem
 
 CONTRACT_FILE = "scoring_contract.json"
 CONTRACT_VERSION = 1
@@ -45,7 +47,7 @@ class ScoringContract:
 
     Attributes:
         encoding: how a text becomes tokens (template and its hash, BOS and EOS policy, maximum length, policy past it).
-        pad_token_id: differs from EOS.
+        pad_token_id: differs from EOS in every contract that is saved.
         vocab_size: rows of the embedding, a padding token that was added included.
         dtype: type of the backbone's weights; the head is always float32.
         compute_dtype: type of the matrix products in training.
@@ -63,8 +65,8 @@ class ScoringContract:
     dtype: str
     compute_dtype: str
     base_model: BaseModel
-    pooling: str = "last_real_token"
-    padding_side: str = "right"
+    pooling: str = POOLING
+    padding_side: str = PADDING_SIDE
     golden_scores: list[GoldenScore] = field(default_factory=list)
     score_mean: float | None = None
     score_std: float | None = None
@@ -85,20 +87,13 @@ class ScoringContract:
         """Read the contract of a saved model.
 
         Raises:
-            ModelError: there is none, it was written by a later version, or its fields are not those of a contract.
+            ModelError: there is none, it was written by a later version, or a field is not what a contract's must be.
         """
         path = Path(folder) / CONTRACT_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        values = _read(path)
+        if type(values.get("version")) is not int or values["version"] != CONTRACT_VERSION:
             raise ModelError(
-                f"{path}: the scoring contract can't be read ({error}). Fix: give a folder written by rm_scale."
-            ) from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{path}: is not a JSON object. Fix: give a folder written by rm_scale.")
-        if values.get("version") != CONTRACT_VERSION:
-            raise ModelError(
-                f"{path}: contract version {values.get('version')}, this rm_scale reads {CONTRACT_VERSION}. "
+                f"{path}: contract version {shown(values.get('version'))}, this rm_scale reads {CONTRACT_VERSION}. "
                 "Fix: use the rm_scale version that trained the model."
             )
         unknown = sorted(set(values) - {one.name for one in fields(cls)})
@@ -107,11 +102,29 @@ class ScoringContract:
                 f"{path}: {', '.join(unknown)}: this rm_scale knows no such field, so what it asks for would not be "
                 "done. Fix: use the rm_scale version that trained the model, or take out what was added by hand."
             )
-        try:
-            values["base_model"] = BaseModel(**values["base_model"])
-            values["golden_scores"] = [GoldenScore(**golden) for golden in values["golden_scores"]]
-            return cls(**values)
-        except (TypeError, KeyError) as error:
+        problem = field_problem(values)
+        if problem is not None:
             raise ModelError(
-                f"{path}: the scoring contract is not whole ({error}). Fix: copy it from the training run again."
-            ) from error
+                f"{path}: the scoring contract is not whole ({problem}). Fix: copy {path.name} from the training run "
+                "again, or use the rm_scale version that wrote it."
+            )
+        values["base_model"] = BaseModel(**values["base_model"])
+        values["golden_scores"] = [GoldenScore(**golden) for golden in values["golden_scores"]]
+        for name in ("score_mean", "score_std"):  # not-a-number is what was written where none is known
+            values[name] = as_number(values.get(name))
+        return cls(**values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        what = not_a_file(path)
+        if what is not None:
+            raise ValueError(f"is {what}")
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: the scoring contract can't be read ({error}). Fix: give a folder written by rm_scale."
+        ) from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: is not a JSON object. Fix: give a folder written by rm_scale.")
+    return values
