@@ -1,13 +1,22 @@
-"""Which folder an export may take the place of: an empty one, or an earlier export with nothing added."""
+"""Which folder an export may take the place of, and how: an empty one, or an earlier export with nothing added."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from rm_scale.errors import DiskError, ModelError
 from rm_scale.inference.export.export_card import BEGIN, CARD_FILE
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE
 from rm_scale.output_paths import folder_problem, foreign_files
+from rm_scale.texts import one_line
 
 _ADDED_LATER = ("model.onnx", "model.onnx.data")
 """What `--onnx` writes into an export that exists."""
@@ -52,6 +61,65 @@ def _foreign_problem(name: str, target: Path) -> str | None:
             "did not come from us; nothing is replaced. Fix: move it away, or another --output."
         )
     return None
+
+
+def take_place(partial: Path, target: Path, overwrite: bool, kept: Iterable[tuple[str, str | Path]]) -> None:
+    """Give a finished export its name, by one rename; `target` is looked at once more, since an export takes its time.
+
+    Args:
+        partial: the export under its temporary name, beside the target.
+        target, overwrite, kept: see `target_problem`.
+
+    Raises:
+        ModelError: something that is not replaced has been put there meanwhile; it stays as it is.
+    """
+    problem = target_problem(target, overwrite, kept)
+    if problem is None and not (target.is_dir() and any(target.iterdir())):
+        try:
+            os.replace(partial, target)  # the system puts it in the place of an empty folder, and of nothing else
+        except OSError as error:
+            if error.errno not in _IN_THE_WAY:
+                raise
+            problem = f"output={target}: exists. Fix: another --output."
+        else:
+            return
+    old = target.parent / f".{target.name}.replaced-{os.getpid()}"
+    if problem is None:
+        os.replace(target, old)
+        problem = _foreign_problem(f"output={target}", old)  # now nobody puts anything into it by its name
+        try:
+            if problem is None:
+                os.replace(partial, target)
+        finally:
+            if not target.exists():
+                os.replace(old, target)
+    if problem is not None:
+        raise ModelError(f"{problem} It was put there while the export ran; what was exported has been removed.")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_BY_SAFETENSORS = re.compile(rf"os error ({'|'.join(map(str, _FULL_DISK))})\b")
+
+
+@contextmanager
+def full_disk_named(target: Path) -> Iterator[None]:
+    """Turn the error of a full disk, which may name no file, into one that names the export.
+
+    Raises:
+        DiskError: the block met a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number not in _FULL_DISK and not (number is None and _BY_SAFETENSORS.search(str(error))):
+            raise
+        raise DiskError(
+            f"output={target}: could not be written ({one_line(error, 200)}). What was written has been removed. "
+            "Fix: free disk space, --dtype bfloat16, or another disk."
+        ) from error
 
 
 def _is_older_export(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rm_scale.data.encoding import TextEncoder
 from rm_scale.data.preference_group import Text
 from rm_scale.errors import CheckpointError, DiskError, ModelError
-from rm_scale.inference.export.earlier_export import target_problem
+from rm_scale.inference.export.earlier_export import full_disk_named, take_place, target_problem
 from rm_scale.inference.export.export_card import portable_name, write_export_card
 from rm_scale.inference.model_folder import local_folder, require_reward_model
 from rm_scale.inference.scoring.scorer import RewardScorer
@@ -115,7 +115,7 @@ def export(
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        ModelError: the source is no reward model, or the target is in the way.
+        ModelError: the source is no reward model, or the target is in the way, from the beginning or by the end.
         DiskError: there is no space for it.
         CheckpointError: plain transformers does not score the export as the source scores.
     """
@@ -131,8 +131,9 @@ def export(
     partial = target.parent / f".{target.name}.exporting-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        report = _write_and_verify(source, partial, contract, dtype, max_shard_size, trust_remote_code)
-        _publish(partial, target)
+        with full_disk_named(target):
+            report = _write_and_verify(source, partial, contract, dtype, max_shard_size, trust_remote_code)
+        take_place(partial, target, overwrite, kept)
     except CheckpointError as error:
         raise CheckpointError(f"{error} What was written has been removed.") from error
     finally:
@@ -154,16 +155,6 @@ def _require_space(source: Path, contract: ScoringContract, target: Path, dtype:
             f"output={target}: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Fix: free disk space, "
             "--dtype bfloat16, or another disk."
         )
-
-
-def _publish(partial: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(partial, target)
-        return
-    old = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

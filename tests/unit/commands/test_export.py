@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rm_scale.cli import main
+from rm_scale.errors import ModelError
+from rm_scale.inference.export.earlier_export import take_place
 from rm_scale.inference.export.hub_upload import plan_upload
 from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.output_paths import list_files
-from tests.support.launching import read_json
+from tests.support.launching import read_json, run
 from tests.support.tiny_runs import train_tiny
 
 PROMPTS, COMPLETIONS = ["What is 2 + 2?", "Say it."], [" 4", " Grüße 🦀"]
@@ -75,6 +80,71 @@ def test_what_exists_is_replaced_only_when_asked(
     assert f"{output}: " in said and "texts score the same in plain transformers (largest difference" in said
     assert {path.name for path in output.iterdir()} == {path.name for path in exported.iterdir()}
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_is_put_there_while_it_runs_stays(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "model"
+
+    def put() -> None:
+        while not any(path.name.startswith(".model.exporting-") for path in tmp_path.iterdir()):
+            time.sleep(0.01)
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine")
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    assert main(["export", "--model", str(checkpoint), "--output", str(target)]) == 2
+    thread.join()
+    assert "model: exists. Fix: --overwrite, or another --output. It was put there while the export ran" in (
+        capsys.readouterr().err
+    )
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "model",
+        "model/thesis.txt",
+    ]
+
+
+def test_only_an_empty_folder_or_an_earlier_export_gives_way(tmp_path: Path) -> None:
+    def finished() -> Path:
+        partial = tmp_path / "partial"
+        partial.mkdir(exist_ok=True)
+        (partial / "model.safetensors").write_text("new")
+        list_files(partial)
+        return partial
+
+    target = tmp_path / "model"
+    take_place(finished(), target, False, [])
+    shutil.rmtree(target)
+    target.mkdir()
+    take_place(finished(), target, False, [])
+    take_place(finished(), target, True, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    (target / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, overwrite in (
+        (target, True),
+        (target, False),
+        *((tmp_path / n, b) for n in ("file", "link") for b in (0, 1)),
+    ):
+        with pytest.raises(ModelError, match=r"Fix: .* It was put there while the export ran"):
+            take_place(finished(), place, bool(overwrite), [])
+    assert (target / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "model", "partial"]
+
+
+def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """By a limit on the size of files, which fails as a full disk does."""
+    words = ["export", "--model", str(checkpoint), "--output", str(tmp_path / "model")]
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code = f"{limited}from rm_scale.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = run([sys.executable, "-c", code, *words])
+    assert done.code == 2, done.output
+    assert f"output={tmp_path / 'model'}: could not be written (" in done.output, done.output
+    assert "Fix: free disk space, --dtype bfloat16, or another disk." in done.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_and_a_dry_run_for_an_export_that_exists(
