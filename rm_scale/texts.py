@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,6 +70,22 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1,
     """
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=likeness)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def range_rule(option: str, value: float | None, least: float, most: float = math.inf) -> str | None:
+    """Return why a number can't be an option's value, with the fix; `None` when it can, or when there is none.
+
+    Args:
+        option: its name, such as "--seed".
+        value: the number. NaN lies in no range.
+        least: the smallest that is allowed.
+        most: the largest.
+    """
+    if value is None or least <= value <= most:
+        return None
+    if value > most:
+        return f"must be at most {most}. Fix: {option} {most} or less."
+    return f"must be at least {least}. Fix: {option} {least} or more."
 
 
 def nearest_file(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.logs import get_logger
-from rm_scale.texts import printable
+from rm_scale.texts import one_line, printable, range_rule
 
 if TYPE_CHECKING:
     from rm_scale.evaluation.evaluated_models import EvaluatedModel
@@ -37,6 +37,14 @@ _READING_OPTIONS = {
     "max_samples": "max_eval_samples",
     "max_rejected_share": "max_rejected_share",
     "dataset_cache_dir": "dataset_cache_dir",
+}
+# The smallest and the largest value that makes sense.
+_RANGES = {
+    "max_samples": (1, 1_000_000_000),
+    "batch_size": (1, 1_000_000),
+    "num_resamples": (100, 100_000),
+    "max_rejected_share": (0, 1),
+    "seed": (0, 2**32 - 1),
 }
 FORMATS = ("auto", "explicit_prompt", "implicit_prompt", "conversational", "hh_text", "ranked", "soft_label")
 BENCHMARK_FORMATS = ("auto", "rewardbench", "rewardbench2", "rm_bench")
@@ -150,11 +158,10 @@ def _check(options: argparse.Namespace, models: Sequence[EvaluatedModel]) -> lis
     from rm_scale.evaluation.requirements import read_requirements
 
     problems = [*_model_problems(options), *_data_problems(options, models), *_result_problems(options)]
-    least = {"max_samples": 1, "batch_size": 1, "num_resamples": 100, "max_rejected_share": 0}
-    for option, bound in least.items():
+    for option, (least, most) in _RANGES.items():
         value = getattr(options, option)
-        if value is not None and not value >= bound:
-            problems.append(f"--{option} {value}: must be at least {bound}. Fix: --{option} {bound} or more.")
+        rule = range_rule(f"--{option}", value, least, most)
+        problems += [f"--{option} {one_line(value, 40)}: {rule}"] if rule is not None else []
     # Missing files are to be seen before a model is loaded; what is in them comes later.
     collect_problems(problems, lambda: local_sources(options.dataset_path, "test"))
     wanted = collect_problems(problems, lambda: read_requirements(options.require))

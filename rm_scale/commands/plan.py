@@ -15,11 +15,24 @@ from rm_scale.planning.hardware import GBIT, Device, find_device
 from rm_scale.planning.plan_json import to_dict
 from rm_scale.planning.scenario import Method
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
+from rm_scale.texts import one_line, range_rule
 from rm_scale.tiers import model_tier
 
 HELP = "will it fit, how fast, for how much: before anything is queued"
 DESCRIPTION = "Predict memory, speed and cost of a run from the model's config.json and a machine's figures."
 EXAMPLE = "rm-scale plan --tier 13b --method lora --gpus 8 --gpu h100-80g"
+# The largest value that makes sense, those of config.py; the smallest is 1.
+MOST_TOKENS = 1_000_000_000
+_MOST = {
+    "gpus": 100_000,
+    "nodes": 100_000,
+    "seq": MOST_TOKENS,
+    "global_batch_size": 1_000_000_000,
+    "max_tokens": MOST_TOKENS,
+    "micro_batch": 1_000_000,
+    "lora_r": 65_536,
+    "pairs": 1_000_000_000_000,
+}
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 
@@ -147,19 +160,17 @@ def read_shape(tier: str | None, model: str | None) -> tuple[ModelShape, str]:
 
 def _problems(options: argparse.Namespace) -> list[str]:
     found = []
-    for name in ("gpus", "nodes", "seq", "global_batch_size", "max_tokens", "micro_batch", "lora_r", "pairs"):
+    for name, most in _MOST.items():
         value = getattr(options, name)
-        if value is not None and not 1 <= value <= 1e12:
-            found.append(f"{name}={value:g}: must be at least 1. Fix: --{name} with a positive number.")
+        rule = range_rule(f"--{name}", value, 1, most)
+        found += [f"{name}={one_line(value, 40)}: {rule}"] if rule is not None else []
     for name in ("node_bandwidth_gbit", "gpu_hour_price"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e9:
-            found.append(f"{name}={value:g}: must be a positive number. Fix: correct it.")
+            found.append(f"{name}={value:g}: must be a positive number below a billion. Fix: correct it.")
     if found:
         return found
     nodes = options.nodes or 1
-    if options.gpus > 100_000:
-        found.append(f"gpus={options.gpus}: more than any machine has. Fix: the number of devices in all.")
     if nodes > options.gpus:
         found.append(
             f"nodes={nodes} with gpus={options.gpus}: a node has at least one. Fix: --gpus counts all devices."

@@ -15,7 +15,7 @@ from rm_scale.errors import ConfigError
 from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
 from rm_scale.output_paths import file_problem
-from rm_scale.texts import printable
+from rm_scale.texts import one_line, printable, range_rule
 
 if TYPE_CHECKING:
     from rm_scale.inference.ranking.best_of_n import BestOfN
@@ -45,14 +45,15 @@ _OPTION_OF_FORMAT = {
     "min_margin": "pairs",
     "margin_column": "pairs",
 }
-# The smallest value that makes sense.
-_LEAST = {
-    "top_k": 1,
-    "max_n": 1,
-    "num_resamples": 100,
-    "max_tokens_per_batch": 1,
-    "min_margin": 0,
-    "max_rejected_share": 0,
+# The smallest and the largest value that makes sense.
+_RANGES = {
+    "top_k": (1, 1_000_000),
+    "max_n": (1, 1_000_000),
+    "num_resamples": (100, 100_000),
+    "max_tokens_per_batch": (1, 1_000_000_000),
+    "min_margin": (0, math.inf),
+    "max_rejected_share": (0, 1),
+    "seed": (0, 2**32 - 1),
 }
 
 
@@ -194,10 +195,10 @@ def _selection_problems(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _number_problems(options: argparse.Namespace) -> Iterator[str]:
-    for option, bound in _LEAST.items():
+    for option, (least, most) in _RANGES.items():
         value = getattr(options, option)
-        if value is not None and not value >= bound:
-            yield f"--{option} {value}: must be at least {bound}. Fix: --{option} {bound} or more."
+        rule = range_rule(f"--{option}", value, least, most)
+        yield from [f"--{option} {one_line(value, 40)}: {rule}"] if rule is not None else []
     if options.min_score is not None and math.isnan(options.min_score):
         yield "--min_score nan: every comparison with it fails. Fix: give a number."
 

@@ -22,6 +22,7 @@ DESCRIPTION = (
     "what has become slower). See docs/results.md and benchmarks/README.md."
 )
 EXIT_REGRESSION = 1
+_MOST_SECONDS = 86_400
 REPORT_FILE = "report.html"
 
 
@@ -62,8 +63,8 @@ def _check(options: argparse.Namespace) -> None:
             problems.append(f"--{name}: is for benchmark records. Fix: leave it out for a run.")
     if options.watch and not is_run:
         problems.append("--watch: is for a run. Fix: leave it out for benchmark records.")
-    if options.every <= 0:
-        problems.append(f"--every {options.every:g}: must be above 0. Fix: 10, say.")
+    if not 0 < options.every <= _MOST_SECONDS:
+        problems.append(f"--every {options.every:g}: must be above 0, and at most {_MOST_SECONDS}. Fix: 10, say.")
     problems += _output_problems(options)
     if problems:
         raise ConfigError(problems)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 
-from rm_scale.commands.plan import METHODS
+from rm_scale.commands.plan import METHODS, MOST_TOKENS
+from rm_scale.errors import UserError
 from rm_scale.planning.advise import Request, recommend
 from rm_scale.planning.group_lengths import full_rows
 from rm_scale.planning.hardware import Device, find_device
 from rm_scale.planning.parameters import count_parameters
 from rm_scale.planning.scenario import Method
 from rm_scale.planning.shape import ModelShape, shape_from_config
+from rm_scale.texts import one_line, range_rule
 from rm_scale.tiers import MODEL_TIERS
 
 HELP = "the sizes 1b to 13b, and the smallest cluster that trains each"
@@ -27,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List the tiers, with the smallest cluster of a kind that trains each by each method."""
+    """List the tiers, with the smallest cluster of a kind that trains each by each method.
+
+    Raises:
+        UserError: there is no such device, or no model reads so long a sequence.
+    """
+    rule = range_rule("--seq", options.seq, 1, MOST_TOKENS)
+    if rule is not None:
+        raise UserError(f"seq={one_line(options.seq, 40)}: {rule}")
     device = find_device(options.gpu, options.hardware)
     print(
         f"{'tier':<6}{'model':<28}{'parameters':>12}   smallest {device.title} cluster that fits, by method (predicted)"

@@ -384,6 +384,9 @@ def test_results_are_not_replaced_unasked(evaluate: Eval, tmp_path: Path, capsys
         (["--benchmark", "x", "--max_samples", "3"], "--max_samples, --dataset_cache_dir: are for reading"),
         (["--model", "BARE"], "has no run/run_config.yaml that would say what its run was evaluated on"),
         (["--dataset_path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--num_resamples", "999999999"], "--num_resamples 999999999: must be at most 100000"),
+        (["--batch_size", "9" * 30], "must be at most 1000000"),
         (["--num_resamples", "9"], "--num_resamples 9: must be at least 100"),
     ],
 )

@@ -86,7 +86,17 @@ def test_real_lengths_drive_the_plan(capsys: pytest.CaptureFixture[str], pairs_f
         (["--tier", "7b", "--gpu", "h100x"], "gpu='h100x': not a device we know"),
         (["--tier", "7b", "--gpu", "h100x"], "did you mean h100"),
         (["--tier", "7b", "--gpus", "0"], "gpus=0: must be at least 1"),
-        (["--tier", "7b", "--gpus", "999999", "--global_batch_size", "9999999"], "more than any machine has"),
+        (["--tier", "7b", "--gpus", "999999", "--global_batch_size", "9999999"], "gpus=999999: must be at most 100000"),
+        (["--tier", "7b", "--gpus", "9" * 30], f"gpus={'9' * 30}: must be at most 100000. Fix: --gpus 100000 or less"),
+        (["--tier", "7b", "--gpus", "9" * 4000], f"gpus={'9' * 40}...: must be at most 100000"),
+        (["--tier", "7b", "--nodes", "9" * 30], "must be at most 100000"),
+        (["--tier", "7b", "--seq", "9" * 30], "must be at most 1000000000. Fix: --seq"),
+        (["--tier", "7b", "--global_batch_size", "9" * 30], "must be at most 1000000000. Fix: --global_batch_size"),
+        (["--tier", "7b", "--max_tokens", "9" * 30], "must be at most 1000000000. Fix: --max_tokens"),
+        (["--tier", "7b", "--micro_batch", "9" * 30], "must be at most 1000000. Fix: --micro_batch"),
+        (["--tier", "7b", "--lora_r", "9" * 30], "must be at most 65536. Fix: --lora_r"),
+        (["--tier", "7b", "--pairs", "1e30"], "pairs=1e+30: must be at most 1000000000000. Fix: --pairs"),
+        (["--tier", "7b", "--pairs", "nan"], "pairs=nan: must be at least 1"),
         (["--tier", "7b", "--gpus", "6", "--nodes", "4"], "nodes must have equally many"),
         (["--tier", "7b", "--gpus", "2", "--nodes", "4"], "a node has at least one"),
         (["--tier", "7b", "--gpus", "256"], "every rank needs a group in each step"),
@@ -117,6 +127,12 @@ def test_plan_imports_no_torch() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("seq", "rule"), [("0", "must be at least 1"), ("9" * 30, "must be at most 1000000000")])
+def test_tiers_of_no_length(capsys: pytest.CaptureFixture[str], seq: str, rule: str) -> None:
+    code, out, err = run(capsys, "tiers", "--seq", seq)
+    assert (code, out) == (2, "") and f"seq={seq}: {rule}" in err
+
+
 def test_tiers_name_the_smallest_cluster_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "tiers")
     assert code == 0 and "smallest H100 SXM 80 GB cluster" in out and "full x" in out

@@ -69,6 +69,8 @@ def test_a_refused_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         (["RUN", "--output", "p.html", "--markdown", "t.md"], "--markdown: is for benchmark records"),
         (["RUN", "RUN", "--output", "p.html"], "RUN_DIR: 2 given. Fix: one run per page"),
         (["SET", "--output", "p.html", "--watch"], "--watch: is for a run"),
+        (["RUN", "--output", "p.html", "--watch", "--every", "nan"], "--every nan: must be above 0, and at most"),
+        (["RUN", "--output", "p.html", "--watch", "--every", "inf"], "--every inf: must be above 0, and at most"),
         (["RUN", "--output", "p.html", "--watch", "--every", "0"], "--every 0: must be above 0"),
         (["RUN", "--output", "no/where/p.html"], "its folder does not exist"),
         (["nowhere", "--output", "p.html"], "nowhere: no such file or folder"),
