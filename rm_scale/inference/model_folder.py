@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.errors import ModelError
+from rm_scale.json_values import parse_json
 from rm_scale.logs import get_logger
 from rm_scale.modeling.head import HEAD_NAMES
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, BaseModel, ScoringContract
@@ -73,7 +73,7 @@ def require_reward_model(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read ({error}). Fix: save the model again.") from error
     return values if isinstance(values, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rm_scale.errors import ModelError
+from rm_scale.json_values import OBJECT, Rule, broken_rule, parse_json, shown, whole
 
 
 @dataclass(frozen=True)
@@ -117,34 +117,60 @@ _LIMITS = {
     ("vocab_size", "max_position_embeddings", "n_positions"): 1_000_000_000,
 }
 """The largest value of each size: far above any model, since a larger one is an error that keeps a machine busy."""
+_ZERO_IS_AS_MANY = ("blt", "dia", "hunyuan_vl")
+"""How the types begin that take 0 key heads for "as many as query heads"; transformers divides by it in all others."""
+_KNOW_PADDING_IN_EMBEDDING = {"llama", "mistral", "gemma", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3_text"} | {
+    *("olmo2", "phi3", "phi", "opt", "starcoder2")
+}
+"""Types whose embedding transformers makes for a padding token, which must be one of its rows."""
+_TYPES = {
+    "architectures": Rule(lambda value: _is_list_of_texts(value), "a list of texts").or_null(),
+    "id2label": OBJECT.or_null(),
+    "num_labels": whole(0, 1_000_000_000).or_null(),
+    # Counted from the end below 0: -1 is what many have that know no padding token.
+    "pad_token_id": whole(-1_000_000_000, 1_000_000_000).or_null(),
+}
 
 
 def check_sizes(config: dict[str, Any], where: str = "config.json") -> None:
-    """Refuse sizes in `config.json` that no model has: zero heads, a hundred thousand layers.
+    """Refuse sizes in `config.json` that no model has, zero heads or a hundred thousand layers, and other types.
 
     Args:
         config: its content.
         where: the file's name, for the message.
 
     Raises:
-        ModelError: names the first such size.
+        ModelError: names the first such value.
     """
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
             continue
-        for names, most in _LIMITS.items():
-            for name in names:
-                value = part.get(name)
-                if isinstance(value, bool) or (isinstance(value, int) and not _least(name) <= value <= most):
-                    raise ModelError(
-                        f"{where}: {name}={str(value)[:40]}: must be from {_least(name)} to {most:,}. Fix: correct "
-                        "it, or download the model again."
-                    )
+        problem = broken_rule(part, _TYPES) or _wrong_size(part, str(part.get("model_type", config.get("model_type"))))
+        if problem is not None:
+            raise ModelError(f"{where}: {problem}. Fix: correct it, or download the model again.")
 
 
-def _least(name: str) -> int:
-    # Some models write 0 here for "as many as query heads", or for "no limit".
-    return 0 if name in {"num_key_value_heads", "max_position_embeddings", "n_positions"} else 1
+def _wrong_size(part: dict[str, Any], model_type: str) -> str | None:
+    has_own_code = "auto_map" in part  # which may take 0 for whatever it likes
+    for names, most in _LIMITS.items():
+        for name in names:
+            value, least = part.get(name), _least(name, model_type, has_own_code)
+            if isinstance(value, int | float) and (isinstance(value, bool) or not least <= value <= most):
+                return f"{name}={shown(value)}: must be from {least} to {most:,}"
+    pad, rows = part.get("pad_token_id"), part.get("vocab_size")
+    if model_type in _KNOW_PADDING_IN_EMBEDDING and isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        return f"pad_token_id={pad}: must be below vocab_size={rows}"
+    return None
+
+
+def _least(name: str, model_type: str, has_own_code: bool) -> int:
+    if name == "num_key_value_heads" and (has_own_code or model_type.startswith(_ZERO_IS_AS_MANY)):
+        return 0
+    return 0 if name in {"max_position_embeddings", "n_positions"} else 1  # 0 for "no limit"
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def shape_from_config(config: dict[str, Any]) -> ModelShape:
@@ -249,8 +275,8 @@ def _read_local(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"model_name_or_path={name!r}: {path.name} can't be read ({error}). Fix: download the model again."
         ) from error

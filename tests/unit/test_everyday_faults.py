@@ -21,8 +21,9 @@ from rm_scale.config_parsing import parse_config
 from rm_scale.data import text_files
 from rm_scale.distributed import detect_world
 from rm_scale.errors import ModelError, UserError
+from rm_scale.inference.model_folder import require_reward_model
 from rm_scale.modeling.scoring_contract import BaseModel, ScoringContract
-from rm_scale.planning.shape import read_model_config, shape_from_config
+from rm_scale.planning.shape import check_sizes, read_model_config, shape_from_config
 from rm_scale.slurm.allocation import read_allocation
 from rm_scale.train import main as train
 
@@ -272,6 +273,8 @@ def test_empty_and_unwritable_values(refused: Told, tmp_path: Path, texts: Path,
         ("hidden_size", -64),
         ("vocab_size", 10**30),
         ("num_hidden_layers", True),
+        ("num_key_value_heads", 0),
+        ("head_dim", 1e999),
     ],
 )
 def test_sizes_that_no_model_has(
@@ -285,6 +288,47 @@ def test_sizes_that_no_model_has(
         read_model_config(str(folder))
     assert f"{name}=" in refused(*score(folder, texts, tmp_path / "out.jsonl"))
     assert f"{name}=" in refused("plan", "--model", folder)
+
+
+@pytest.mark.parametrize("value", [-1, True, 0.5, "x", {"a": None}, [1], 10**30])
+@pytest.mark.parametrize("name", ["architectures", "id2label", "num_labels", "pad_token_id"])
+def test_values_of_config_json_of_another_type(tmp_path: Path, reward_model: Path, name: str, value: Any) -> None:
+    fits = f"{name}={value}" in {"pad_token_id=-1", "id2label={'a': None}"}
+    config = json.loads((reward_model / "config.json").read_text())
+    folder = tmp_path / "model"
+    shutil.copytree(reward_model, folder)
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    if fits:
+        require_reward_model(folder)
+        return
+    with pytest.raises(ModelError, match=rf"config.json: {name}=.*must be .*Fix: "):
+        require_reward_model(folder)
+
+
+def test_a_padding_token_beyond_the_embedding(tmp_path: Path, reward_model: Path) -> None:
+    config = json.loads((reward_model / "config.json").read_text())
+    config["pad_token_id"] = config["vocab_size"]
+    with pytest.raises(ModelError, match=r"pad_token_id=(\d+): must be below vocab_size=\1"):
+        check_sizes(config)
+    check_sizes({**config, "model_type": "gpt2"})  # has no padding row
+
+
+def test_no_key_heads_are_as_many_as_query_heads_where_transformers_says_so() -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
+    for extra in ({"model_type": "blt"}, {"model_type": "own", "auto_map": {}}):
+        assert shape_from_config({**sizes, **extra, "num_key_value_heads": 0}).num_kv_heads == 2
+    with pytest.raises(ModelError, match="num_key_value_heads=0: must be from 1"):
+        check_sizes({**sizes, "model_type": "mistral", "num_key_value_heads": 0})
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900])
+def test_a_config_that_is_nested_without_end(tmp_path: Path, reward_model: Path, content: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(reward_model, folder)
+    (folder / "config.json").write_text(content)
+    for read in (require_reward_model, lambda folder: read_model_config(str(folder))):
+        with pytest.raises(ModelError, match=r"config.json.*can't be read \(nested more than 100 deep\)"):
+            read(folder)
 
 
 @pytest.mark.parametrize("text", [None, 7, "x"])
@@ -593,3 +637,17 @@ def test_settings_with_a_home(refused: Told, tmp_path: Path, monkeypatch: pytest
     assert config.dataset_path == [f"{tmp_path}/a.jsonl", "b.jsonl"]
     said = refused(*words[:2], "--output_dir=~nosuch/run", program=train)
     assert "output_dir='~nosuch/run': no user of this machine has the home ~nosuch. Fix:" in said
+
+
+@pytest.mark.parametrize(("made", "kind"), [("pipe", "a pipe"), ("device", "a device"), ("large", "larger than")])
+def test_small_files_that_never_end(refused: Told, tmp_path: Path, reward_model: Path, made: str, kind: str) -> None:
+    file = tmp_path / "file"
+    if made == "pipe":
+        os.mkfifo(file)
+    elif made == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+    for words in (("plan", "--cases", file), ("serve", "--model", reward_model, "--token_file", file)):
+        assert kind in refused(*words)
