@@ -11,7 +11,7 @@ from typing import Any
 
 from rm_scale.errors import ConfigError
 from rm_scale.evaluation.evaluation_document import Gate, Requirement
-from rm_scale.texts import did_you_mean
+from rm_scale.texts import did_you_mean, one_line
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 # A name may hold commas, dots and blanks, as subsets are called what they are; the number tells where it ends.
@@ -48,8 +48,9 @@ def read_requirements(texts: Sequence[str]) -> list[Wanted]:
             bound = _finite(found["bound"]) if found else None
             if found is None or bound is None:
                 problems.append(
-                    f"--require {text!r}: {text[place:].strip()!r} is not of the form METRIC>=NUMBER (or <=, >, <, "
-                    "==). Fix: for instance --require 'accuracy>=0.8,ece<=0.1', in quotes: > means a file to the shell."
+                    f"--require {one_line(text, 200)!r}: {one_line(text[place:], 200)!r} is not of the form "
+                    "METRIC>=NUMBER (or <=, >, <, ==). Fix: for instance --require 'accuracy>=0.8,ece<=0.1', in quotes: "
+                    "> means a file to the shell."
                 )
                 break
             said = f"{found['name']}{found['sign']}{found['bound']}"
@@ -121,7 +122,8 @@ def check_names(wanted: Iterable[Wanted], known: Iterable[str], open_parts: Sequ
         if requirement.metric in names or requirement.metric.startswith(tuple(open_parts)):
             continue
         hint = did_you_mean(requirement.metric, names, "see docs/evaluation.md for the names.", most=3, likeness=0.5)
-        problems.append(f"--require {requirement.text!r}: there is no metric {requirement.metric!r} here. Fix: {hint}")
+        text, metric = one_line(requirement.text, 200), one_line(requirement.metric, 200)
+        problems.append(f"--require {text!r}: there is no metric {metric!r} here. Fix: {hint}")
     if problems:
         raise ConfigError(problems, "the requirements can't be judged")
 

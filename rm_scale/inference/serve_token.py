@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from rm_scale.errors import UserError
+from rm_scale.files import read_small_text
 
 TOKEN_VARIABLE = "RM_SCALE_SERVE_TOKEN"
+_MOST_BYTES = 16_384
 
 
 def checked_token(token: str, where: str, fix: str) -> str:
@@ -49,7 +50,7 @@ def token_of_file(file: str) -> str:
         UserError: the file can't be read, or holds none.
     """
     try:
-        token = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        token = read_small_text(file, _MOST_BYTES)
+    except ValueError as error:
         raise UserError(f"token_file={file}: can't be read ({error}). Fix: a file with one line.") from error
     return checked_token(token, f"token_file={file}", "a file with one line.")

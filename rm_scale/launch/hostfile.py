@@ -6,6 +6,7 @@ import re
 
 from rm_scale.errors import UserError
 from rm_scale.files import read_small_text
+from rm_scale.texts import one_line
 
 _MAX_BYTES = 10_000_000
 
@@ -32,7 +33,8 @@ def read_hostfile(file: str) -> dict[str, int]:
         slots = fields[1].removeprefix("slots=") if len(fields) == 2 and fields[1].startswith("slots=") else ""
         if not re.fullmatch("[1-9][0-9]{0,5}", slots) or fields[0] in hosts:
             raise UserError(
-                f"hostfile={file}, line {number}: {line.strip()!r} is not one new host. Fix: write 'HOST slots=N'."
+                f"hostfile={file}, line {number}: {one_line(line, 200)!r} is not one new host. "
+                "Fix: write 'HOST slots=N'."
             )
         hosts[fields[0]] = int(slots)
     if not hosts:

@@ -16,7 +16,7 @@ from typing import Any
 from rm_scale.errors import UserError
 from rm_scale.slurm.job_records import JobRecords, last_errors, read_records
 from rm_scale.slurm.site import site_variables
-from rm_scale.texts import printable
+from rm_scale.texts import one_line, printable
 
 _RECENT_STEPS = 20
 
@@ -28,7 +28,9 @@ def run(options: argparse.Namespace) -> int:
         UserError: the job's number makes no sense, or nobody knows the job.
     """
     if re.fullmatch(r"\d{1,12}(_\d{1,7})?", options.job, re.ASCII) is None:
-        raise UserError(f"job={options.job!r}: must be a job's number. Fix: such as 123, or 123_4 of an array.")
+        raise UserError(
+            f"job={one_line(options.job, 200)!r}: must be a job's number. Fix: such as 123, or 123_4 of an array."
+        )
     told = ask_slurm(options.job)
     records = find_records(told, options.job, options.logs)
     if not told and records is None:

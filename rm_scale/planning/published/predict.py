@@ -6,6 +6,7 @@ Columns are those of benchmarks/data/published_measurements.csv. Measured figure
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rm_scale.errors import ConfigError
-from rm_scale.files import replacing
+from rm_scale.files import read_small_text, replacing
 from rm_scale.output_paths import file_problem
 from rm_scale.planning.published.reported_memory import peak_memory_of_row
 from rm_scale.planning.published.scenario_of_row import (
@@ -60,6 +61,7 @@ COLUMNS = (
 )
 """What a row must have; a cell may be empty where the setup doesn't need it."""
 
+_MOST_BYTES = 10_000_000
 OUTPUT_COLUMNS = ("id", "peak_memory_gb", "tokens_per_second_per_device", "note")
 
 
@@ -127,13 +129,13 @@ def read_cases(cases: str) -> list[Row]:
         ConfigError: it can't be read, holds no row, or lacks columns.
     """
     try:
-        with Path(cases).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
-            names = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        cause = getattr(error, "strerror", None) or one_line(error)
-        raise ConfigError([f"cases={cases}: can't be read ({cause}). Fix: give a CSV file in UTF-8."]) from error
+        reader = csv.DictReader(io.StringIO(read_small_text(cases, _MOST_BYTES), newline=""))
+        rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
+        names = reader.fieldnames or []
+    except (ValueError, csv.Error) as error:
+        raise ConfigError(
+            [f"cases={cases}: can't be read ({one_line(error)}). Fix: give a CSV file in UTF-8."]
+        ) from error
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise ConfigError(

@@ -31,6 +31,15 @@ def test_what_is_no_requirement_is_refused(text: str) -> None:
         read_requirements([text])
 
 
+def test_a_text_without_end_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as met:
+        read_requirements(["a" * 100_000])
+    assert len(str(met.value)) < 1000
+    with pytest.raises(ConfigError) as met:
+        check_names([Wanted("b" * 100_000 + ">=1", "b" * 100_000, ">=", 1.0)], ["accuracy"])
+    assert len(str(met.value)) < 1000
+
+
 def test_all_problems_are_said_at_once_and_an_empty_text_is_one() -> None:
     with pytest.raises(ConfigError, match=r"\(2 problems\)"):
         read_requirements(["accuracy", "ece"])

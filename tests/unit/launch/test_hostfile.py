@@ -22,6 +22,7 @@ def test_hosts_keep_their_order(tmp_path: Path) -> None:
         ("node1\n", ", line 1: 'node1' is not one new host. Fix: write 'HOST slots=N'."),
         ("a slots=0\n", ", line 1: 'a slots=0' is not one new host. Fix: write 'HOST slots=N'."),
         ("a slots=2\na slots=2\n", ", line 2: 'a slots=2' is not one new host. Fix: write 'HOST slots=N'."),
+        (f"{'a' * 5000}\n", f", line 1: '{'a' * 200}...' is not one new host. Fix: write 'HOST slots=N'."),
         ("# nothing\n", ": names no host. Fix: write 'HOST slots=N' lines."),
         ("", ": names no host. Fix: write 'HOST slots=N' lines."),
     ],

@@ -85,6 +85,8 @@ def test_the_command(logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for bad in ("7; rm -rf", "", "7_", "٧"):
         assert cli(["slurm", "status", bad]) == 2
         assert "must be a job's number" in capsys.readouterr().err
+    assert cli(["slurm", "status", "a" * 100_000]) == 2
+    assert len(capsys.readouterr().err) < 500
 
 
 def test_slurms_answer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
