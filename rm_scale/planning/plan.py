@@ -13,8 +13,11 @@ from rm_scale.config import LAUNCH_FIELDS, RunConfig
 from rm_scale.config_parsing import ParsedConfig
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.planning.deepspeed_config import check_deepspeed_config, offload_device, read_deepspeed_config, zero_stage
+from rm_scale.planning.hardware import read_devices
 from rm_scale.planning.layout_choice import choose_packing, default_max_tokens, packing_problems, rope_problems
+from rm_scale.planning.model_file_checks import check_adapted_modules, check_tokens
 from rm_scale.planning.optimizer_choice import optimizer_that_runs
+from rm_scale.planning.package_checks import check_packages
 from rm_scale.planning.parameters import count_parameters
 from rm_scale.planning.plan_checks import (
     check_batch,
@@ -175,7 +178,12 @@ def make_plan(
             values = None if contradictions else values
     problems += check_files(config)
     problems += check_kernels(config, values, device)
+    problems += check_packages(config, device)
+    if config.hardware is not None:
+        collect_problems(problems, lambda: read_devices(config.hardware or ""))
     if model is not None:
+        problems += check_tokens(config)
+        problems += check_adapted_modules(config)
         problems += packing_problems(config, model)
         problems += rope_problems(config, model)
         problems += check_batch(config, world_size, choose_packing(config, model)[0] != "none")

@@ -23,6 +23,8 @@ from rm_scale.planning.shape import ModelShape
 from rm_scale.texts import nearest_file
 
 _MAX_TEMPLATE_BYTES = 1_000_000
+_SAVED_DATASET = ("state.json", "dataset_dict.json")
+"""One of these is in a folder that datasets' `save_to_disk` wrote."""
 
 
 def check_batch(config: RunConfig, world_size: int, packed: bool) -> list[str]:
@@ -90,6 +92,13 @@ def check_files(config: RunConfig) -> list[str]:
         for path in getattr(config, name) or []:
             if not Path(path).exists() and not glob.glob(path, recursive=True):
                 problems.append(f"{name}={path}: no such file.{nearest_file(Path(path))} Fix: correct the path.")
+            elif Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _SAVED_DATASET):
+                problems.append(
+                    f"{name}={path}: is a folder, but not one written by datasets' save_to_disk. Fix: name the files, "
+                    f"or a pattern such as '{path.rstrip('/')}/*.jsonl'."
+                )
+    if config.dataset_cache_dir is not None:
+        problems += _cache_problems(Path(config.dataset_cache_dir))
     if config.chat_template_path is not None:
         try:
             read_small_text(config.chat_template_path, _MAX_TEMPLATE_BYTES)
@@ -105,6 +114,18 @@ def check_files(config: RunConfig) -> list[str]:
     if resume not in {None, "last", "auto"} and not Path(str(resume)).is_dir():
         problems.append(f"resume_from_checkpoint={resume}: no such folder. Fix: a checkpoint-N folder, last or auto.")
     return problems
+
+
+def _cache_problems(folder: Path) -> list[str]:
+    """Return why no encoded data could be put into a folder, which is made where it is missing; leaves no trace."""
+    setting = "dataset_cache_dir"
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        return [f"{setting}={folder}: {there} is no folder. Fix: choose a folder you may write to."]
+    may_be_read_only = there == folder and any(there.glob("encoded-*"))  # all that a run reads may be in it
+    if not os.access(there, os.W_OK | os.X_OK) and not may_be_read_only:
+        return [f"{setting}={folder}: {there} can't be written by this user. Fix: choose a folder you may write to."]
+    return []
 
 
 def _would_be_replaced(model: Path, output: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,39 @@ def test_dry_run_shows_the_plan_and_its_notes_before_the_settings(model: Path, d
     assert "local_rank" not in shown
     settings, _, rest = dry_run_text(config, made, as_json=True).partition("\n}\n")
     assert json.loads(settings + "}")["max_length"] == 1024 and json.loads(rest)["method"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("dataset_path", "folder", "is a folder, but not one written by datasets' save_to_disk. Fix: name the files"),
+        ("dataset_cache_dir", "/dev/null", "dataset_cache_dir=/dev/null: /dev/null is no folder."),
+        ("dataset_cache_dir", "/dev/null/below", "dataset_cache_dir=/dev/null/below: /dev/null is no folder."),
+        ("hardware", "nosuch.yaml", "hardware=nosuch.yaml: can't be read (No such file or directory)."),
+        ("report_to", "wandb", "report_to=wandb: the package that it needs is not installed."),
+        ("eos_token", "nosuch", "eos_token='nosuch': is not in the tokenizer's vocabulary."),
+    ],
+)
+def test_what_a_run_would_stop_at_is_one_problem_of_its_plan(
+    tiny_model: Path, data: Path, tmp_path: Path, name: str, value: str, part: str
+) -> None:
+    if name == "report_to" and importlib.util.find_spec(value) is not None:
+        pytest.skip(f"{value} is installed")
+    if value == "folder":
+        (tmp_path / value).mkdir()
+        value = str(tmp_path / value)
+    settings = {"model_name_or_path": str(tiny_model), "dataset_path": str(data), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config_from_dict({**settings, "bf16": False, name: value}), 1, "cpu")
+    assert len(caught.value.problems) == 1
+    assert part in caught.value.problems[0]
+
+
+def test_folders_that_hold_or_will_hold_data_pass(tiny_model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text("{}")
+    cache = tmp_path / "cache" / "below"
+    settings = {"model_name_or_path": str(tiny_model), "dataset_path": str(saved), "output_dir": str(tmp_path / "out")}
+    make_plan(config_from_dict({**settings, "bf16": False, "dataset_cache_dir": str(cache)}), 1, "cpu")
+    assert not cache.parent.exists()
