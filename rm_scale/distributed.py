@@ -82,18 +82,25 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     try:
         return int(env[name])
     except ValueError:
-        raise UserError(
+        raise _seen_by_the_node(
             f"{name}={env[name][:80]!r}: must be a whole number. Fix: unset it, or check the launcher."
         ) from None
 
 
 def export_world(world: World) -> None:
-    """Write the variables torch, accelerate and DeepSpeed read, for launchers that don't set them."""
+    """Write the variables torch, accelerate and DeepSpeed read, for launchers that don't set them.
+
+    Raises:
+        UserError: `MASTER_PORT` is no port.
+    """
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     if _num_visible_gpus() == 1:
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 and wrappers show each rank its own GPU alone
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)  # set to nothing: as good as not set
     if world.launcher == "srun":
         os.environ.setdefault("MASTER_ADDR", _first_slurm_node())
         # The same on every node, and different for jobs that share a node.
@@ -103,6 +110,11 @@ def export_world(world: World) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(free_port())
+    port = _number(os.environ, "MASTER_PORT")
+    if not 0 < port <= 65_535:
+        raise _seen_by_the_node(
+            f"MASTER_PORT={one_line(str(port), 40)}: a port lies from 1 to 65535. Fix: unset it, or check the launcher."
+        )
 
 
 def _first_slurm_node() -> str:
@@ -121,9 +133,30 @@ def has_gpu() -> bool:
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed when there is no GPU; it would guess the same, with a warning on standard output."""
+    """Tell DeepSpeed when there is no GPU; it would guess the same, with a warning on standard output.
+
+    Raises:
+        UserError: `DS_ACCELERATOR` names what this package does not run on.
+    """
+    if not os.environ.get("DS_ACCELERATOR", "").strip():
+        os.environ.pop("DS_ACCELERATOR", None)
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    named = os.environ.get("DS_ACCELERATOR", "cuda")
+    if named not in _ACCELERATORS:
+        raise _seen_by_the_node(
+            f"DS_ACCELERATOR={named[:80]!r}: must be one of {', '.join(_ACCELERATORS)}. Fix: unset it."
+        )
+
+
+_ACCELERATORS = ("cuda", "cpu")
+
+
+def _seen_by_the_node(text: str) -> UserError:
+    """Return an error in the environment, which is the same for all ranks of a node: one of them tells it."""
+    error = UserError(text)
+    error.met_by = "node"
+    return error
 
 
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
@@ -246,6 +279,11 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
     backend = "nccl" if gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if uses_deepspeed:
+        if not gpu and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+            raise _seen_by_the_node(
+                f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}: torch sees no GPU here. Fix: unset it, or see why: "
+                "rm-scale doctor."
+            )
         import deepspeed
 
         if not gpu:

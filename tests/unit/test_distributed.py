@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,38 @@ def test_srun_rendezvous_is_the_same_on_all_nodes() -> None:
         assert os.environ["MASTER_ADDR"] == "node7"
         assert os.environ["MASTER_PORT"] == str(20_000 + 123458 % 40_000)
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("1", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("MASTER_PORT", "x", "MASTER_PORT='x': must be a whole number. Fix: unset it"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999: a port lies from 1 to 65535. Fix: unset it"),
+        ("MASTER_PORT", "0", "MASTER_PORT=0: a port lies"),
+        ("MASTER_PORT", "-1", "MASTER_PORT=-1: a port lies"),
+        ("DS_ACCELERATOR", "zzz", "DS_ACCELERATOR='zzz': must be one of cuda, cpu. Fix: unset it."),
+    ],
+)
+def test_variables_that_the_libraries_would_trip_over_are_refused(name: str, value: str, part: str) -> None:
+    with mock.patch.dict(os.environ, {name: value}), pytest.raises(UserError, match=re.escape(part)) as caught:
+        prepare_environment(World())
+    assert caught.value.met_by == "node", "one rank tells it"
+
+
+def test_variables_that_are_set_to_nothing_are_as_good_as_not_set() -> None:
+    with mock.patch.dict(os.environ, {"MASTER_PORT": "", "MASTER_ADDR": " ", "DS_ACCELERATOR": ""}):
+        prepare_environment(World())
+        assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+        assert 0 < int(os.environ["MASTER_PORT"]) <= 65535
+        assert os.environ.get("DS_ACCELERATOR") in {"cpu", None}
+
+
+def test_deepspeed_is_not_told_of_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rm_scale.distributed.has_gpu", lambda: False)
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cuda"}):
+        prepare_environment(World())
+        with pytest.raises(UserError, match=r"DS_ACCELERATOR=cuda: torch sees no GPU here. Fix: unset it"):
+            init_process_group(World(), True, 60)
 
 
 def test_a_rank_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
