@@ -157,6 +157,22 @@ def not_a_file(path: Path) -> str | None:
     return "a pipe, not a file" if stat.S_ISFIFO(mode) else "a device or socket, not a file"
 
 
+_OF_A_MODEL = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".pt", ".py")
+
+
+def endless_model_file(folder: Path) -> str | None:
+    """Return the first file of a model's folder that may never end, and what it is; `None` when there is none.
+
+    Libraries that load models open whatever has the right name, and wait for a pipe for ever.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(_OF_A_MODEL) and path.exists():
+            what = not_a_file(path)
+            if what is not None:
+                return f"{path.name} is {what}"
+    return None
+
+
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Return the objects of a file that another process may be writing to; none when it can't be read.
 

@@ -49,8 +49,8 @@ def read_requirements(texts: Sequence[str]) -> list[Wanted]:
             if found is None or bound is None:
                 problems.append(
                     f"--require {one_line(text, 200)!r}: {one_line(text[place:], 200)!r} is not of the form "
-                    "METRIC>=NUMBER (or <=, >, <, ==). Fix: for instance --require 'accuracy>=0.8,ece<=0.1', in quotes: "
-                    "> means a file to the shell."
+                    "METRIC>=NUMBER (or <=, >, <, ==). Fix: for instance --require 'accuracy>=0.8,ece<=0.1', in "
+                    "quotes: > means a file to the shell."
                 )
                 break
             said = f"{found['name']}{found['sign']}{found['bound']}"

@@ -19,7 +19,7 @@ from rm_scale.modeling.scoring_contract import CONTRACT_FILE, BaseModel, Scoring
 from rm_scale.modeling.stored_head import SIDE_FILES, StoredHead, find_stored_head
 from rm_scale.modeling.tokenizers import load_tokenizer
 from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, read_header
-from rm_scale.planning.shape import check_sizes
+from rm_scale.planning.shape import check_sizes, refuse_endless_files
 from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
@@ -60,6 +60,7 @@ def require_reward_model(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: there is no such folder. Fix: give a run's output directory.")
+    refuse_endless_files(folder)
     if (folder / "adapter_config.json").is_file():
         _require_head_in_adapter(folder)
     elif (folder / "config.json").is_file():

@@ -38,7 +38,7 @@ from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_
 from rm_scale.modeling.unexpected_tensors import refuse_unexpected
 from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, file_of, open_weights
 from rm_scale.planning.plan import Plan
-from rm_scale.planning.shape import check_sizes
+from rm_scale.planning.shape import check_sizes, refuse_endless_files
 from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
@@ -269,6 +269,7 @@ def _load_adapter(
             f"{folder}: its base model {base['name']!r} needs Python code of its own, which is not run unasked. "
             "Fix: pass trust_remote_code=True if you trust it."
         )
+    refuse_endless_files(base["name"])
     extra: dict[str, Any] = {}
     if quantized and base.get("quantization"):
         if torch.device(device).type == "cpu":

@@ -12,6 +12,7 @@ from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.padding_token import require_in_vocabulary, settle_pad_token
 from rm_scale.modeling.weight_files import LFS_START, file_of
+from rm_scale.planning.shape import refuse_endless_files
 from rm_scale.texts import typed_line
 
 logger = get_logger(__name__)
@@ -66,6 +67,7 @@ def read_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
     Raises:
         ModelError: it can't be loaded; says which file or package is to blame where that is certain.
     """
+    refuse_endless_files(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises plain `Exception` for a damaged file

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rm_scale.errors import ModelError
+from rm_scale.files import endless_model_file
 from rm_scale.json_values import OBJECT, Rule, broken_rule, parse_json, shown, whole
 
 
@@ -256,7 +257,19 @@ def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:
     return _read_json(_download(name, revision), name)
 
 
+def refuse_endless_files(name: str | Path) -> None:
+    """Refuse a folder where a file of the model is a pipe or a device, which libraries would read for ever.
+
+    Raises:
+        ModelError: names the file. Not for a hub name.
+    """
+    endless = endless_model_file(Path(name)) if Path(name).is_dir() else None
+    if endless is not None:
+        raise ModelError(f"{name}: {endless}, and reading it might never end. Fix: copy the model again.")
+
+
 def _read_local(folder: Path) -> dict[str, Any]:
+    refuse_endless_files(folder)
     for file_name in ("config.json", "adapter_config.json"):
         path = folder / file_name
         if not path.is_file():

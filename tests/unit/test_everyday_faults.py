@@ -651,3 +651,35 @@ def test_small_files_that_never_end(refused: Told, tmp_path: Path, reward_model:
             sparse.truncate(1 << 40)
     for words in (("plan", "--cases", file), ("serve", "--model", reward_model, "--token_file", file)):
         assert kind in refused(*words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "scoring_contract.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"],
+)
+def test_pipes_and_devices_in_a_models_folder(
+    refused: Told, tmp_path: Path, reward_model: Path, tiny_model: Path, texts: Path, name: str
+) -> None:
+    for source, make, kind in ((reward_model, os.mkfifo, "a pipe"), (tiny_model, to_zero, "a device")):
+        folder = tmp_path / kind.split()[1]
+        shutil.copytree(source, folder)
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        assert f"{name} is {kind}" in refused(*score(folder, texts, tmp_path / "out.jsonl"))
+        assert f"{name} is {kind}" in refused("plan", "--model", folder)
+        assert f"{name} is {kind}" in refused("data", "--model_name_or_path", folder, "--dataset_path", texts)
+
+
+def test_a_pipe_in_the_base_of_an_adapter(refused: Told, tmp_path: Path, lora_run: Path, texts: Path) -> None:
+    adapter, contract = tmp_path / "adapter", json.loads((lora_run / "scoring_contract.json").read_text())
+    shutil.copytree(lora_run, adapter)
+    shutil.copytree(contract["base_model"]["name"], tmp_path / "base")
+    (tmp_path / "base" / "config.json").unlink()
+    os.mkfifo(tmp_path / "base" / "config.json")
+    contract["base_model"]["name"] = str(tmp_path / "base")
+    (adapter / "scoring_contract.json").write_text(json.dumps(contract))
+    assert "config.json is a pipe" in refused(*score(adapter, texts, tmp_path / "out.jsonl"))
+
+
+def to_zero(path: Path) -> None:
+    path.symlink_to("/dev/zero")
