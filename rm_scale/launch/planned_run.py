@@ -17,6 +17,7 @@ from rm_scale.planning.layout_choice import choose_packing
 from rm_scale.planning.plan import Plan, make_plan
 from rm_scale.planning.run_estimate import scenario_of_run
 from rm_scale.planning.shape import read_model_config, shape_from_config
+from rm_scale.texts import one_line
 from rm_scale.tiers import MODEL_TIERS, model_tier
 
 logger = get_logger(__name__)
@@ -55,8 +56,9 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
         check_output: probe that the output directory can be written.
 
     Raises:
-        ConfigError: settings are wrong.
+        ConfigError: settings are wrong, or there are more devices than any cluster has.
     """
+    _refuse_impossible_counts(machine)
     settings = list(settings)
     parsed = parse_config([*_tier_settings(tier, settings), *settings])
     lengths = measure(parsed)
@@ -66,6 +68,21 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
     plan = make_plan(parsed, machine.world_size, device, check_output=check_output)
     predicted = estimate(scenario_for(parsed, plan, machine, lengths))
     return PlannedRun(settings, parsed, plan, lengths, predicted)
+
+
+_MOST_DEVICES, _MOST_NODES = 1024, 99_999
+"""Devices on a node, and nodes (as many as the options of a Slurm job can say)."""
+
+
+def _refuse_impossible_counts(machine: Machine) -> None:
+    counts = (("gpus", machine.per_node, _MOST_DEVICES), ("nodes", machine.nodes, _MOST_NODES))
+    problems = [
+        f"{name}={one_line(str(count), 60)}: must be at most {most:,}. Fix: correct it."
+        for name, count, most in counts
+        if count > most
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _tier_settings(tier: str | None, settings: Sequence[str]) -> list[str]:

@@ -28,9 +28,7 @@ def test_the_model_of_a_configuration_file_wins_over_the_tiers(settings: list[st
     machine = Machine(known_devices()["cpu"], 1, 1, None)
     planned = plan_run("13b", settings, machine, check_output=False)
     assert planned.parsed.config.model_name_or_path == str(tiny_model)
-    with pytest.raises(
-        ConfigError, match=r"tier='13b': model_name_or_path=.* a model of tier 1b\. Fix: leave"
-    ):
+    with pytest.raises(ConfigError, match=r"tier='13b': model_name_or_path=.* a model of tier 1b\. Fix: leave"):
         refuse_another_size("13b", planned)
     refuse_another_size("1b", planned)
     refuse_another_size(None, planned)
@@ -43,6 +41,18 @@ def test_launch_refuses_a_tier_of_another_size(
     monkeypatch.setenv("RM_SCALE_DEVICE", "cpu")
     assert main(["launch", "--dry_run", "--tier", "13b", *more, *settings]) == 2
     assert "a model of tier 1b. Fix: leave --tier out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["1025", "1" + 30 * "0"])
+def test_more_devices_than_a_node_has_are_refused(
+    settings: list[str], count: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RM_SCALE_DEVICE", "cpu")
+    for more in ([], ["--slurm"]):
+        assert main(["launch", "--dry_run", "--gpus", count, *more, *settings]) == 2
+        told = capsys.readouterr().err
+        assert f"gpus={count}: must be at most 1,024. Fix: correct it." in told
+        assert "(1 problem)" in told
 
 
 def test_the_tier_of_a_size() -> None:
