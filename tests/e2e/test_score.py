@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -78,6 +80,29 @@ def test_killed_it_goes_on(
     assert output.read_bytes() == one_rank.read_bytes() and list(tmp_path.iterdir()) == [output]
 
 
+def wait_for(happens: Callable[[], bool]) -> None:
+    """Wait for a state, however slow the machine."""
+    until = time.monotonic() + 600
+    while not happens():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def two_ranks(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """The processes of both ranks, once they are there."""
+    found: dict[str, psutil.Process] = {}
+
+    def both_are_there() -> bool:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if (rank := child.environ().get("RANK")) is not None:
+                    found.setdefault(rank, child)
+        return len(found) == 2
+
+    wait_for(both_are_there)
+    return found
+
+
 @pytest.mark.long
 def test_two_ranks_end_when_one_dies_and_go_on_to_the_same_file(
     one_rank: Path, lora_run: Path, texts: Path, tmp_path: Path
@@ -86,16 +111,14 @@ def test_two_ranks_end_when_one_dies_and_go_on_to_the_same_file(
     words = ["--model", str(lora_run), "--input", str(texts), "--output", str(output), "--chunk_rows", "64"]
     command = [*CLI, "score", *words, "--num_processes", "2"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    parts, until = Path(f"{output}.parts"), time.monotonic() + 600
-    while not list(parts.glob("part-*")) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-    next(child for child in ranks if child.environ()["RANK"] == "1").kill()
+    ranks = two_ranks(process)
+    ranks["1"].suspend()  # so that it can't be done before it is killed
+    wait_for(lambda: bool(list(Path(f"{output}.parts").glob("part-*"))) or process.poll() is not None)
+    ranks["1"].kill()
     said, _ = process.communicate(timeout=600)
     assert process.returncode != 0 and "a rank ended with code" in said, said
     assert "the same command again, it goes on from there" in said
-    assert not output.exists() and not any(child.is_running() for child in ranks), "none is left behind"
+    assert not output.exists() and not any(child.is_running() for child in ranks.values()), "none is left behind"
     done = run(command)
     assert done.code == 0 and "parts of 64 rows are there already" in done.output, done.output
     assert done.output.count("480 of 480 rows scored") == 1 and list(tmp_path.iterdir()) == [output]
