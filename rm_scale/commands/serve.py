@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rm_scale.commands.scoring_options import add_scoring_arguments, load_scorer
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.inference.serve_token import TOKEN_VARIABLE, token_of_file, token_of_variable
 from rm_scale.logs import get_logger
+from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
 
@@ -70,22 +72,42 @@ def run(options: argparse.Namespace) -> int:
     return _serve(options, token)
 
 
+# The largest that an option may be: a year, and more requests than any machine answers.
+_MOST_SECONDS = 366 * 24 * 3600
+_MOST = 10**12
+_ABOVE_ZERO = {
+    **dict.fromkeys(("max_body_bytes", "max_items", "max_queue_tokens", "rate_limit", "max_tokens_per_batch"), _MOST),
+    **dict.fromkeys(("request_timeout", "body_timeout", "header_timeout"), _MOST_SECONDS),
+}
+_NOT_NEGATIVE = {"max_wait_ms": 1000 * _MOST_SECONDS, "drain_seconds": _MOST_SECONDS}
+
+
 def _check(options: argparse.Namespace) -> None:
-    names = ("max_body_bytes", "max_items", "max_queue_tokens", "request_timeout", "body_timeout", "header_timeout")
-    problems = [
-        f"{name}={value:g}: must be above 0. Fix: leave it out."
-        for name in (*names, "rate_limit", "max_tokens_per_batch")
-        if (value := getattr(options, name)) is not None and value <= 0
-    ]
-    problems += [
-        f"{name}={value:g}: must not be negative. Fix: leave it out."
-        for name in ("max_wait_ms", "drain_seconds")
-        if (value := getattr(options, name)) < 0
-    ]
+    given = {name: value for name in (*_ABOVE_ZERO, *_NOT_NEGATIVE) if (value := getattr(options, name)) is not None}
+    rules = {name: rule for name, value in given.items() if (rule := _broken_rule(name, value)) is not None}
+    problems = [f"{name}={_shown(given[name])}: {rule}. Fix: leave it out." for name, rule in rules.items()]
     if not 0 <= options.port <= 65535:
-        problems.append(f"port={options.port}: must be from 0 to 65535. Fix: 8000.")
+        problems.append(f"port={_shown(options.port)}: must be from 0 to 65535. Fix: 8000.")
+    if not options.host.strip():
+        problems.append("host='': must not be empty. Fix: leave it out for this machine only; 0.0.0.0 for all others.")
     if problems:
         raise ConfigError(problems, "rm-scale serve: the options can't be used")
+
+
+def _broken_rule(name: str, value: float) -> str | None:
+    """Return which rule a number breaks, if any."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if name in _ABOVE_ZERO and value <= 0:
+        return "must be above 0"
+    if name in _NOT_NEGATIVE and value < 0:
+        return "must not be negative"
+    most = (_ABOVE_ZERO | _NOT_NEGATIVE)[name]
+    return f"must be at most {most:,}" if value > most else None
+
+
+def _shown(value: float) -> str:
+    return one_line(f"{value:g}" if isinstance(value, float) else str(value), 60)
 
 
 def read_token(options: argparse.Namespace) -> str | None:
@@ -125,11 +147,12 @@ def _serve(options: argparse.Namespace, token: str | None) -> int:
 
     prepare_environment(World())
     from rm_scale.inference.server.app import build_app
-    from rm_scale.inference.server.run_server import serve
+    from rm_scale.inference.server.run_server import listen, serve
     from rm_scale.inference.server.server_options import ServerOptions
     from rm_scale.inference.server.service import Service
     from rm_scale.launch.devices import rank_device
 
+    listen(options.host, options.port).close()  # what is wrong with the address is said before a model is loaded
     device = rank_device(options.device, World())
     server_options = ServerOptions(
         max_body_bytes=options.max_body_bytes,

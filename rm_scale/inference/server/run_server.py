@@ -14,6 +14,7 @@ from rm_scale.errors import UserError
 from rm_scale.inference.server.http_protocol import protocol_with_header_limit
 from rm_scale.inference.server.service import Service
 from rm_scale.logs import get_logger
+from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
 
@@ -73,6 +74,12 @@ def listen(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+    except (socket.gaierror, UnicodeError) as error:  # the latter: a part of the name is empty or too long
+        bound.close()
+        raise UserError(
+            f"host={one_line(host, 80)}: is no address of this machine, and no name that can be resolved "
+            f"({one_line(error, 80)}). Fix: an address of this machine, or 0.0.0.0 for all of them."
+        ) from error
     except OSError as error:
         bound.close()
         raise UserError(

@@ -52,7 +52,7 @@ def test_what_a_token_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         serve.read_token(options("--token_file", str(file)))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.7", "node1", "128.0.0.1"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "node1", "128.0.0.1"])
 def test_others_are_served_without_a_token_only_when_asked(
     host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +61,40 @@ def test_others_are_served_without_a_token_only_when_asked(
     assert serve.read_token(options("--host", host, "--no_auth")) is None
     assert main(["serve", "--model", str(tmp_path), "--host", host, "--no_auth"]) == 2, "there is no model"
     assert "NO AUTHENTICATION: host=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--rate_limit", "nan"], "rate_limit=nan: must be a finite number. Fix: leave it out."),
+        (["--max_wait_ms", "inf"], "max_wait_ms=inf: must be a finite number."),
+        (["--request_timeout", "nan"], "request_timeout=nan: must be a finite number."),
+        (["--drain_seconds=-inf"], "drain_seconds=-inf: must be a finite number."),
+        (["--request_timeout", "1e300"], "request_timeout=1e+300: must be at most 31,622,400."),
+        (["--max_items=-1" + 400 * "0"], "must be above 0. Fix: leave it out."),
+        (["--max_body_bytes", "1" + 30 * "0"], "must be at most 1,000,000,000,000."),
+        (["--port", "1" + 400 * "0"], "must be from 0 to 65535."),
+        (["--host", ""], "host='': must not be empty. Fix: leave it out for this machine only"),
+        (["--host", " "], "host='': must not be empty."),
+    ],
+)
+def test_numbers_and_hosts_that_no_server_can_keep_to(
+    words: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(tmp_path), *words]) == 2
+    told = capsys.readouterr().err
+    assert "rm-scale serve: the options can't be used (1 problem)" in told
+    assert part in told
+
+
+@pytest.mark.parametrize("host", ["nosuch.host.invalid", "a" * 70 + ".b", "a..b"])
+def test_a_host_that_cannot_be_resolved_is_told_before_a_model_is_looked_for(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(tmp_path / "nosuch"), "--host", host, "--no_auth"]) == 2
+    told = capsys.readouterr().err
+    assert "is no address of this machine, and no name that can be resolved" in told
+    assert "nosuch:" not in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
