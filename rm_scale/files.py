@@ -8,12 +8,15 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import fnmatch
+import glob
 import hashlib
+import itertools
 import json
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,65 @@ def existing_parent(path: Path) -> Path:
     """
     path = user_path(path).absolute()
     return next(place for place in [path, *path.parents] if place.is_dir())
+
+
+_MOST_FILES = 10_000
+_MOST_FOLDERS = 10_000
+
+
+def files_of_pattern(pattern: str) -> list[str]:
+    """Return what a pattern such as `data/**/*.jsonl` matches, sorted.
+
+    Raises:
+        ValueError: it leads through too many folders, as `/**/*.jsonl` does through all disks, or matches too many
+            files; the text is rule and fix.
+    """
+    parts = Path(pattern).parts
+    is_rooted = parts[:1] == ("/",)
+    _count_folders(Path("/" if is_rooted else "."), parts[is_rooted:], 0)
+    found = sorted(itertools.islice(glob.iglob(pattern, recursive=True), _MOST_FILES + 1))
+    if len(found) > _MOST_FILES:
+        raise ValueError(
+            f"the pattern matches more than {_MOST_FILES:,} files. Fix: a narrower pattern, or put their rows into "
+            "fewer files."
+        )
+    return found
+
+
+def _count_folders(folder: Path, parts: Sequence[str], looked_into: int) -> int:
+    """Return how many folders `glob` looks into for the rest of a pattern, and for what was before.
+
+    Args:
+        folder: where the rest begins.
+        parts: the rest of the pattern, name by name.
+        looked_into: folders looked into before.
+    """
+    place = next((number for number, part in enumerate(parts) if glob.has_magic(part)), None)
+    if place is None:
+        return looked_into
+    if looked_into >= _MOST_FOLDERS:
+        raise ValueError(
+            f"the pattern leads through more than {_MOST_FOLDERS:,} folders. Fix: begin it with the folder in which "
+            "the files lie."
+        )
+    folder, part, rest = folder.joinpath(*parts[:place]), parts[place], parts[place + 1 :]
+    looked_into += 1
+    if part == "**":
+        looked_into = _count_folders(folder, rest, looked_into)
+    elif not rest:
+        return looked_into
+    for inner in _folders_in(folder, "*" if part == "**" else part):
+        looked_into = _count_folders(inner, parts[place:] if part == "**" else rest, looked_into)
+    return looked_into
+
+
+def _folders_in(folder: Path, pattern: str) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if fnmatch.fnmatch(entry.name, pattern) and entry.is_dir()]
+    except OSError:  # `glob` passes it over, too
+        return []
+    return [folder / name for name in names if pattern.startswith(".") or not name.startswith(".")]
 
 
 # --- Ports -----------------------------------------------------------------------------------------------------------

@@ -72,6 +72,13 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1,
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
+def some_names(names: Iterable[str], most: int = 20) -> str:
+    """Return names with commas between, shortened where they are long, and how many more there are."""
+    listed = list(names)
+    shown = ", ".join(one_line(name, 80) for name in listed[:most])
+    return shown if len(listed) <= most else f"{shown} and {len(listed) - most:,} more"
+
+
 def range_rule(option: str, value: float | None, least: float, most: float = math.inf) -> str | None:
     """Return why a number can't be an option's value, with the fix; `None` when it can, or when there is none.
 
@@ -88,15 +95,19 @@ def range_rule(option: str, value: float | None, least: float, most: float = mat
     return f"must be at least {least}. Fix: {option} {least} or more."
 
 
+_SUFFIXES_OF_DATA = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".arrow")
+
+
 def nearest_file(path: Path) -> str:
-    """Return why there is no such file, as far as names tell: its folder is missing, or a name there is like it.
+    """Return why there is no such file of data, as far as names tell: no such folder, or a name there is like it.
 
     Returns:
         " The folder ... does not exist either.", " Did you mean ...?", or nothing.
     """
     if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist either."
-    close = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1, cutoff=0.5)
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.name.lower().endswith(_SUFFIXES_OF_DATA))
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 

@@ -34,6 +34,7 @@ from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.sources import Source
 from rm_scale.errors import DataError, ModelError
 from rm_scale.logs import get_logger
+from rm_scale.texts import some_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -292,7 +293,7 @@ def _load(folder: Path, name: str, split: str) -> EncodedSource:
     else:
         features = datasets.Features({k: v for k, v in row_features().items() if k not in ("reason", "detail")})
         used = datasets.Dataset.from_dict({column: [] for column in features}, features=features)
-    ignored = f"; columns not read: {', '.join(meta['ignored_columns'])}" if meta["ignored_columns"] else ""
+    ignored = f"; columns not read: {some_names(meta['ignored_columns'])}" if meta["ignored_columns"] else ""
     logger.info(f"{name}: read as {meta['format']}, since {meta['format_reason']}{ignored}")
     warn_about_hard_labels(used.with_format("numpy")["soft_label"][:] if len(used) else [], name)
     rejected = {

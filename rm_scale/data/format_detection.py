@@ -25,6 +25,7 @@ from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import Row
 from rm_scale.errors import DataError
 from rm_scale.logs import get_logger
+from rm_scale.texts import some_names
 
 logger = get_logger(__name__)
 
@@ -215,7 +216,7 @@ def _misfit_text(name: str, columns: Sequence[str], sample: Sequence[Row], sourc
     nearest = detected or _nearest_format(columns)
     because = f" ({why})" if detected else f" (needs {_needs(nearest)})"
     return (
-        f"dataset_format={name}: {source} has the columns {', '.join(columns) or 'none'}, but {name} needs "
+        f"dataset_format={name}: {source} has the columns {some_names(columns) or 'none'}, but {name} needs "
         f"{_needs(name)}; missing: {', '.join(_missing_columns(name, set(columns)))}. "
         f"The nearest format is {nearest}{because}. Fix: --dataset_format {nearest if detected else 'auto'}, "
         "or rename the columns."
@@ -238,7 +239,7 @@ def _no_format_text(columns: Sequence[str], source: str) -> str:
         )
     all_needs = "; ".join(f"{name}: {_needs(name)} ({_SHAPES[name]})" for name in NEEDED_COLUMNS)
     return (
-        f"{source}: no known format fits the columns {', '.join(columns) or 'none'}. Formats and the columns they "
+        f"{source}: no known format fits the columns {some_names(columns) or 'none'}. Formats and the columns they "
         f"need: {all_needs}. The nearest format is {nearest}, which misses {', '.join(missing)}. "
         f"Fix: rename the columns{' - ' + ' '.join(hints) if hints else ''}."
     )

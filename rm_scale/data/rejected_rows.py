@@ -7,7 +7,7 @@ REJECTION_REASONS = {
     "bad_csv": "the line does not have as many cells as the header",
     "missing_key": "a column that the format needs is absent or null in this row",
     "wrong_type": "a value is not of the type the format needs (text, list of messages, list of numbers, ...)",
-    "too_large": "the row has more than 16 MB",
+    "too_large": "the row has more than 16 MB, or more than 10,000 columns",
     "too_many_responses": "the row has more than 1,000 responses",
     "bad_unicode": "a text holds lone surrogates or NUL characters",
     "bad_conversation": "messages without role or content, or roles that don't alternate",

@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.text_files import RawRow, csv_rows, json_rows, jsonl_rows, parse_row
+from rm_scale.data.text_files import (
+    MAX_COLUMNS,
+    RawRow,
+    csv_rows,
+    json_rows,
+    jsonl_rows,
+    most_unpacked_bytes,
+    parse_row,
+)
 from rm_scale.errors import DataError
-from rm_scale.files import naming, not_a_file
+from rm_scale.files import files_of_pattern, naming, not_a_file
 from rm_scale.texts import first_line, nearest_file
 
 SUPPORTED_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
@@ -125,7 +133,10 @@ def hub_source(name: str, config: str | None, split: str) -> Source:
 def _expand(path: str) -> list[str]:
     if Path(path).exists() or not glob.has_magic(path):
         return [path]
-    found = sorted(glob.glob(path, recursive=True))
+    try:
+        found = files_of_pattern(path)
+    except ValueError as error:
+        raise DataError(f"dataset_path={path}: {error}") from error
     if not found:
         raise DataError(f"dataset_path={path}: the pattern matches no file. Fix: check it with ls.")
     return found
@@ -230,12 +241,41 @@ def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
                 # Arrow's "file" layout (with a footer), which `Dataset.from_file` can't map into memory.
                 dataset = datasets.load_dataset("arrow", data_files=[str(path)], split="train", cache_dir=cache)
         else:
+            metadata = pq.read_metadata(path)
+            _require_few_columns(metadata.num_columns, name)
+            _require_bounded(metadata, path, name)
             # `datasets` fails on an empty file with a message about batch sizes.
-            empty = pq.read_metadata(path).num_rows == 0
-            dataset = [] if empty else datasets.Dataset.from_parquet(str(path), cache_dir=cache)
+            dataset = [] if metadata.num_rows == 0 else datasets.Dataset.from_parquet(str(path), cache_dir=cache)
+    except DataError:
+        raise
     except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(name, error.__cause__ or error) from error
-    return RawRows(_require_rows(dataset, name), is_json=False)
+    rows = _require_rows(dataset, name)
+    _require_few_columns(len(rows.column_names), name)
+    return RawRows(rows, is_json=False)
+
+
+def _require_bounded(metadata: Any, path: Path, name: str) -> None:
+    """Refuse a Parquet file that holds more than its size can: by its own footer, before any row is read.
+
+    A column that repeats one value takes no bytes to speak of, so its rows count as well.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    unpacked = max(sum(group.total_byte_size for group in groups), metadata.num_rows * metadata.num_columns)
+    most = most_unpacked_bytes(path.stat().st_size)
+    if unpacked > most:
+        raise DataError(
+            f"{name}: unpacks to {unpacked:,} bytes or more, from a file of {path.stat().st_size:,}. Fix: look at what "
+            "it holds; if it is sound, write its rows as JSONL."
+        )
+
+
+def _require_few_columns(count: int, name: str) -> None:
+    if count > MAX_COLUMNS:
+        raise DataError(
+            f"{name}: has {count:,} columns, more than {MAX_COLUMNS:,}. Fix: keep the columns that are read, such as "
+            "prompt, chosen and rejected."
+        )
 
 
 def _unreadable(name: str, error: BaseException) -> DataError:

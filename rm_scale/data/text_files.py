@@ -36,7 +36,7 @@ CSV_JSON_COLUMNS = frozenset(
 _READ_CHARACTERS = 1 << 20
 MAX_ROW_BYTES = 16 << 20
 """Of one row: about four million tokens, more than any model reads."""
-MAX_CSV_COLUMNS = 10_000
+MAX_COLUMNS = 10_000
 # A line over the limit is skipped, but not for ever: a sparse file or a gzip file may have no end in reach.
 _MAX_SKIPPED_BYTES = 1 << 30
 # Text shrinks to a tenth or so. What unpacks to more than this, and to this many times its size, was made to be large.
@@ -64,11 +64,18 @@ def parse_row(raw: bytes, problem: str) -> Any:
         return RejectedRow("bad_unicode", f"the row holds a lone surrogate, {half!a}")
     except (ValueError, RecursionError) as error:
         return RejectedRow("bad_json", f"{error}")
+    if isinstance(value, dict) and len(value) > MAX_COLUMNS:
+        return RejectedRow("too_large", f"the row has {len(value):,} columns, more than {MAX_COLUMNS:,}")
     return value
 
 
 def _too_large(what: str = "the row") -> str:
     return f"too_large: {what} has more than {MAX_ROW_BYTES >> 20} MB"
+
+
+def most_unpacked_bytes(size: int) -> int:
+    """Return what a file of a size may unpack to: more, and it was made to fill a machine."""
+    return max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * size)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -83,7 +90,7 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stream = gzip.GzipFile(path, "rb")
-        self._most = max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * path.stat().st_size)
+        self._most = most_unpacked_bytes(path.stat().st_size)
         self._read = 0
 
     def readable(self) -> bool:
@@ -287,9 +294,9 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{path}: the header can't be read: {error}. Fix: correct the first line.") from error
-    if len(header) > MAX_CSV_COLUMNS:
+    if len(header) > MAX_COLUMNS:
         raise DataError(
-            f"{path}: the header names {len(header):,} columns, more than {MAX_CSV_COLUMNS:,}. Fix: keep the columns "
+            f"{path}: the header names {len(header):,} columns, more than {MAX_COLUMNS:,}. Fix: keep the columns "
             "that are read, such as prompt, chosen and rejected."
         )
     repeated = sorted(name for name, count in Counter(header).items() if count > 1)

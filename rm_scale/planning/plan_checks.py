@@ -6,7 +6,6 @@ Each check returns its problems, one sentence each with the value, the rule and 
 from __future__ import annotations
 
 import contextlib
-import glob
 import importlib.util
 import os
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.config import RunConfig
-from rm_scale.files import read_small_text
+from rm_scale.files import files_of_pattern, read_small_text
 from rm_scale.output_lock import LOCK_FILE, refuse, running_owner
 from rm_scale.output_paths import all_that_is_read, removed_with_a_run, run_output_problem
 from rm_scale.planning.deepspeed_config import offload_device, zero_stage
@@ -90,7 +89,12 @@ def check_files(config: RunConfig) -> list[str]:
     problems = []
     for name in ("dataset_path", "eval_dataset_path"):
         for path in getattr(config, name) or []:
-            if not Path(path).exists() and not glob.glob(path, recursive=True):
+            try:
+                is_there = Path(path).exists() or bool(files_of_pattern(path))
+            except ValueError as error:
+                problems.append(f"{name}={path}: {error}")
+                continue
+            if not is_there:
                 problems.append(f"{name}={path}: no such file.{nearest_file(Path(path))} Fix: correct the path.")
             elif Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _SAVED_DATASET):
                 problems.append(
@@ -140,9 +144,8 @@ def _would_be_replaced(model: Path, output: Path) -> bool:
 def _read_by_the_run(config: RunConfig, source: str | None) -> Iterator[Path]:
     """Yield files and folders that a run reads, patterns expanded, and its cache, which is there once it begins."""
     for pattern in [*(config.dataset_path or []), *(config.eval_dataset_path or [])]:
-        yield from (
-            Path(path) for path in ([pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True))
-        )
+        with contextlib.suppress(ValueError):  # told by `check_files`
+            yield from map(Path, [pattern] if Path(pattern).exists() else files_of_pattern(pattern))
     named = (config.chat_template_path, config.deepspeed, source, config.model_name_or_path)
     yield from all_that_is_read(name for name in named if name is not None and Path(name).exists())
     if config.dataset_cache_dir is not None:

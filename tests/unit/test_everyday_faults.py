@@ -683,3 +683,12 @@ def test_a_pipe_in_the_base_of_an_adapter(refused: Told, tmp_path: Path, lora_ru
 
 def to_zero(path: Path) -> None:
     path.symlink_to("/dev/zero")
+
+
+def test_a_row_of_very_many_columns(refused: Told, tmp_path: Path, tiny_model: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    words = ["--model_name_or_path", tiny_model, "--dataset_path", rows, "--dataset_cache_dir", tmp_path / "cache"]
+    rows.write_text(json.dumps({f"c{number}": 1 for number in range(300_000)}) + "\n")
+    assert "300,000 columns, more than 10,000" in (said := refused("data", *words)) and len(said) < 2000
+    rows.write_text(json.dumps({f"c{number}": 1 for number in range(9_000)}) + "\n")
+    assert "c19 and 8,980 more" in (said := refused("data", *words)) and len(said) < 3000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rm_scale.texts import did_you_mean, first_line, one_line, typed_line
+from rm_scale.texts import did_you_mean, first_line, one_line, range_rule, some_names, typed_line
 
 
 def test_one_line() -> None:
@@ -43,3 +43,16 @@ def test_did_you_mean(name: str, most: int, expected: str) -> None:
 def test_likeness_is_what_a_name_must_reach() -> None:
     assert did_you_mean("14b", ["1b", "3b"], "no", likeness=0.5) == "did you mean 1b?"
     assert did_you_mean("14b", ["1b", "3b"], "no", likeness=0.9) == "no"
+
+
+def test_some_names() -> None:
+    assert some_names(["a", "b"]) == "a, b" and some_names([]) == ""
+    assert some_names(map(str, range(300_000)), 3) == "0, 1, 2 and 299,997 more"
+    assert len(some_names(["x" * 100_000] * 100)) < 2000
+
+
+def test_range_rule() -> None:
+    assert range_rule("--n", None, 1, 5) is None and range_rule("--n", 5, 1, 5) is None
+    assert range_rule("--n", 0, 1) == "must be at least 1. Fix: --n 1 or more."
+    assert range_rule("--n", float("nan"), 1) == "must be at least 1. Fix: --n 1 or more."
+    assert range_rule("--n", 10**400, 1, 5) == "must be at most 5. Fix: --n 5 or less."

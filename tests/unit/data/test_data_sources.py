@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rm_scale.data import text_files
+from rm_scale import files
+from rm_scale.data import sources, text_files
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.sources import Source, hub_source, local_sources
 from rm_scale.errors import DataError
@@ -182,6 +183,36 @@ def test_missing_file_names_the_nearest(tmp_path: Path, jsonl: Jsonl) -> None:
         local_sources([str(tmp_path / "nowhere" / "x.jsonl")])
 
 
+def test_only_data_is_offered_for_a_missing_file(tmp_path: Path, jsonl: Jsonl) -> None:
+    for name in ("env.sh", "nosuch.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"there is no such file\. Fix: correct the path"):
+        local_sources([str(tmp_path / "nosuch")])
+
+
+def test_patterns_that_lead_everywhere(tmp_path: Path, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}" / "deep").mkdir(parents=True)
+        jsonl(tmp_path / f"{number}" / "deep" / "a.jsonl", ROWS)
+    (tmp_path / "round").symlink_to(tmp_path)
+    for pattern in ("[0-7]/deep/*.jsonl", "[0-7]/*/a.jsonl", "?/**/a.jsonl"):
+        assert len(local_sources([str(tmp_path / pattern)])) == 8
+    (tmp_path / "round").unlink()
+    assert len(local_sources([str(tmp_path / "**" / "*.jsonl")])) == 8
+    monkeypatch.chdir(tmp_path)
+    assert len(local_sources(["**/*.jsonl"])) == 8
+    monkeypatch.setattr(files, "_MOST_FOLDERS", 10)
+    for pattern in ("**/*.jsonl", "**/**/*.jsonl", "[0-7]/*/*.jsonl"):
+        with pytest.raises(DataError, match=r"the pattern leads through more than 10 folders\. Fix: begin it with"):
+            local_sources([str(tmp_path / pattern)])
+    with pytest.raises(DataError, match="leads through more than"):
+        local_sources(["/**/*.jsonl"])
+    monkeypatch.setattr(files, "_MOST_FOLDERS", 100)
+    monkeypatch.setattr(files, "_MOST_FILES", 5)
+    with pytest.raises(DataError, match=r"matches more than 5 files\. Fix: "):
+        local_sources([str(tmp_path / "**" / "*.jsonl")])
+
+
 def test_unreadable_file(tmp_path: Path, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
@@ -235,6 +266,34 @@ def test_empty_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"chosen": pa.array([], pa.string())}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows.parquet: has no rows"):
         read_path(tmp_path / "rows.parquet", tmp_path)
+
+
+def test_wide_and_swollen_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = tmp_path / "wide.parquet"
+    pq.write_table(pa.table({f"c{number}": ["x"] for number in range(30)}), wide)
+    monkeypatch.setattr(sources, "MAX_COLUMNS", 20)
+    with pytest.raises(DataError, match=r"wide.parquet: has 30 columns, more than 20\. Fix: keep the columns"):
+        read_path(wide, tmp_path)
+    arrow = tmp_path / "wide.arrow"
+    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, pq.read_table(wide).schema) as writer:
+        writer.write_table(pq.read_table(wide))
+    with pytest.raises(DataError, match=r"wide.arrow: has 30 columns, more than 20"):
+        read_path(arrow, tmp_path)
+    monkeypatch.setattr(text_files, "_MAX_UNPACKED_BYTES", 100_000)
+    swollen, repeated = tmp_path / "swollen.parquet", tmp_path / "repeated.parquet"
+    pq.write_table(pa.table({"a": ["x" * 4_000_000]}), swollen, compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table({"a": ["x"] * 4_000_000}), repeated, compression="zstd")
+    for path in (swollen, repeated):
+        with pytest.raises(DataError, match=r"unpacks to [\d,]+ bytes or more, from a file of [\d,]+\. Fix: look"):
+            read_path(path, tmp_path)
+
+
+def test_rows_with_too_many_columns_are_rejected(tmp_path: Path, jsonl: Jsonl) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [pair(0), {f"c{number}": 1 for number in range(10_001)}])
+    good, bad = (row for _, row in read_path(path, tmp_path))
+    assert good == pair(0)
+    assert isinstance(bad, RejectedRow) and bad.reason == "too_large"
+    assert "10,001 columns, more than 10,000" in str(bad)
 
 
 def test_sample_needs_a_readable_row(tmp_path: Path, jsonl: Jsonl) -> None:
