@@ -40,9 +40,11 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def interval(ends: Sequence[float | None] | None, digits: int = 4) -> str:
-    """Return both ends of an interval."""
-    return "–" if not ends else f"{number(ends[0], digits)} – {number(ends[1], digits)}"
+def interval(ends: Any, digits: int = 4) -> str:
+    """Return both ends of an interval; a dash for what is no list of two."""
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return "–"
+    return f"{number(ends[0], digits)} – {number(ends[1], digits)}"
 
 
 @dataclass

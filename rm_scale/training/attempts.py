@@ -16,6 +16,7 @@ from typing import Any
 
 from rm_scale.errors import TrainingError, UserError
 from rm_scale.files import append_json_line, read_json_lines
+from rm_scale.json_values import as_number, as_whole
 from rm_scale.texts import one_line
 
 FILE_NAME = "attempts.jsonl"
@@ -25,6 +26,9 @@ OLD_FILE_NAME = "lives.jsonl"
 
 BEGAN = time.time()
 """When this was imported, which a training process does first of all."""
+
+_NO_TIME = 253_402_300_800.0
+"""Seconds at the end of the year 9999, from where on Python knows no date; no run has so many steps either."""
 
 MAX_IDLE_ATTEMPTS = 3
 """After this many attempts in a row that start at the same step and save nothing beyond it, the next is refused."""
@@ -102,11 +106,21 @@ def _job() -> dict[str, Any]:
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """Return all events of a run, oldest first; none when nothing was recorded.
 
+    Each has `event`, a text; where `attempt`, `step` (whole numbers) and `time` (Unix seconds) are there, they are
+    numbers: what a damaged line has of another type is left out.
+
     Args:
         folder: the run's `run/` folder. What an older version has recorded there comes first.
     """
     events = [*read_json_lines(folder / OLD_FILE_NAME), *read_json_lines(folder / FILE_NAME)]
-    return [{("attempt" if name == "life" else name): value for name, value in event.items()} for event in events]
+    return [found for event in events if isinstance((found := _sound(event)).get("event"), str)]
+
+
+def _sound(event: dict[str, Any]) -> dict[str, Any]:
+    found = {("attempt" if name == "life" else name): value for name, value in event.items()}
+    numbers: dict[str, float | None] = {name: as_whole(found.pop(name, None)) for name in ("attempt", "step")}
+    numbers["time"] = as_number(found.pop("time", None))
+    return found | {name: value for name, value in numbers.items() if value is not None and 0 <= value < _NO_TIME}
 
 
 def refuse_idle_restart(folder: Path, start_step: int) -> None:
@@ -121,7 +135,8 @@ def refuse_idle_restart(folder: Path, start_step: int) -> None:
     """
     attempts: dict[int, list[dict[str, Any]]] = {}
     for event in read_attempts(folder):
-        attempts.setdefault(event.get("attempt", 0), []).append(event)
+        if "attempt" in event:
+            attempts.setdefault(event["attempt"], []).append(event)
     idle: list[str] = []
     for number in sorted(attempts, reverse=True):
         if _last_saved_step(attempts[number]) > start_step or _first_step(attempts[number]) != start_step:
@@ -138,14 +153,14 @@ def refuse_idle_restart(folder: Path, start_step: int) -> None:
 
 def _first_step(events: list[dict[str, Any]]) -> int:
     """Return the step that an attempt started from, -1 when its start is not on record."""
-    return next((int(event["step"]) for event in events if event["event"] == "start"), -1)
+    return next((event.get("step", -1) for event in events if event["event"] == "start"), -1)
 
 
 def _last_saved_step(events: list[dict[str, Any]]) -> int:
     """Return the step of an attempt's last checkpoint, -1 without one; beyond all steps for one that finished."""
     if any(event["event"] == "end" and event.get("reason") == "finished" for event in events):
         return 2**62
-    return max((int(event["step"]) for event in events if event["event"] == "saved"), default=-1)
+    return max((event.get("step", -1) for event in events if event["event"] == "saved"), default=-1)
 
 
 def _reason(events: list[dict[str, Any]]) -> str:

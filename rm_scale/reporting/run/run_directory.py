@@ -14,6 +14,7 @@ import yaml
 
 from rm_scale.config import LAUNCH_FIELDS, RunConfig
 from rm_scale.files import write_whole
+from rm_scale.json_values import as_mapping, as_number, parse_json
 from rm_scale.logs import get_logger
 from rm_scale.output_paths import remove_part, removed_with_a_run
 from rm_scale.planning.plan import Plan
@@ -73,9 +74,10 @@ def forget_later_metrics(config: RunConfig, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = as_number(as_mapping(parse_json(line)).get("step"))
+    except ValueError:
+        step = None
+    return float("inf") if step is None else step
 
 
 def write_run_records(config: RunConfig, plan: Plan) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from rm_scale.errors import DataError
 from rm_scale.files import read_json_lines, read_json_object
+from rm_scale.json_values import as_list, as_mapping, as_number, as_whole
 from rm_scale.reporting.chart_parts import Axis
 from rm_scale.reporting.charts import Series, histogram, lines
 from rm_scale.reporting.page import Page, interval, number
@@ -21,12 +21,16 @@ from rm_scale.yaml_files import read_yaml
 
 _LOAD = ("load_seconds", "load_peak_memory_bytes", "seconds_to_training")
 _WORDS = {"world_size": "ranks", "zero_stage": "ZeRO stage", "global_batch_size": "groups per step", "dtype": "weights"}
+_NO_LENGTH_OF_TIME = 1e11
+"""Seconds in some thousand years."""
 _SMOOTHED_ABOVE = 60
 """So many points and more get a running mean beside them."""
 
 
 class RunRecords:
     """What a run has written so far. Files that are missing or half-written leave their part empty.
+
+    So do values of another type than a run writes, a text for a step, say: the page shows what can be shown.
 
     Args:
         output_dir: the run's output directory, or its `run/`.
@@ -61,7 +65,8 @@ class RunRecords:
         return read_json_object(self.folder / name)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        return read_json_lines(self.folder / name)
+        lines = read_json_lines(self.folder / name)
+        return [line for line in lines if "step" not in line or as_whole(line["step"]) is not None]
 
     @property
     def name(self) -> str:
@@ -71,14 +76,13 @@ class RunRecords:
     @property
     def total_steps(self) -> int | None:
         """Steps in all."""
-        total = self.plan.get("total_steps")
-        return int(total) if total else None
+        return as_whole(self.plan.get("total_steps")) or None
 
     @property
     def last_step(self) -> int:
         """The step that the run has come to; more than the last logged one where not every step is logged."""
         known = [*self.steps[-1:], *self.times[-1:], *self.attempts[-1:]]
-        return max((int(value_of(record, "step") or 0) for record in known), default=0)
+        return max((_step_of(record) for record in known), default=0)
 
     @property
     def has_ended(self) -> bool:
@@ -106,15 +110,16 @@ def build_run_page(run: RunRecords, refresh_seconds: int | None = None) -> Page:
 
 def value_of(record: dict[str, Any], name: str) -> float | None:
     """Return a finite number, or none: not-a-number is written as a word."""
-    value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return as_number(record.get(name))
+
+
+def _step_of(record: dict[str, Any]) -> int:
+    return as_whole(record.get("step")) or 0
 
 
 def _headline(page: Page, run: RunRecords) -> None:
     last = run.steps[-1] if run.steps else {}
-    logged = int(last.get("step", 0))
+    logged = _step_of(last)
     step = run.last_step
     state = _state(run)
     total = run.total_steps
@@ -143,7 +148,7 @@ def _state(run: RunRecords) -> str:
     last = run.attempts[-1]
     if last.get("event") == "end":
         return str(last.get("reason", "ended"))
-    seconds = max(0.0, time.time() - float(last.get("time", time.time())))
+    seconds = max(0.0, time.time() - last.get("time", time.time()))
     return f"running; last event {last.get('event')} {duration(seconds)} ago"
 
 
@@ -151,13 +156,16 @@ def _seconds_left(run: RunRecords, step: int) -> float | None:
     recent = [seconds for line in run.times[-20:] if (seconds := value_of(line, "seconds")) is not None]
     if not recent or run.total_steps is None:
         return None
-    return sum(recent) / len(recent) * max(0, run.total_steps - step)
+    left = sum(recent) / len(recent) * max(0, run.total_steps - step)
+    return left if 0 <= left < _NO_LENGTH_OF_TIME else None
 
 
 def _line(records: Sequence[dict[str, Any]], name: str, title: str, dashed: bool = False) -> Series:
-    return Series(
-        title, [float(r.get("step", 0)) for r in records], [value_of(r, name) for r in records], dashed=dashed
-    )
+    return Series(title, _steps(records), [value_of(r, name) for r in records], dashed=dashed)
+
+
+def _steps(records: Sequence[dict[str, Any]]) -> list[float]:
+    return [float(_step_of(record)) for record in records]
 
 
 def _smoothed(series: Series, width: int) -> Series:
@@ -183,7 +191,7 @@ def _learning(page: Page, run: RunRecords) -> None:
     held_out_loss = [_line(run.evaluations, "eval_loss", "held-out")] if run.evaluations else []
     rewards = Series(
         "mean reward, band from lowest to highest",
-        [float(r.get("step", 0)) for r in run.steps],
+        _steps(run.steps),
         [value_of(r, "mean_reward") for r in run.steps],
         low=[value_of(r, "min_reward") for r in run.steps],
         high=[value_of(r, "max_reward") for r in run.steps],
@@ -201,9 +209,11 @@ def _learning(page: Page, run: RunRecords) -> None:
             (_curve(run, "grad_norm", "gradient norm", Axis("norm before clipping")), "Gradient norm."),
         ]
     )
-    bins = run.evaluation.get("score_histogram")
-    if isinstance(bins, dict) and bins.get("edges"):
-        chart = histogram("Rewards of the evaluation set", bins["edges"], bins["counts"], Axis("reward"))
+    bins = as_mapping(run.evaluation.get("score_histogram"))
+    edges = [edge for one in as_list(bins.get("edges")) if (edge := as_number(one)) is not None]
+    if edges and len(edges) == len(as_list(bins.get("edges"))):
+        counts = [as_number(one) for one in as_list(bins.get("counts"))]
+        chart = histogram("Rewards of the evaluation set", edges, counts, Axis("reward"))
         page.figure(chart, "Rewards of the evaluation set.")
 
 
@@ -211,12 +221,9 @@ def _speed_and_memory(page: Page, run: RunRecords) -> None:
     page.section("Throughput and memory")
     rates = ("effective_tokens_per_second", "real_tokens_per_second", "processed_tokens_per_second")
     tokens = [_line(run.steps, name, name.split("_")[0]) for name in rates]
+    timed = [line for line in run.times if "step" in line]
     waits = [
-        Series(
-            title,
-            [float(r["step"]) for r in run.times if "step" in r],
-            [_share(r, name) for r in run.times if "step" in r],
-        )
+        Series(title, _steps(timed), [_share(line, name) for line in timed])
         for name, title in (("data_wait_seconds", "data"), ("communication_seconds", "other ranks"))
     ]
     figures = [
@@ -226,9 +233,9 @@ def _speed_and_memory(page: Page, run: RunRecords) -> None:
         (lines("Waiting", waits, Axis("step"), Axis("share of step", low=0, percent=True)), "Time spent waiting."),
     ]
     page.figures(figures)
-    measured, predicted = run.check.get("measured") or {}, run.check.get("predicted") or {}
+    measured, predicted = as_mapping(run.check.get("measured")), as_mapping(run.check.get("predicted"))
     if predicted:
-        band = predicted.get("step_seconds") or {}
+        band = as_mapping(predicted.get("step_seconds"))
         rows = [
             ["peak memory, GB", _gb(predicted.get("peak_memory_bytes")), _gb(measured.get("peak_memory_bytes"))],
             [
@@ -238,7 +245,7 @@ def _speed_and_memory(page: Page, run: RunRecords) -> None:
             ],
         ]
         page.table(["", "predicted", "measured"], rows, digits=3)
-    for warning in run.check.get("warnings") or []:
+    for warning in as_list(run.check.get("warnings")):
         page.paragraph(str(warning))
     if run.timing:
         load, peak, began = (run.timing.get(name) for name in _LOAD)
@@ -251,16 +258,17 @@ def _speed_and_memory(page: Page, run: RunRecords) -> None:
 
 def _memory(run: RunRecords) -> str:
     peaks = [value_of(r, "peak_memory_bytes") for r in run.steps]
-    x = [float(r.get("step", 0)) for r in run.steps]
+    x = _steps(run.steps)
     series = [Series("measured", x, [_gb(peak) for peak in peaks])]
-    predicted = (run.check.get("predicted") or {}).get("peak_memory_bytes")
+    predicted = _gb(as_mapping(run.check.get("predicted")).get("peak_memory_bytes"))
     if predicted and x:
-        series.append(Series("predicted", [x[0], x[-1]], [_gb(predicted)] * 2, dashed=True))
+        series.append(Series("predicted", [x[0], x[-1]], [predicted] * 2, dashed=True))
     return lines("Memory", series, Axis("step"), Axis("GB", low=0))
 
 
 def _gb(size: Any) -> float | None:
-    return float(size) / 1e9 if isinstance(size, int | float) else None
+    number_of_bytes = as_number(size)
+    return None if number_of_bytes is None else number_of_bytes / 1e9
 
 
 def _share(record: dict[str, Any], name: str) -> float | None:
@@ -270,19 +278,19 @@ def _share(record: dict[str, Any], name: str) -> float | None:
 
 def _attempts(page: Page, run: RunRecords) -> None:
     page.section("Starts, saves and ends")
-    attempts = {event.get("attempt", 0) for event in run.attempts}
+    attempts = {event["attempt"] for event in run.attempts if "attempt" in event}
     saves = [event for event in run.attempts if event.get("event") == "saved"]
     page.paragraph(f"Attempts: {len(attempts)}. Checkpoints: {len(saves)}.")
     shown = [event for event in run.attempts if event.get("event") != "saved"] + saves[-10:]
     rows = [
         [
-            time.strftime("%F %T", time.gmtime(float(event.get("time", 0)))),
+            time.strftime("%F %T", time.gmtime(event.get("time", 0))),
             event.get("attempt"),
             str(event.get("event", "")).replace("_", " "),
             event.get("step"),
             event.get("reason") or (f"{number(event.get('seconds'), 3)} s" if "seconds" in event else ""),
         ]
-        for event in sorted(shown, key=lambda event: float(event.get("time", 0)))
+        for event in sorted(shown, key=lambda event: event.get("time", 0))
     ]
     page.table(["time (UTC)", "attempt", "event", "step", ""], rows)
 
@@ -294,7 +302,8 @@ def _evaluation(page: Page, run: RunRecords) -> None:
     page.section("Final evaluation")
     names = ("accuracy", "loss", "mean_margin", "num_pairs", "num_ties")
     rows = [["all", *[found.get(name) for name in names], interval(found.get("accuracy_ci95"), 3)]]
-    for subset, part in (found.get("subsets") or {}).items():
+    for subset, values in as_mapping(found.get("subsets")).items():
+        part = as_mapping(values)
         rows.append(
             [subset or "(no subset)", *[part.get(name) for name in names], interval(part.get("accuracy_ci95"), 3)]
         )
@@ -308,19 +317,19 @@ def _data(page: Page, run: RunRecords) -> None:
     page.section("Data")
     read, used = report.get("rows_read"), report.get("rows_used")
     page.paragraph(f"{number(read)} rows read, {number(used)} used, {number(report.get('rows_rejected'))} rejected.")
-    reasons = report.get("reasons") or {}
+    reasons = as_mapping(report.get("reasons"))
     if reasons:
         page.table(
             ["reason", "rows"],
-            [[name, count if isinstance(count, int) else len(count)] for name, count in reasons.items()],
+            [[name, len(count) if isinstance(count, list | dict) else count] for name, count in reasons.items()],
         )
     sources = [
         [Path(str(s.get("name"))).name, s.get("split"), s.get("format"), s.get("rows_used")]
-        for s in report.get("sources", [])
+        for s in map(as_mapping, as_list(report.get("sources")))
     ]
     page.table(["source", "split", "format", "rows used"], sources)
     for part in ("train", "eval"):
-        facts = report.get(part)
+        facts = as_mapping(report.get(part))
         if facts:
             rows = [[name, _flat(value)] for name, value in facts.items()]
             page.details(f"{part} set", ["", ""], rows)
@@ -334,8 +343,8 @@ def _flat(value: Any) -> Any:
 
 def _settings(page: Page, run: RunRecords) -> None:
     page.section("Settings and environment")
-    packages = run.environment.get("packages") or {}
-    device = (run.environment.get("gpus") or [run.environment.get("cpu")])[0]
+    packages = as_mapping(run.environment.get("packages"))
+    device = (as_list(run.environment.get("gpus")) or [run.environment.get("cpu")])[0]
     rows = [
         ["device", device],
         ["rm_scale", run.environment.get("rm_scale")],
@@ -349,4 +358,7 @@ def _settings(page: Page, run: RunRecords) -> None:
 
 
 def _text(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
+    try:
+        return json.dumps(value, default=str) if isinstance(value, list | dict) else value
+    except TypeError:  # YAML has dates for names too
+        return str(value)

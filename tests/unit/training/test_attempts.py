@@ -50,6 +50,21 @@ def test_an_attempt_with_progress_or_an_end_clears_the_count(tmp_path: Path) -> 
     refuse_idle_restart(tmp_path, 8)
 
 
+@pytest.mark.parametrize("value", [None, "x", [], {}, -1, 1e308, 10**400, True])
+@pytest.mark.parametrize("name", ["event", "attempt", "time", "step", "reason"])
+def test_a_wrong_value_ends_no_restart(tmp_path: Path, name: str, value: object) -> None:
+    for _ in range(2):
+        record_attempt(tmp_path, 5)
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "start", "attempt": 2, "time": 1.0, "step": 5} | {name: value}) + "\n")
+    assert Attempt(tmp_path, True).number == 3
+    refuse_idle_restart(tmp_path, 5)
+    for event in read_attempts(tmp_path):
+        assert isinstance(event["event"], str)
+        assert all(isinstance(event.get(number, 0), int) for number in ("attempt", "step"))
+        assert isinstance(event.get("time", 0.0), float)
+
+
 def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
     record_attempt(tmp_path, 3)
     with (tmp_path / "attempts.jsonl").open("a") as file:
