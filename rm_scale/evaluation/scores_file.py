@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.errors import DataError
+from rm_scale.json_values import as_number, parse_json
 from rm_scale.training.pair_counts import ScoredGroup
 
 _FIX = "Fix: give an evaluation_scores.jsonl that training or rm-scale eval wrote."
@@ -55,7 +56,7 @@ def read_scores(path: Path) -> list[ScoredGroup]:
 
 def _group(path: Path, number: int, line: str) -> ScoredGroup:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise _bad_line(path, number, f"is not JSON ({error})") from None
     problem = "; ".join(_row_problems(row)) if isinstance(row, dict) else "is not an object"
@@ -92,9 +93,9 @@ def _row_problems(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _are_numbers(values: Any) -> bool:
-    """Tell whether this is a list of numbers; NaN is refused later, with the model's name."""
+    """Tell whether this is a list of numbers that floats can hold; NaN is refused later, with the model's name."""
     return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+        isinstance(value, float) or (isinstance(value, int) and as_number(value) is not None) for value in values
     )
 
 

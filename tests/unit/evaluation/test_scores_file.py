@@ -47,6 +47,9 @@ def test_training_writes_what_an_evaluation_needs(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("{", "line 1: is not JSON"),
+        ("[" * 100_000, r"line 1: is not JSON \(nested more than 100 deep\)"),
+        (json.dumps({"rewards": [0, 10**400], "ranks": [0, 1]}), "rewards must be a list of numbers"),
+        (json.dumps({"rewards": [0, 1], "ranks": [0, 1], "margin": 10**400}), "margin must be a number"),
         ("[1]", "line 1: is not an object"),
         (json.dumps({"ranks": [0, 1]}), "rewards must be a list of numbers"),
         (json.dumps({"rewards": [0, 1]}), "ranks must be a list of whole numbers"),
