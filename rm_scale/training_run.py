@@ -21,6 +21,7 @@ from rm_scale.batching.packed.attention import index_names
 from rm_scale.batching.packed.layout import IndexName, packed_length
 from rm_scale.batching.sampler import Batching, FixedSplit, IntArray, TokenSplit
 from rm_scale.config import RunConfig
+from rm_scale.config_names import EVALUATION_METRICS
 from rm_scale.data.data_report import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
@@ -98,6 +99,7 @@ def load_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
         data = prepare_data(config, encoder)
         raise_if_too_many(data.report, config.max_rejected_share, data.rejected.files())
         _refuse_labels_the_loss_ignores(config, data)
+        _refuse_metric_of_no_subset(config, data)
     return data
 
 
@@ -113,6 +115,25 @@ def _refuse_labels_the_loss_ignores(config: RunConfig, data: PreparedData) -> No
                 f"loss_type=plackett_luce: the data has values for {name}, which a ranking loss can't use. "
                 "Fix: use loss_type: bradley_terry, or remove the column."
             )
+
+
+def _refuse_metric_of_no_subset(config: RunConfig, data: PreparedData) -> None:
+    """Refuse to choose the best model by a subset that the evaluation data does not have.
+
+    Raises:
+        ConfigError: there is no such subset.
+    """
+    metric = (config.metric_for_best_model or "accuracy").removeprefix("eval_")
+    if metric in EVALUATION_METRICS or data.eval is None:
+        return
+    subsets = sorted({name for name in data.eval["subset"] if name})
+    if metric.removesuffix("_accuracy") not in subsets:
+        raise ConfigError(
+            [
+                f"metric_for_best_model={config.metric_for_best_model}: the evaluation data has no such subset; it has "
+                f"{one_line(', '.join(subsets), 400) or 'none'}. Fix: accuracy, loss, or NAME_accuracy of one of them."
+            ]
+        )
 
 
 def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
