@@ -45,7 +45,10 @@ logger = get_logger(__name__)
 CODE_VERSION = 4
 DEFAULT_CACHE_DIR = "~/.cache/rm_scale"
 # System errors that mean "this cache folder can't be used"; any other error is not the cache's fault.
-_CACHE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CACHE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR),  # it, or a folder that it lies in, is a file
+)
 _SAMPLE_CHARACTERS = 20_000
 
 
@@ -125,8 +128,8 @@ def load_or_encode(source: Source, split: str, config: RunConfig, encoder: TextE
             with _lock(root / f"encoded-{key}.lock", source.name):
                 _build_if_missing(folder, source, config, encoder)
     except OSError as error:
-        elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(root)
-        if error.errno not in _CACHE_ERRORS or elsewhere:
+        at = root if error.filename is None else Path(os.fsdecode(error.filename))
+        if error.errno not in _CACHE_ERRORS or not (at.is_relative_to(root) or root.is_relative_to(at)):
             raise  # not the cache's fault: a data file that may not be read, say
         raise DataError(
             f"dataset_cache_dir={root}: can't be written ({error}). Fix: --dataset_cache_dir DIR, one with room."

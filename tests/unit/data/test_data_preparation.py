@@ -511,6 +511,17 @@ def test_unwritable_cache(
         prepare_data(make_config(path), encoder)
 
 
+@pytest.mark.parametrize("below", ["", "cache", "one/two/three"])
+def test_a_cache_where_a_file_is(
+    below: str, tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, encoder: TextEncoder
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [pair(0)])
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(DataError, match=r"dataset_cache_dir=.*can't be written .*Fix: --dataset_cache_dir DIR"):
+        prepare_data(make_config(path, dataset_cache_dir=str(file / below)), encoder)
+
+
 def test_waiting_for_another_process_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
