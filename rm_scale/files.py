@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,18 @@ def existing_parent(path: Path) -> Path:
     """
     path = user_path(path).absolute()
     return next(place for place in [path, *path.parents] if place.is_dir())
+
+
+def write_problem(folder: Path) -> str | None:
+    """Return why nothing can be made in a folder, or in the nearest one above it that exists; `None` when it can.
+
+    A folder is made there and removed: permissions alone don't tell, as with /proc.
+    """
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".rm_scale-", dir=existing_parent(folder)))
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
 
 
 _MOST_FILES = 10_000

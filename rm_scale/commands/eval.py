@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rm_scale.errors import ConfigError, collect_problems
+from rm_scale.files import write_problem
 from rm_scale.logs import get_logger
 from rm_scale.texts import one_line, printable, range_rule
 
@@ -124,7 +125,10 @@ def run(options: argparse.Namespace) -> int:
     from rm_scale.evaluation.score_models import score_models
     from rm_scale.reporting.evaluation.evaluation_summary import text_summary
 
-    scored, benchmarks = score_models(_request(options, models, wanted), _loader(options))
+    request = _request(options, models, wanted)
+    if request.groups is not None:
+        request.groups.read_settings()
+    scored, benchmarks = score_models(request, _loader(options))
     document = evaluate_all(scored, Resampling(options.num_resamples, options.seed), benchmarks)
     if wanted:
         metrics = gate_metrics(document)
@@ -226,8 +230,11 @@ def _result_problems(options: argparse.Namespace) -> Iterator[str]:
         read = [*options.dataset_path, *options.benchmark, *options.scores, *options.compare]
         for name in (name for name in there if any(_is_same(folder / name, place) for place in read)):
             yield f"--output {options.output}: {name} there is read here, and not written over. Fix: another folder."
+        refused = write_problem(folder)
         if folder.is_file():
             yield f"--output {options.output}: is a file. Fix: give a folder."
+        elif refused is not None:
+            yield f"--output {options.output}: can't be written ({refused}). Fix: a folder with room, of your own."
     if options.model_card and not options.model:
         yield "--model_card: there is no model whose card it could be. Fix: --model DIR."
 

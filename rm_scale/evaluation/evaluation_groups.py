@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from rm_scale.config_parsing import parse_config
 from rm_scale.data.data_report import DataReport, IntArray, raise_if_too_many
 from rm_scale.data.preparation import EvaluationData, prepare_evaluation, prepare_held_out
 from rm_scale.errors import DataError
-from rm_scale.files import read_json_object
+from rm_scale.files import files_of_pattern, read_json_object
 from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.training.losses import LossSettings
 
@@ -40,7 +39,11 @@ def _found(name: str, folders: Sequence[Path]) -> str:
     if Path(name).is_absolute():
         return name
     for folder in folders:
-        if (folder / name).exists() or glob.glob(str(folder / name), recursive=True):
+        try:
+            is_there = (folder / name).exists() or bool(files_of_pattern(str(folder / name)))
+        except ValueError as error:
+            raise DataError(f"dataset_path={name}: {error}") from error
+        if is_there:
             return name if folder == folders[0] else str(folder / name)
     places = " nor in ".join(map(str, dict.fromkeys(folders)))
     raise DataError(
@@ -83,6 +86,14 @@ class EvaluationGroups:
         given = {name: getattr(parsed.config, name) for name in _FILE_SETTINGS}
         found = {name: files and [_found(file, folders) for file in files] for name, files in given.items()}
         return parsed.config.model_copy(update={**found, **self.settings})
+
+    def read_settings(self) -> None:
+        """Read how the data is to be read, so that what is wrong with that is told before a model is loaded.
+
+        Raises:
+            UserError: a setting of the run is wrong, or its data is not where it was.
+        """
+        _ = self.config
 
     def for_scorer(self, scorer: RewardScorer) -> EvaluationData:
         """Return the groups as this model's tokens.

@@ -25,6 +25,7 @@ from rm_scale.files import (
     replacing,
     sha256_of_file,
     user_path,
+    write_problem,
     write_whole,
 )
 
@@ -284,3 +285,9 @@ def test_a_pipe_in_a_records_place_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.json")
     assert read_json_object(tmp_path / "a.json") == {}
     assert read_json_lines(tmp_path / "a.json") == []
+
+
+def test_where_nothing_can_be_made(tmp_path: Path) -> None:
+    assert write_problem(tmp_path) is None and write_problem(tmp_path / "new" / "deep") is None
+    assert write_problem(Path("/proc/h")) == "No such file or directory"
+    assert list(tmp_path.iterdir()) == []

@@ -360,3 +360,8 @@ def test_a_damaged_cache_entry_keeps_what_is_not_ours(tmp_path: Path) -> None:
     (folder / "notes").write_text("mine")
     with pytest.raises(DataError, match=r"notes in it is not ours; nothing is removed"):
         _require_own(folder)
+
+
+def test_an_export_where_nothing_can_be_written() -> None:
+    said = str(target_problem(Path("/proc/exported"), False, []))
+    assert "output=/proc/exported: nothing can be written in /proc (No such file or directory). Fix:" in said

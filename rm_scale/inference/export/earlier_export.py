@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rm_scale.errors import DiskError, ModelError
+from rm_scale.files import write_problem
 from rm_scale.inference.export.export_card import BEGIN, CARD_FILE
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE
 from rm_scale.output_paths import folder_problem, foreign_files
@@ -33,6 +34,9 @@ def target_problem(target: Path, overwrite: bool, kept: Iterable[tuple[str, str 
     name = f"output={target}"
     if not target.resolve().parent.is_dir():
         return f"{name}: there is no folder {target.parent}. Fix: make it first."
+    refused = write_problem(target.resolve().parent)
+    if refused is not None:
+        return f"{name}: nothing can be written in {target.parent} ({refused}). Fix: another --output."
     if not target.exists():
         return None
     problem = folder_problem(name, target, kept)

@@ -313,6 +313,22 @@ def test_items_that_can_not_be_scored_are_lost(
     assert "none.jsonl" in capsys.readouterr().err
 
 
+def test_what_is_wrong_is_told_before_a_model_is_loaded(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder = tmp_path / "a_run"
+    shutil.copytree(models["lora"], run_folder)
+    settings = run_folder / "run" / "run_config.yaml"
+    settings.write_text(settings.read_text() + "\nmax_length: [1, 2]\n")
+    settings.write_text("\n".join(dict.fromkeys(settings.read_text().splitlines())).replace("max_length: 64\n", ""))
+    monkeypatch.setattr(RewardScorer, "from_pretrained", None)  # whoever calls it fails
+    assert main(["eval", "--model", str(run_folder)]) == 2
+    assert "max_length=[1, 2]: must be" in capsys.readouterr().err
+    assert main(["eval", "--scores", str(run_folder / "run" / "evaluation_scores.jsonl"), "--output", "/proc/h"]) == 2
+    said = capsys.readouterr()
+    assert "--output /proc/h: can't be written (No such file or directory). Fix:" in said.err and not said.out
+
+
 def test_pairs_and_benchmarks_at_once(evaluate: Eval, pairs_file: Path, tmp_path: Path) -> None:
     file = rewardbench(tmp_path / "rb.jsonl", 1)
     requirement = "accuracy>=0,benchmarks.rb.jsonl.score>=0"
