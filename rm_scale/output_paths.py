@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rm_scale.errors import UserError
-from rm_scale.files import read_json_object, user_path, write_whole
+from rm_scale.files import read_json_object, user_path, write_problem, write_whole
 from rm_scale.version import __version__
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -61,6 +61,9 @@ def file_problem(
         return f"{name}: {above} is a file, not a folder. Fix: correct the path."
     if not path.absolute().parent.is_dir():
         return f"{name}: its folder does not exist. Fix: mkdir -p {path.parent}"
+    refused = write_problem(path.parent)
+    if refused is not None:
+        return f"{name}: nothing can be written in {path.parent} ({refused}). Fix: another folder."
     if not os.path.lexists(path):
         return None
     if path.exists() and not path.is_file():

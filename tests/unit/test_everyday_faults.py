@@ -624,7 +624,8 @@ def test_outputs_where_the_system_makes_no_file(refused: Told, tmp_path: Path) -
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "s": [1, 2]}) + "\n")
     ranked = ("rank", "--score_column", "s", "--input", source, "--output")
-    assert "is not there, and can't be made" in refused(*ranked, "/proc/x.jsonl")
+    said = refused(*ranked, "/proc/x.jsonl")
+    assert "/proc/x.jsonl: nothing can be written in /proc (No such file or directory). Fix: another folder" in said
     said = refused(*ranked, source / "x" / "y.jsonl")
     assert f"{source} is a file, not a folder" in said and "mkdir" not in said
 
