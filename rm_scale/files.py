@@ -251,8 +251,12 @@ def write_problem(folder: Path) -> str | None:
 
     A folder is made there and removed: permissions alone don't tell, as with /proc.
     """
+    path = user_path(folder).absolute()
+    place = next(place for place in [path, *path.parents] if os.path.exists(place))
+    if not place.is_dir():
+        return f"{place} is a file"
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".rm_scale-", dir=existing_parent(folder)))
+        os.rmdir(tempfile.mkdtemp(prefix=".rm_scale-", dir=place))
     except OSError as error:
         return error.strerror or type(error).__name__
     return None

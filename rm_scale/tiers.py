@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rm_scale.errors import ConfigError
-from rm_scale.texts import did_you_mean
+from rm_scale.texts import did_you_mean, one_line
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,8 @@ def model_tier(name: str) -> ModelTier:
     names = [tier.name for tier in MODEL_TIERS]
     hint = did_you_mean(plain, names, f"choose from {', '.join(names)}.", likeness=0.5)
     raise ConfigError(
-        [f"tier={name!r}: the tiers are {', '.join(names)}. Fix: {hint} Other sizes: --model CONFIG.json."]
+        [
+            f"tier={one_line(name, 200)!r}: the tiers are {', '.join(names)}. Fix: {hint} Other sizes: "
+            "--model CONFIG.json."
+        ]
     )

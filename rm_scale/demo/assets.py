@@ -172,8 +172,9 @@ def make_asset(directory: Path, marker: dict[str, Any], build: Callable[[Path], 
 
     Raises:
         AssetError: the folder holds something else, or can't be written.
+        UserError: its path begins with the home of nobody.
     """
-    name = marker["name"]
+    name, directory = marker["name"], user_path(directory)
     if _holds(directory, marker):
         logger.info(f"{name}: {directory} holds it already")
         return directory

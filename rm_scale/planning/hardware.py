@@ -301,8 +301,8 @@ def find_device(name: str, file: str | None = None) -> Device:
     hint = did_you_mean(plain, [*devices, *_ALIASES], "one of those.", most=3, likeness=0.4)
     raise ConfigError(
         [
-            f"gpu={name!r}: not a device we know ({', '.join(devices)}). Fix: {hint} For another one give its figures "
-            "in a file: --hardware FILE.yaml (docs/planning.md)."
+            f"gpu={one_line(name, 200)!r}: not a device we know ({', '.join(devices)}). Fix: {hint} For another "
+            "one give its figures in a file: --hardware FILE.yaml (docs/planning.md)."
         ]
     )
 

@@ -606,6 +606,7 @@ def test_paths_of_unknown_users(refused: Told, tmp_path: Path, texts: Path, rewa
         score(reward_model, texts, Path("~nosuch/x.jsonl")),
         ("report", run, "--output", "~nosuch/x.html"),
         ("assets", "tiny", "~nosuch/x"),
+        ("assets", "random", "~nosuch/x"),
     ):
         assert "~nosuch/x" in (said := refused(*words)) and "the home ~nosuch" in said
 

@@ -291,3 +291,5 @@ def test_where_nothing_can_be_made(tmp_path: Path) -> None:
     assert write_problem(tmp_path) is None and write_problem(tmp_path / "new" / "deep") is None
     assert write_problem(Path("/proc/h")) == "No such file or directory"
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert write_problem(tmp_path / "file" / "x") == f"{tmp_path / 'file'} is a file"

@@ -82,6 +82,8 @@ def test_real_lengths_drive_the_plan(capsys: pytest.CaptureFixture[str], pairs_f
     ("words", "text"),
     [
         (["--tier", "14b"], "tier='14b': the tiers are 1b, 3b, 7b, 13b. Fix: did you mean 1b?"),
+        (["--tier", "a" * 100_000], f"tier='{'a' * 200}...': the tiers are"),
+        (["--tier", "7b", "--gpu", "a" * 100_000], f"gpu='{'a' * 200}...': not a device we know"),
         ([], "tier and model: give one of them"),
         (["--tier", "7b", "--gpu", "h100x"], "gpu='h100x': not a device we know"),
         (["--tier", "7b", "--gpu", "h100x"], "did you mean h100"),
