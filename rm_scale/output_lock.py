@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rm_scale.errors import UserError
+from rm_scale.errors import UserError, system_fault
 from rm_scale.files import read_json_object
 from rm_scale.logs import get_logger
 
@@ -215,10 +215,8 @@ def writing_alone(output_dir: str | Path, setting: str = "output_dir") -> Iterat
             _held.add(path)
     except OSError as error:
         _remove_empty(made)
-        raise UserError(
-            f"{setting}={output_dir}: can't be written ({error.strerror or error}). "
-            "Fix: choose a folder you may write to."
-        ) from error
+        why = system_fault(error) or f"{error.strerror or error}. Fix: choose a folder you may write to."
+        raise UserError(f"{setting}={output_dir}: can't be written: {why}") from error
     except UserError:
         _remove_empty(made)
         raise

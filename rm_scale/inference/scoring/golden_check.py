@@ -45,7 +45,8 @@ def check_golden_scores(scorer: RewardScorer, where: str) -> None:
     allowed = max((allowed_drift(contract, kind) for kind in kinds), default=SCORE_TOLERANCE["float32"])
     drifts = [abs(score - one.score) for score, one in zip(found, golden, strict=True)]
     worst = math.nan if any(math.isnan(drift) for drift in drifts) else max(drifts)
-    figures = f"off by {worst:.3g}, allowed {allowed:.3g}; on {device} in {loaded_in}"
+    off = f"off by {worst:.3g}, allowed {allowed:.3g}" if math.isfinite(worst) else "one is not finite"
+    figures = f"{off}; on {device} in {loaded_in}"
     if not worst <= allowed:
         raise ModelError(
             f"{where}: the model does not give its golden scores ({figures}): weights, adapter, base model or contract "

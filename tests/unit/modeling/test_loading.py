@@ -27,7 +27,7 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi",
 
 
 def load(folder: Path, **settings: object):  # type: ignore[no-untyped-def]
-    values = {"model_name_or_path": str(folder), "dataset_path": str(folder), "bf16": False, **settings}
+    values = {"model_name_or_path": str(folder), "dataset_path": str(folder / "config.json"), "bf16": False, **settings}
     parsed = config_from_dict(values)
     plan = make_plan(parsed, 1, "cpu", check_output=False)
     tokenizer = load_tokenizer(str(folder))

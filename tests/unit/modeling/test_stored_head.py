@@ -96,7 +96,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **settings: object) -> LoadedModel:
-    values = {"model_name_or_path": str(folder), "dataset_path": str(folder), "bf16": False, **settings}
+    values = {"model_name_or_path": str(folder), "dataset_path": str(folder / "config.json"), "bf16": False, **settings}
     parsed = config_from_dict(values)
     plan = make_plan(parsed, 1, "cpu", check_output=False)
     return load_for_training(parsed.config, plan, load_tokenizer(str(folder)))
