@@ -93,7 +93,8 @@ class EvaluationGroups:
         Raises:
             UserError: a setting of the run is wrong, or its data is not where it was.
         """
-        _ = self.config
+        if not self.is_own or self.run_config is not None:  # scores from a file need no data
+            _ = self.config
 
     def for_scorer(self, scorer: RewardScorer) -> EvaluationData:
         """Return the groups as this model's tokens.

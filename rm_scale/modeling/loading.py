@@ -321,6 +321,11 @@ def _load_sequence_classifier(
             f"model_name_or_path={name!r}: can't be loaded as a reward model ({one_line(error, 240)}). "
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
         ) from error
+    except (KeyError, TypeError, AssertionError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"model_name_or_path={name!r}: transformers can't build it from its config.json "
+            f"({type(error).__name__}: {one_line(error, 200)}). Fix: correct the value, or download the model again."
+        ) from error
     known = () if stored is None else (stored.key, stored.bias_key)
     refuse_unexpected(name, kwargs.get("revision", "main"), model, info["unexpected_keys"], known)
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES]

@@ -22,6 +22,7 @@ from rm_scale.data import text_files
 from rm_scale.distributed import detect_world
 from rm_scale.errors import ModelError, UserError
 from rm_scale.inference.model_folder import require_reward_model
+from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.modeling.scoring_contract import BaseModel, ScoringContract
 from rm_scale.planning.shape import check_sizes, read_model_config, shape_from_config
 from rm_scale.slurm.allocation import read_allocation
@@ -303,6 +304,15 @@ def test_values_of_config_json_of_another_type(tmp_path: Path, reward_model: Pat
         return
     with pytest.raises(ModelError, match=rf"config.json: {name}=.*must be .*Fix: "):
         require_reward_model(folder)
+
+
+def test_a_value_that_transformers_stumbles_over(tmp_path: Path, reward_model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(reward_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "x"}))
+    with pytest.raises(ModelError, match=r"can't build it from its config\.json \(KeyError: .*Fix: correct the value"):
+        RewardScorer.from_pretrained(folder, allow_missing_contract=True)
 
 
 def test_a_padding_token_beyond_the_embedding(tmp_path: Path, reward_model: Path) -> None:

@@ -99,7 +99,7 @@ def test_scores_that_are_not_numbers_are_refused_wherever_they_stand(full_run: P
     scorer = RewardScorer.from_pretrained(full_run, device="cpu")
     golden = scorer.contract.golden_scores
     scorer.contract = replace(scorer.contract, golden_scores=[*golden, replace(golden[0], score=math.nan)])
-    with pytest.raises(ModelError, match="off by nan"):
+    with pytest.raises(ModelError, match="one is not finite"):
         check_golden_scores(scorer, "mine")
 
 
