@@ -314,6 +314,7 @@ def record_of(job: Job, outcome: Outcome) -> Record:
     hardware = yaml.safe_load(job.hardware.read_text(encoding="utf-8")) if job.hardware is not None else {}
     device: dict[str, Any] = next(iter((hardware or {}).get("devices", {}).values()), {})
     env = read_json_object(folder / "environment.json") or environment_here()
+    env.pop("working_directory", None)  # records are published: they name no folder of the machine
     gpus = env.get("gpus") or []
     timing = read_json_object(folder / "timing.json")
     steps = read_steps(folder, job, shape)

@@ -87,7 +87,8 @@ def write_run_records(config: RunConfig, plan: Plan) -> Path:
     asked = config.model_dump(exclude=set(LAUNCH_FIELDS))
     write_whole(folder / "run_config.yaml", yaml.safe_dump(asked, sort_keys=False))
     write_whole(folder / "plan.json", plan.to_json())
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=2))
+    here = {"working_directory": str(Path.cwd())}  # what relative names in run_config.yaml belong to
+    write_whole(folder / "environment.json", json.dumps({**environment(), **here}, indent=2))
     return folder
 
 
@@ -108,7 +109,6 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
         "platform": platform.platform(),
-        "working_directory": str(Path.cwd()),  # what relative names in run_config.yaml belong to
     }
 
 
