@@ -1,0 +1,16 @@
+# shellcheck shell=bash
+# Messages, and the events in the job's folder.
+
+rm_scale_say() { printf 'rm_scale: %s\n' "$*"; }
+rm_scale_fail() {
+    printf 'rm_scale: %s\n' "$*" >&2
+    exit 2
+}
+
+# One line of JSON per event; no value needs escaping. `rm-scale slurm status` reads them.
+rm_scale_note() { # EVENT [KEY VALUE]
+    local line='{"event": "%s", "time": %s, "attempt": %s, "%s": "%s"}\n'
+    # shellcheck disable=SC2059 # the format is the line above
+    printf "$line" "$1" "$(date +%s.%3N)" "$RM_SCALE_ATTEMPT" "${2:-script}" "${3:-$RM_SCALE_TIER}" \
+        >>"$RM_SCALE_JOB_DIR/events.jsonl" || : # a full disk must not end a job
+}

@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# Python on this node and on all nodes: the check, and the training.
+
+# Sets RM_SCALE_COMMAND: srun with one task on each node. Each comment says what the default would get wrong.
+rm_scale_on_all_nodes() { # SRUN_OPTION PYTHON_ARGUMENTS...
+    RM_SCALE_COMMAND=(srun)
+    # One task a node, whatever sbatch was told.
+    RM_SCALE_COMMAND+=("--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+    RM_SCALE_COMMAND+=(--cpu-bind=none) # a node's ranks share all cores that the job has there
+    RM_SCALE_COMMAND+=(--export=ALL)    # also where the site exports nothing by default
+    RM_SCALE_COMMAND+=("${RM_SCALE_SRUN[@]}" "$1")
+    shift
+    # USR1 would end the shells and containers between srun and our process: ignored here, it is ignored in all that
+    # they start, until a process asks for it.
+    # shellcheck disable=SC2016 # expands in the task
+    RM_SCALE_COMMAND+=(bash -c 'trap "" USR1; exec "$@"' rm_scale "${RM_SCALE_PYTHON[@]}" "$@")
+}
+
+# Python on this node, where the job's software is.
+rm_scale_here() {
+    if [[ ${#RM_SCALE_SRUN[@]} -gt 0 ]]; then
+        srun --nodes=1 --ntasks=1 --nodelist="${SLURMD_NODENAME:-$(hostname -s)}" --export=ALL \
+            "${RM_SCALE_SRUN[@]}" "${RM_SCALE_PYTHON[@]}" "$@"
+    else
+        "${RM_SCALE_PYTHON[@]}" "$@"
+    fi
+}
+
+# Do all nodes answer, see the disk, and reach the first one? An srun that can't start its tasks would wait for ever.
+rm_scale_check() {
+    local code=0
+    rm_scale_on_all_nodes --wait=0 -m rm_scale.slurm.node --check "$RM_SCALE_ATTEMPT_DIR/start.json"
+    timeout --foreground "$((RM_SCALE_CHECK_SECONDS + 30))" "${RM_SCALE_COMMAND[@]}" || code=$?
+    ((code != 124)) || rm_scale_say "srun could not start a task on every node in $((RM_SCALE_CHECK_SECONDS + 30)) s"
+    return "$code"
+}
+
+# Sets RM_SCALE_CODE, the exit code of srun.
+rm_scale_train() {
+    rm_scale_on_all_nodes --kill-on-bad-exit=1 -m rm_scale.slurm.node "$RM_SCALE_ATTEMPT_DIR/start.json"
+    "${RM_SCALE_COMMAND[@]}" &
+    RM_SCALE_SRUN_PID=$!
+    [[ -z $RM_SCALE_STOP ]] || rm_scale_tell_ranks # the signal came a moment before
+    # bash's wait returns whenever a signal comes; the training has ended when srun is gone.
+    while kill -0 "$RM_SCALE_SRUN_PID" 2>/dev/null; do wait "$RM_SCALE_SRUN_PID" || :; done
+    wait "$RM_SCALE_SRUN_PID" && RM_SCALE_CODE=0 || RM_SCALE_CODE=$?
+    RM_SCALE_SRUN_PID=
+    if [[ -n $RM_SCALE_REPEATER ]]; then
+        kill "$RM_SCALE_REPEATER" 2>/dev/null || :
+        wait "$RM_SCALE_REPEATER" 2>/dev/null || : # else bash reports its end in the log
+    fi
+}
