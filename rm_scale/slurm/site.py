@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from rm_scale.errors import UserError
@@ -11,6 +14,23 @@ from rm_scale.planning.deepspeed_config import shipped_file
 from rm_scale.tiers import model_tier
 
 _SCRIPT_OF_TIER = {"1b": "rm_1b.sh", "3b": "rm_7b.sh", "7b": "rm_7b.sh", "13b": "rm_13b.sh"}
+_BESIDE_SITE = frozenset(
+    f"RM_SCALE_{name}"
+    for name in (
+        *("CONFIG", "TIER", "SWEEP", "FORCE", "HOME", "SITE_ENV"),
+        # Set by our own commands and tests.
+        *(
+            "ASSETS_CACHE",
+            "ATTEMPT",
+            "ATTEMPT_DIR",
+            "DOCTOR",
+            "END_TIME",
+            "SERVE_TOKEN",
+            "SLURM_CLUSTER",
+            "TORCH_INDEX",
+        ),
+    )
+)
 _OWN_CONFIG = frozenset({"1b", "7b", "13b"})
 
 
@@ -43,21 +63,43 @@ def name_of_tier(tier: str) -> dict[str, str]:
 
 
 def site_variables() -> dict[str, str]:
-    """Return this environment with what `site.env` adds to it, as bash reads it.
+    """Return this environment with what `site.env` adds to it, as bash reads it, checked as a job checks it.
 
     Raises:
-        UserError: a line of it fails.
+        UserError: a line of it is not what it was meant to be, or the job could not use a value.
     """
     script = script_of_tier("1b")
+    common = script.with_name("common")
     files = [
         os.environ.get("RM_SCALE_SITE_ENV", ""),
         *(str(script.with_name(f"site{kind}.env")) for kind in (".local", "")),
     ]
-    code = 'set -a; for file; do if [ -f "$file" ]; then . "$file" || exit 3; fi; done; env -0'
-    done = subprocess.run(["bash", "-c", code, "site", *files], capture_output=True, text=True, check=False)
+    code = 'source "$1/records.sh"; source "$1/site.sh"; shift; set -a; rm_scale_read_sites "$@" >&2; env -0'
+    command = ["bash", "-c", code, "site", str(common), *files]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
-        raise UserError(
-            f"slurm/site.env: bash can't read it: {done.stderr.strip()[-300:]}. Fix: correct the line it names."
-        )
-    pairs = (entry.partition("=") for entry in done.stdout.split("\0") if "=" in entry)
+        said = done.stderr.decode("utf-8", errors="replace").replace("rm_scale: ", "").strip()
+        raise UserError(f"slurm/site.env and the environment say what a job can't use:\n{said[-3000:]}")
+    entries = done.stdout.decode("utf-8", errors="surrogateescape").split("\0")
+    pairs = (entry.partition("=") for entry in entries if "=" in entry)
     return {name: value for name, _, value in pairs}
+
+
+def known_variables() -> frozenset[str]:
+    """Return the names of all variables that a site or a user may set: those of `site.env`, and a few beside it."""
+    text = script_of_tier("1b").with_name("site.env").read_text(encoding="utf-8")
+    return frozenset(re.findall(r"^: \"\$\{(RM_SCALE_\w+):=", text, re.M)) | _BESIDE_SITE
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable whose name is nearly one of ours: most likely it was misspelt."""
+    known = known_variables()
+    found = []
+    for name in sorted(environ):
+        if name.startswith("RM_SCALE_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                found.append(
+                    f"{name}: no such variable; did you mean {near[0]}? Fix: correct slurm/site.env or unset it."
+                )
+    return found

@@ -1,16 +1,131 @@
 # shellcheck shell=bash
-# What a site says of itself: slurm/site.env and its kin, read and checked.
+# What a site says of itself: slurm/site.env and its kin, read and checked. Jobs and `rm-scale slurm submit` share this.
 
 rm_scale_load_site() {
-    local file
-    for file in "${RM_SCALE_SITE_ENV:-}" "$RM_SCALE_HOME/slurm/site.local.env" "$RM_SCALE_HOME/slurm/site.env"; do
-        if [[ -f $file ]]; then
-            # shellcheck source=slurm/site.env
-            source "$file"
-        fi
-    done
+    rm_scale_read_sites "${RM_SCALE_SITE_ENV:-}" "$RM_SCALE_HOME/slurm/site.local.env" "$RM_SCALE_HOME/slurm/site.env"
     export RM_SCALE_DEVICE RM_SCALE_RANKS_PER_NODE RM_SCALE_GPU RM_SCALE_INTERFACE RM_SCALE_RESUME
     export RM_SCALE_CHECK_SECONDS RM_SCALE_KILL_SECONDS RM_SCALE_SWEEP="${RM_SCALE_SWEEP:-}"
-    [[ $RM_SCALE_MAX_RESTARTS =~ ^[0-9]+$ ]] ||
-        rm_scale_fail "RM_SCALE_MAX_RESTARTS=$RM_SCALE_MAX_RESTARTS: must be a whole number. Fix: correct site.env."
+}
+
+# Reads the files that are there, the first counting most, and checks what they come to. Ends the script with code 2
+# when something is wrong; all of it is said before.
+rm_scale_read_sites() { # FILE...
+    local file sound=yes
+    for file; do
+        [[ ! -f $file ]] || rm_scale_check_site "$file" || sound=no
+    done
+    [[ $sound == yes ]] || exit 2
+    for file; do
+        [[ ! -f $file ]] || rm_scale_read_site "$file"
+    done
+    rm_scale_check_values || exit 2
+}
+
+# Runs one file as it is: what a site writes there need not bear `set -eu`, but a command of it that fails is said.
+rm_scale_read_site() { # FILE
+    local options=$-
+    set +eu
+    trap 'rm_scale_site_failed "$?" "${BASH_SOURCE[0]}" "$LINENO" "$BASH_COMMAND"' ERR
+    # shellcheck source=slurm/site.env
+    source "$1"
+    trap - ERR
+    [[ $options != *e* ]] || set -e
+    [[ $options != *u* ]] || set -u
+}
+
+rm_scale_site_failed() { # CODE FILE LINE COMMAND
+    # The file's own last line may be a test that was not met: its `source` then fails, here, and no command did.
+    [[ $2 != "${BASH_SOURCE[0]}" ]] || return 0
+    rm_scale_site_line "$2" "$3" "$4 failed (code $1)" "correct it, or write: $4 || true"
+    exit 2
+}
+
+rm_scale_site_line() { # FILE NUMBER PROBLEM FIX
+    printf 'rm_scale: %s, line %s: %s\n    %s. Fix: %s.\n' \
+        "$1" "$2" "$(sed -n "$2{s/\r//g;p}" -- "$1")" "$3" "$4" >&2
+}
+
+# Says which lines of a file bash would read otherwise than they were meant; fails when there is one.
+rm_scale_check_site() { # FILE
+    local -a lines
+    local line number=0 sound=yes
+    local LC_ALL=C # bytes, whatever the locale
+    mapfile -t lines <"$1"
+    for line in "${lines[@]}"; do
+        number=$((number + 1))
+        [[ $line =~ ^[[:space:]]*# && $line != *$'\r' ]] || rm_scale_check_line "$1" "$number" "$line" || sound=no
+        [[ $line != *$'\r'* ]] || break # the same holds for every line of such a file
+    done
+    if [[ $sound == yes ]] && ! line=$(bash -n -- "$1" 2>&1); then
+        number=$(rm_scale_open_line "$1" "$line")
+        rm_scale_site_line "$1" "$number" "bash can't read it: $(sed -n '1s/^.*: line [0-9]*: //p' <<<"$line")" \
+            "close the quote, brace or bracket that this line opens"
+        sound=no
+    fi
+    [[ $sound == yes ]]
+}
+
+rm_scale_check_line() { # FILE NUMBER LINE
+    local mark=$'\xef\xbb\xbf' hard_space=$'\xc2\xa0' curly=$'\xe2\x80['$'\x98-\x9f'']'
+    local name='^[[:space:]]*(export[[:space:]]+|declare[[:space:]]+)?[A-Z_][A-Z0-9_]*' space='[[:space:]]+'
+    local before="$name$space"'=([^=~]|$)' after="$name=$space"'[^#[:space:]]'
+    if [[ $3 == *$'\r'* ]]; then
+        rm_scale_site_line "$1" "$2" "ends like a line of Windows (CRLF), as do others" "sed -i 's/\\r\$//' '$1'"
+    elif [[ $3 == "$mark"* ]]; then
+        rm_scale_site_line "$1" "$2" "begins with a byte order mark" "sed -i '1s/^\\xef\\xbb\\xbf//' '$1'"
+    elif [[ $3 =~ $curly ]]; then
+        rm_scale_site_line "$1" "$2" "has the curly quotes of a word processor" "write \" or ' instead"
+    elif [[ $3 == *"$hard_space"* ]]; then
+        rm_scale_site_line "$1" "$2" "has a no-break space, which bash takes for a letter" "type the space again"
+    elif [[ $3 =~ $before || ($3 =~ $after && ! $3 =~ ^[[:space:]]*IFS=) ]]; then
+        rm_scale_site_line "$1" "$2" "has a space beside =" "NAME=value, without spaces"
+    else
+        return 0
+    fi
+    return 1
+}
+
+# Prints the number of the line to look at: bash names the last quote when an earlier line forgot to close one.
+rm_scale_open_line() { # FILE MESSAGE
+    local -a lines
+    local line number=0
+    mapfile -t lines <"$1"
+    if [[ $2 == *"unexpected EOF while looking for matching"* ]]; then
+        for line in "${lines[@]}"; do
+            number=$((number + 1))
+            if ! bash -n <<<"$line" 2>/dev/null; then
+                echo "$number"
+                return
+            fi
+        done
+    fi
+    sed -n 's/^.*: line \([0-9]*\): .*/\1/p' <<<"$2" | head -n 1
+}
+
+# Says which values the job could not use; fails when there is one.
+rm_scale_check_values() {
+    local name sound=yes
+    local number='^[0-9]{1,9}$' from_one='^[1-9][0-9]{0,8}$'
+    for name in ${!RM_SCALE_@}; do
+        [[ ${!name} != *[$'\r\n']* ]] || rm_scale_bad_value "$name" "one line" "close its quotes in the same line" ||
+            sound=no
+    done
+    rm_scale_value RM_SCALE_DEVICE '^(auto|cpu)$' "auto or cpu" || sound=no
+    rm_scale_value RM_SCALE_RANKS_PER_NODE "$from_one" "a whole number from 1" || sound=no
+    rm_scale_value RM_SCALE_MAX_RESTARTS "$number" "a whole number" || sound=no
+    rm_scale_value RM_SCALE_RETRIES "$number" "a whole number" || sound=no
+    rm_scale_value RM_SCALE_CHECK_SECONDS "$from_one" "whole seconds from 1" || sound=no
+    rm_scale_value RM_SCALE_KILL_SECONDS "$from_one" "whole seconds from 1" || sound=no
+    rm_scale_value RM_SCALE_CONTAINER_ENGINE '^(apptainer|pyxis)$' "apptainer or pyxis" || sound=no
+    rm_scale_value RM_SCALE_FORCE '^plan$' "plan" || sound=no
+    [[ $sound == yes ]]
+}
+
+rm_scale_value() { # NAME PATTERN RULE: an empty value is the default
+    [[ -z ${!1:-} || ${!1} =~ $2 ]] || rm_scale_bad_value "$1" "$3" "correct it in slurm/site.env or the environment"
+}
+
+rm_scale_bad_value() { # NAME RULE FIX
+    printf 'rm_scale: %s=%q: must be %s. Fix: %s.\n' "$1" "${!1}" "$2" "$3" >&2
+    return 1
 }

@@ -196,7 +196,7 @@ def test_site_is_read_by_bash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert (found["RM_SCALE_GPU"], found["SBATCH_PARTITION"]) == ("h100-80g", "a b")
     assert (found["RM_SCALE_RESUME"], found["RM_SCALE_MAX_RESTARTS"]) == ("none", "100")
     own.write_text("false\n")
-    with pytest.raises(UserError, match=r"site\.env: bash can't read it"):
+    with pytest.raises(UserError, match=r"site\.env, line 1: false\n +false failed"):
         site_variables()
 
 
