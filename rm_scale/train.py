@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    # Before all that takes time to import: a signal must not end a rank without a trace.
-    from rm_scale.training.preemption import watch_signals
+    # Before all that takes time to import: neither a signal nor a full disk of the log must end a rank without a trace.
+    from rm_scale.training import lasting_streams, preemption
 
-    watch_signals()
+    preemption.watch_signals()
+    lasting_streams.outlast_full_disks()
 
 from rm_scale.config_help import help_text
 from rm_scale.config_parsing import ParsedConfig, parse_config
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None, parsed: ParsedConfig | None = None, guar
             trainer = training_run.build_trainer(config, plan, arguments, tokenizer, encoder, loaded, data, saves)
             code = training_run.train(trainer, attempt)
             if code == 0:
-                result = training_run.evaluate(trainer, data)
-                training_run.save(trainer, config, plan, result, world)
+                code = training_run.save(trainer, config, plan, training_run.evaluate(trainer, data), world, attempt)
         if owns_group:
             trainer.end()  # finishes the loggers and leaves the process group
         return code

@@ -29,7 +29,7 @@ from rm_scale.distributed import World, agreed_errors, detect_world, gather_from
 from rm_scale.errors import ConfigError, DataError
 from rm_scale.evaluation.final_evaluation import evaluation_table, write_evaluation
 from rm_scale.inference.export.merge_adapter import merge_adapter
-from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.inference.scoring.sample_scores import show_sample_scores
 from rm_scale.logs import get_logger
 from rm_scale.modeling.loading import LoadedModel, load_for_training
 from rm_scale.modeling.scoring_contract import BaseModel, ScoringContract
@@ -51,7 +51,8 @@ from rm_scale.reporting.run.run_directory import (
 from rm_scale.texts import one_line
 from rm_scale.training.arguments import training_arguments
 from rm_scale.training.attempts import Attempt
-from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs
+from rm_scale.training.callbacks import EarlyWarnings, MetricsFile, StepInLogs, outlast_disk_errors
+from rm_scale.training.checkpoint.last_save import LastSaveFailed, end_training, end_with_requeue
 from rm_scale.training.checkpoint.manifest import read_manifest, require_same_run
 from rm_scale.training.checkpoint.publish import remove_leftovers, set_aside_later
 from rm_scale.training.checkpoint.reload_check import disk_errors_explained, refuse_unsafe_pickles
@@ -62,7 +63,6 @@ from rm_scale.training.determinism import use_deterministic_kernels
 from rm_scale.training.losses import LossSettings
 from rm_scale.training.pair_counts import EvaluationResult
 from rm_scale.training.plan_check import PlanCheck, out_of_memory_explained, predicted_memory
-from rm_scale.training.preemption import EXIT_REQUEUE
 from rm_scale.training.progress import Progress
 from rm_scale.training.run_warnings import begin_warnings, evaluation_warnings, read_warnings, warnings_kept
 from rm_scale.training.step_timing import load_record
@@ -351,6 +351,7 @@ def build_trainer(
     )
     for printer in (ProgressCallback, PrinterCallback):  # `Progress` stands for them
         trainer.remove_callback(printer)
+    outlast_disk_errors(trainer.callback_handler.callbacks, get_reporting_integration_callbacks(config.report_to))
     trainer.step_times.load = loaded.record
     return trainer
 
@@ -413,22 +414,22 @@ def _contract(
 
 
 def train(trainer: RewardTrainer, attempt: Attempt) -> int:
-    """Train from the start or from a checkpoint; return the exit code, 85 when it was asked to stop before its end."""
+    """Train from the start or from a checkpoint; return the exit code: 0, or 85 when it is to be started again."""
     resume = attempt.resume
     if resume is not None:
         with agreed_errors():
             if trainer.args.should_save:
                 refuse_unsafe_pickles(resume)
     # Asked to stop while libraries, data and model were loaded? Then there is nothing new to save.
+    failed: LastSaveFailed | None = None
     if not trainer.stopping.agree():
-        with out_of_memory_explained(predicted_memory(trainer)):
-            trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-    if not trainer.stopping.reason:
-        return 0
-    trainer.stopping.remove_stop_file()
-    attempt.outcome = f"stopped: {trainer.stopping.reason.text}"
-    logger.warning(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint auto")
-    return EXIT_REQUEUE
+        try:
+            with out_of_memory_explained(predicted_memory(trainer)):
+                trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+        except LastSaveFailed as error:
+            failed = error
+    trainer.write_waiting_records(is_end=bool(trainer.stopping.reason))
+    return end_training(trainer, attempt, failed)
 
 
 def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | None:
@@ -443,8 +444,19 @@ def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | N
     return result
 
 
-def save(trainer: RewardTrainer, config: RunConfig, plan: Plan, result: EvaluationResult | None, world: World) -> None:
-    """Write the model directory, verified, with its records; then merge and show sample scores."""
+def save(
+    trainer: RewardTrainer,
+    config: RunConfig,
+    plan: Plan,
+    result: EvaluationResult | None,
+    world: World,
+    attempt: Attempt,
+) -> int:
+    """Write the model directory, verified, with its records; then merge and show sample scores.
+
+    Returns:
+        The exit code: 0, or 85 when the disk refuses the model and the run can go on from an earlier checkpoint.
+    """
     trainer.watchdog.stop()  # rank 0 loads, merges and scores alone from here on
     if result is not None:
         trainer.contract = replace(
@@ -453,11 +465,24 @@ def save(trainer: RewardTrainer, config: RunConfig, plan: Plan, result: Evaluati
             score_std=result.score_std,
             num_scored=result.num_scored,
         )
-    trainer.save_model(config.output_dir)
-    with agreed_errors(), disk_errors_explained(config.output_dir):
+
+    def write() -> None:
+        trainer.save_model(config.output_dir)
+        with agreed_errors(), disk_errors_explained(config.output_dir):
+            if world.is_main:
+                _write_results(config, plan, result)
+
+    try:
+        trainer.checkpoints.save_last(write, f"the trained model ({config.output_dir})")
+    except LastSaveFailed as failed:
+        return end_with_requeue(failed, attempt)
+    finally:
+        trainer.write_waiting_records(is_end=True)
+    with agreed_errors():
         if world.is_main:
-            _write_results(config, plan, result)
-            _show_samples(trainer, config)
+            groups = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+            show_sample_scores(config.output_dir, groups, config.sample_scores, config.trust_remote_code)
+    return 0
 
 
 def _write_results(config: RunConfig, plan: Plan, result: EvaluationResult | None) -> None:
@@ -471,25 +496,3 @@ def _write_results(config: RunConfig, plan: Plan, result: EvaluationResult | Non
     logger.info(f"curves, throughput, evaluation as one page: rm-scale report {shlex.quote(str(folder))}")
     logger.info(f"how it scores: {folder / 'scoring_contract.json'}; model card: {folder / 'README.md'}")
     logger.info(f"records: {run_folder(config)} (metrics.jsonl, evaluation.json, data_report.json, plan.json, ...)")
-
-
-def _show_samples(trainer: RewardTrainer, config: RunConfig) -> None:
-    """Log the scores of a few texts by the model as it was saved."""
-    groups = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    count = min(config.sample_scores, len(groups))
-    if count == 0:
-        return
-    scorer = RewardScorer.from_pretrained(
-        config.output_dir,
-        device="cpu",
-        dtype="saved",
-        trust_remote_code=config.trust_remote_code,
-        check_scores=False,  # the save was verified, on the device of training
-    )
-    rows = groups.select(torch.linspace(0, len(groups) - 1, count).long().tolist())
-    logger.info(f"scores of {count} groups by the saved model:")
-    for row in rows:
-        scores = scorer.score_tokens(row["input_ids"])
-        for rank, score, ids in sorted(zip(row["ranks"], scores, row["input_ids"], strict=True)):
-            text = one_line(scorer.tokenizer.decode(ids, skip_special_tokens=True))
-            logger.info(f"  rank {rank}  {score:8.3f}  {text if len(text) <= 100 else '...' + text[-97:]}")

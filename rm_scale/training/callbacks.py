@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rm_scale.files import append_json_line
 from rm_scale.logs import get_logger, set_log_step
+from rm_scale.training.records import RecordFile
 
 logger = get_logger(__name__)
 
@@ -21,6 +22,8 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = RecordFile(path)
+        self.records = (self._file,)
 
     def on_log(
         self,
@@ -34,7 +37,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         record = {"step": state.global_step, **{key: _jsonable(value) for key, value in logs.items()}}
-        append_json_line(self.path, record)
+        self._file.append(record)
 
 
 def _jsonable(value: Any) -> Any:
@@ -119,3 +122,40 @@ class EarlyWarnings(TrainerCallback):
         if name not in self.said:
             self.said.add(name)
             logger.warning(f"[{name}] {text}")
+
+
+def outlast_disk_errors(callbacks: Iterable[Any], kinds: Iterable[type]) -> None:
+    """Let the libraries that log elsewhere, TensorBoard for one, end no run when the disk or the network refuses.
+
+    Said once when it begins, and once when it works again. What was to be logged meanwhile is lost there;
+    `run/metrics.jsonl` has it all. An error before the first step still ends the run.
+
+    Args:
+        callbacks: of a trainer; their methods are replaced.
+        kinds: the classes of those that belong to such libraries.
+    """
+    for callback in callbacks:
+        if isinstance(callback, tuple(kinds)):
+            for event in ("on_log", "on_evaluate", "on_save", "on_step_end", "on_epoch_end", "on_train_end"):
+                setattr(callback, event, _outlasting(callback, getattr(callback, event)))
+
+
+def _outlasting(callback: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    name = type(callback).__name__
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            answer = plain(*args, **kwargs)
+        except OSError as error:
+            if not getattr(callback, "_rm_scale_fails", False):
+                callback._rm_scale_fails = True
+                logger.warning(f"{name}: can't write ({error}); the run goes on, and what it should log is lost there")
+            if hasattr(callback, "tb_writer"):
+                callback.tb_writer = None  # its thread has ended with the error; the next call makes another writer
+            return None
+        if plain.__name__ == "on_log" and getattr(callback, "_rm_scale_fails", False):
+            callback._rm_scale_fails = False
+            logger.warning(f"{name}: can write again")
+        return answer
+
+    return call

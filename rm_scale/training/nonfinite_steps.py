@@ -10,8 +10,8 @@ import torch
 
 from rm_scale.distributed import gather_from_ranks
 from rm_scale.errors import TrainingError
-from rm_scale.files import append_json_line
 from rm_scale.logs import get_logger
+from rm_scale.training.records import RecordFile
 
 logger = get_logger(__name__)
 
@@ -29,6 +29,8 @@ class NonFiniteSteps:
     def __init__(self, groups: datasets.Dataset, path: Path, most_skipped: int, is_main: bool) -> None:
         self.groups = groups
         self.path = path
+        self._file = RecordFile(path)
+        self.records = (self._file,)
         self.most_skipped = most_skipped
         self.is_main = is_main
         self.num_skipped = 0
@@ -79,7 +81,7 @@ class NonFiniteSteps:
         if self.is_main:
             rows = [{"rank": rank, "row": row, "id": names[row]} for rank, (of, _) in enumerate(ranks) for row in of]
             entry = {"step": step, "num_ranks": num_bad_losses, "grad_norm": str(norm)}
-            append_json_line(self.path, {**entry, "suspects": suspects, "rows": rows})
+            self._file.append({**entry, "suspects": suspects, "rows": rows})
         return suspects
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rm_scale.errors import TrainingError
-from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
 from rm_scale.modeling.out_of_memory import is_out_of_memory
 from rm_scale.planning.estimate import Estimate
 from rm_scale.texts import one_line
+from rm_scale.training.records import WholeRecord
 
 logger = get_logger(__name__)
 
@@ -51,7 +51,8 @@ class PlanCheck(TrainerCallback):
 
     def __init__(self, predicted: Estimate, path: Path, knows_speed: bool) -> None:
         self.predicted = predicted
-        self.path = path
+        self._file = WholeRecord(path)
+        self.records = (self._file,)
         self.knows_speed = knows_speed
         self.peak = 0
         self.seconds: list[float] = []
@@ -62,10 +63,9 @@ class PlanCheck(TrainerCallback):
     ) -> None:
         """Write what was predicted, so that it is there when the run doesn't reach its end."""
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             predicted = predicted_record(self.predicted, self.knows_speed)
             record: dict[str, Any] = {"predicted": predicted, "measured": None, "warnings": []}
-            write_whole(self.path, json.dumps(record, indent=2) + "\n")
+            self._file.write(json.dumps(record, indent=2) + "\n")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,8 +95,7 @@ class PlanCheck(TrainerCallback):
         if not state.is_world_process_zero or not self.peak:
             return
         record = comparison(self.predicted, self.peak, self.seconds[WARM_UP_STEPS:], self.knows_speed)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(record, indent=2) + "\n")
+        self._file.write(json.dumps(record, indent=2) + "\n")
         logger.info(_summary(record))
         for warning in record["warnings"]:
             logger.warning(f"[plan] {warning}")

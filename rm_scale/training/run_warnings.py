@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rm_scale.files import append_json_line, read_json_lines
+from rm_scale.files import read_json_lines
 from rm_scale.logs import current_step
 from rm_scale.training.pair_counts import EvaluationResult
+from rm_scale.training.records import RecordFile, write_waiting
 
 WARNINGS_FILE = "warnings.jsonl"
 _NAME = re.compile(r"\[(\w+)\] (.*)", re.DOTALL)
@@ -26,7 +27,7 @@ class WarningsFile(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._folder: Path | None = None
+        self._file: RecordFile | None = None
         self._early: list[dict[str, object]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -37,13 +38,10 @@ class WarningsFile(logging.Handler):
         named = _NAME.fullmatch(text)
         name, text = named.groups() if named else (None, text)
         line = {"time": round(record.created, 3), "step": current_step(), "name": name, "text": text}
-        if self._folder is None:
+        if self._file is None:
             self._early.append(line)
-            return
-        try:
-            append_json_line(self._folder / WARNINGS_FILE, line)
-        except OSError:  # a full disk: the run's own writing says so, and a warning must not end it
-            self.handleError(record)
+        else:
+            self._file.append(line)
 
     def begin(self, folder: Path) -> None:
         """Write what was said so far, and from now on at once.
@@ -51,10 +49,15 @@ class WarningsFile(logging.Handler):
         Args:
             folder: the run's `run/`.
         """
-        self._folder = folder
-        for line in self._early:
-            append_json_line(folder / WARNINGS_FILE, line)
-        self._early = []
+        early, self._early = self._early, []
+        self._file = RecordFile(folder / WARNINGS_FILE)
+        for line in early:
+            self._file.append(line)
+
+    @property
+    def records(self) -> tuple[RecordFile, ...]:
+        """The file, once the run's folder is there."""
+        return () if self._file is None else (self._file,)
 
 
 @contextmanager
@@ -68,6 +71,7 @@ def warnings_kept(is_main: bool) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
+        write_waiting([handler])
 
 
 def begin_warnings(folder: Path) -> None:

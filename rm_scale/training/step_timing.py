@@ -18,9 +18,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rm_scale.distributed import gather_from_ranks
-from rm_scale.files import append_json_line, write_whole
 from rm_scale.training.energy import EnergyMeter
 from rm_scale.training.meters import resident_peak_bytes
+from rm_scale.training.records import RecordFile, WholeRecord
 
 
 class CollectiveClock:
@@ -102,7 +102,8 @@ class StepTimes(TrainerCallback):
     """
 
     def __init__(self, folder: Path, uses_ddp: bool) -> None:
-        self.folder = folder
+        self._steps, self._timing = RecordFile(folder / "steps.jsonl"), WholeRecord(folder / "timing.json")
+        self.records = (self._steps, self._timing)
         self.uses_ddp = uses_ddp
         self.load: dict[str, Any] = {}
         self.collectives = CollectiveClock()
@@ -162,7 +163,7 @@ class StepTimes(TrainerCallback):
             return
         began, ended, record = self._unwritten
         self._unwritten = None
-        append_json_line(self.folder / "steps.jsonl", {**record, "seconds": round(ended.since(began), 6)})
+        self._steps.append({**record, "seconds": round(ended.since(began), 6)})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,8 +180,7 @@ class StepTimes(TrainerCallback):
             self._write({**self.load, "peak_memory": highest, **energy})
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "timing.json", json.dumps(record, indent=2) + "\n")
+        self._timing.write(json.dumps(record, indent=2) + "\n")
 
 
 def load_record(seconds: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rm_scale.batching.device_transfer import move_batch
 from rm_scale.batching.sampler import Batching, EpochDataLoader, StepCollator, StepDataset, StepSampler
 from rm_scale.distributed import agreed_errors, sum_over_ranks
+from rm_scale.logs import get_logger
 from rm_scale.modeling.head import check_head_trainable
 from rm_scale.modeling.loading import name_exact_type
 from rm_scale.modeling.scoring_contract import ScoringContract
@@ -38,9 +39,12 @@ from rm_scale.training.losses import LossSettings, centering, num_loss_terms, pr
 from rm_scale.training.meters import StepMeter, device_peak_flops, flops_of_steps
 from rm_scale.training.nonfinite_steps import NonFiniteSteps, read_numbers
 from rm_scale.training.pair_counts import EvaluationResult, evaluate_groups
+from rm_scale.training.records import write_waiting
 from rm_scale.training.slow_ranks import name_slow_ranks
 from rm_scale.training.step_timing import StepTimes
 from rm_scale.training.watchdog import Watchdog, collective_failure
+
+logger = get_logger(__name__)
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -364,6 +368,17 @@ class RewardTrainer(trl.RewardTrainer):
         self.step_times.write_last_step()
         seconds = self.checkpoints.save(is_stopping=bool(self.stopping.reason))
         self.stopping.longest_save_seconds = max(self.stopping.longest_save_seconds, seconds)
+        self.write_waiting_records()
+
+    def write_waiting_records(self, is_end: bool = False) -> None:
+        """Write the lines of metrics, timings and other records that a full disk has refused so far.
+
+        Args:
+            is_end: no later call follows; what still can't be written is said to be lost.
+        """
+        for record in write_waiting([*self.callback_handler.callbacks, self.nonfinite]):
+            if is_end:
+                logger.warning(f"{record.path}: the run ends, and {record.num_waiting:,} lines of it are lost")
 
     def create_model_card(self, *unused: Any, **also_unused: Any) -> None:
         """Do nothing: the model card is written once, at the end, with the evaluation's numbers."""

@@ -216,7 +216,11 @@ class Watchdog(threading.Thread):
         counts: list[GroupCount] = []
         with contextlib.suppress(Exception):  # groups may go while they are read; the rest is worth having
             counts = since(count_collectives(), self._counted_before)
-        self._write_report(mine | {"collectives": [asdict(count) for count in counts]})
+        try:
+            self._write_report(mine | {"collectives": [asdict(count) for count in counts]})
+        except OSError as error:
+            self._tell_stacks(mine, error)
+            raise
 
     def _where(self) -> dict[str, str]:
         """Return where the main thread is; when that thread itself asks after an error, where the error was raised."""
@@ -225,6 +229,13 @@ class Watchdog(threading.Thread):
             return where(self._main)
         last = traceback.extract_tb(error.__traceback__)[-1]
         return {"state": "collective", "at": f"{last.filename}:{last.lineno} ({last.name})"}
+
+    def _tell_stacks(self, mine: dict[str, Any], error: OSError) -> None:
+        """Say in the log where this rank stands, when its report can't be written."""
+        text = f"rank {self.rank} stands at {mine['at']} in {mine['place']}, step {self.step}; its report can't be"
+        print(f"rm_scale: {text} written in {self.folder}: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _write_report(self, mine: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

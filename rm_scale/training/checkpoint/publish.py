@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rm_scale.distributed import agreed_errors, gather_from_ranks
-from rm_scale.errors import CheckpointError, DiskError
+from rm_scale.errors import CheckpointError, DiskError, UserError, system_fault
 from rm_scale.files import sync
 from rm_scale.logs import get_logger
 from rm_scale.output_paths import foreign_in
@@ -101,10 +101,10 @@ def seal(folder: Path, manifest: Manifest, written: Iterable[str], rank: int) ->
     records = {name: record for part in gather_from_ranks(mine) for name, record in part.items()}
     with agreed_errors():
         if rank == 0:
-            _require_shared(folder, records)
-            rest = [name for name in files_in(folder) if name not in records]
-            manifest = replace(manifest, files={**records, **_hashed(folder, rest)})
             with writing(folder):
+                _require_shared(folder, records)
+                rest = [name for name in files_in(folder) if name not in records]
+                manifest = replace(manifest, files={**records, **_hashed(folder, rest)})
                 write_manifest(folder, manifest)
     return manifest
 
@@ -130,11 +130,12 @@ def _require_shared(folder: Path, records: dict[str, FileRecord]) -> None:
 def publish(aside: Path, final: Path) -> None:
     """Give a sealed checkpoint its name, by one rename. A folder of that name, from an abandoned attempt, is removed.
 
-    One that holds what no run has written is moved aside instead.
+    It is removed after the rename and put back if that fails. One that holds what no run has written is kept aside.
 
     Raises:
         DiskError: the rename failed.
     """
+    old: Path | None = None
     with writing(final):
         foreign = foreign_in(final)
         if foreign:
@@ -144,34 +145,59 @@ def publish(aside: Path, final: Path) -> None:
         elif final.exists():
             old = final.with_name(f"{ASIDE}old-{uuid.uuid4().hex[:8]}")
             final.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-        aside.rename(final)
+        try:
+            aside.rename(final)
+        except OSError:
+            if old is not None:
+                with contextlib.suppress(OSError):
+                    old.rename(final)
+            raise
         sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def keep_one_unverified(newest: Path) -> None:
-    """Remove earlier unverified checkpoints if this is one: a run that is started again may leave one each time."""
+    """Remove earlier unverified checkpoints if this is one: a run that is started again may leave one each time.
+
+    What the disk refuses is tried again after the next one.
+    """
     if newest.name.startswith(UNVERIFIED):
-        for folder in newest.parent.glob(f"{UNVERIFIED}checkpoint-*"):
-            if folder != newest and not foreign_in(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        with _removing(newest.parent):
+            for folder in newest.parent.glob(f"{UNVERIFIED}checkpoint-*"):
+                if folder != newest and not foreign_in(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, best_step: int | None) -> None:
     """Keep the newest `limit` checkpoints and the best one. Called after a new one has been published, never before.
 
-    What holds files that no run has written stays, and is not counted.
+    What holds files that no run has written stays, and is not counted. What can't be removed is told of, and tried
+    again after the next save: the new checkpoint is whole, and the run is sound.
     """
     if limit is None:
         return
-    ours = [folder for folder in checkpoints_in(output_dir) if not foreign_in(folder)]
-    for folder in ours[limit:]:
-        if checkpoint_step(folder) == best_step:
-            continue
-        # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
-        old = folder.with_name(f"{ASIDE}old-{uuid.uuid4().hex[:8]}")
-        folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+    with _removing(output_dir):
+        ours = [folder for folder in checkpoints_in(output_dir) if not foreign_in(folder)]
+        for folder in ours[limit:]:
+            if checkpoint_step(folder) == best_step:
+                continue
+            # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
+            old = folder.with_name(f"{ASIDE}old-{uuid.uuid4().hex[:8]}")
+            folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _removing(output_dir: Path) -> Iterator[None]:
+    """Tell of an error of the disk that ends the block, and go on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(
+            f"{output_dir}: older checkpoints could not be removed ({one_line(error, 160)}); it is tried again after "
+            "the next save"
+        )
 
 
 @contextlib.contextmanager
@@ -183,11 +209,22 @@ def writing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer reports a full disk as a RuntimeError of its own; others are no matter of the disk.
-        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_WRITER):
+    except Exception as error:
+        if not is_of_the_disk(error):
             raise
         raise DiskError(
             f"{folder}: could not be written ({one_line(error, 200)}). Fix: free disk space, or choose "
             "another output_dir."
         ) from error
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Return whether a library has met a full or failing disk.
+
+    torch's writer reports that as a RuntimeError of its own, and tokenizers as an exception of no class at all.
+    """
+    if isinstance(error, UserError):
+        return False
+    if isinstance(error, OSError | SafetensorError) or system_fault(error) is not None:
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_WRITER)

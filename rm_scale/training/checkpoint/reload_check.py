@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from rm_scale.errors import CheckpointError, DiskError
@@ -25,7 +25,7 @@ from rm_scale.modeling.out_of_memory import free_memory, is_out_of_memory
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import as_in_training, score_sequences
 from rm_scale.texts import one_line
-from rm_scale.training.checkpoint.publish import ASIDE
+from rm_scale.training.checkpoint.publish import ASIDE, is_of_the_disk
 
 logger = get_logger(__name__)
 
@@ -156,7 +156,9 @@ def disk_errors_explained(folder: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
         raise DiskError(
             f"{folder}: could not be written ({one_line(error, 200)}). What lies there is incomplete. "
             "Fix: free disk space or choose another output_dir, and resume from the last whole checkpoint."

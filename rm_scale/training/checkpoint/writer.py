@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer
@@ -20,6 +20,7 @@ from rm_scale.distributed import agreed_errors, gather_from_ranks, max_over_rank
 from rm_scale.errors import CheckpointError, DiskError, ScoresDiffer
 from rm_scale.logs import get_logger
 from rm_scale.training.attempts import Attempt
+from rm_scale.training.checkpoint.last_save import give_up, insist
 from rm_scale.training.checkpoint.manifest import Manifest
 from rm_scale.training.checkpoint.optimizer_state import is_portable, write_state
 from rm_scale.training.checkpoint.publish import (
@@ -35,6 +36,8 @@ from rm_scale.training.checkpoint.publish import (
 from rm_scale.version import __version__
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "safetensors")
 
@@ -68,20 +71,26 @@ class SaveSettings:
 class CheckpointWriter:
     """Write the checkpoints of a trainer's run.
 
-    A full disk does not end a healthy run; `max_failed_saves` failures in a row do, and one at a stop does. Nor does
-    the first save that scores differently after its reload: it is kept under another name.
+    A full disk does not end a healthy run; `max_failed_saves` failures in a row do. A save at a stop is tried again
+    while time is left. Nor does the first save end it that scores differently after its reload: it is kept under
+    another name.
 
     Args:
         trainer: whose model and training state are saved, the model by its own `save_model`.
         settings: see there.
         beat: called with the place that is reached, for the watchdog.
+
+    Attributes:
+        resumable_step: of the newest checkpoint that this attempt has published and a restart would resume from.
     """
 
     def __init__(self, trainer: Trainer, settings: SaveSettings, beat: Callable[[str], None]) -> None:
         self.trainer = trainer
         self.settings = settings
         self.beat = beat
+        self.resumable_step: int | None = None
         self._num_failed = 0
+        self._longest_seconds = 0.0
         self._scores_differed = False
         self._num_bytes = 0  # of the last checkpoint
         self._part_seconds: dict[str, float] = {}  # of the last checkpoint, on this rank
@@ -97,22 +106,23 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: on every rank, when the save differs from the model, or one failure too many.
+            LastSaveFailed: on every rank, when it was needed and an earlier checkpoint is there to go on from.
         """
-        started = time.monotonic()
-        step, output_dir = self.trainer.state.global_step, Path(self.trainer.args.output_dir)
-        final = output_dir / f"checkpoint-{step}"
-        # Rank 0's name for all ranks, since a part of it is random.
-        aside = output_dir / gather_from_ranks(aside_name(step, self.settings.attempt_number))[0]
+        step = self.trainer.state.global_step
+        final = Path(self.trainer.args.output_dir) / f"checkpoint-{step}"
+
+        def write() -> tuple[Path, float]:
+            return self._write_aside(final, is_stopping)
+
         try:
-            published = self._write(aside, final, is_stopping)
+            published, seconds = self._insist(write, final.name) if is_stopping else write()
         except DiskError as error:
-            if self.trainer.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
             self._survive_failure(error, step, is_stopping)
             return 0.0
         self._num_failed = 0
-        seconds = max_over_ranks([int(1000 * (time.monotonic() - started))])[0] / 1000
         if published == final:
+            if is_stopping or not self.trainer.args.save_only_model:
+                self.resumable_step = step
             self._note_saved(step, seconds)
         elif is_stopping:
             raise CheckpointError(
@@ -123,6 +133,47 @@ class CheckpointWriter:
             )
         logger.info(f"{published.name} is whole: {self._num_bytes / 1e6:,.1f} MB in {seconds:.1f} s")
         return seconds
+
+    def save_last(self, write: Callable[[], None], what: str) -> None:
+        """Run the save of a finished training, again while the disk refuses it and time is left. A collective.
+
+        Args:
+            write: the save.
+            what: its name, for messages.
+
+        Raises:
+            DiskError: on every rank, when the disk has refused it to the end.
+            LastSaveFailed: the same, where a checkpoint of this attempt is there to go on from.
+        """
+        try:
+            self._insist(write, what)
+        except DiskError as error:
+            if self.resumable_step is None:
+                raise
+            raise give_up(what, error, self.trainer.state.global_step, self.resumable_step) from error
+
+    def _insist(self, write: Callable[[], T], what: str) -> T:
+        return insist(write, what, self._longest_seconds, self.beat)
+
+    def _write_aside(self, final: Path, is_stopping: bool) -> tuple[Path, float]:
+        """Write and publish; return the name that was published, and the seconds that it took the slowest rank.
+
+        Raises:
+            DiskError: on every rank; nothing of it is left, as far as the disk allows.
+        """
+        started = time.monotonic()
+        # Rank 0's name for all ranks, since a part of it is random.
+        name = aside_name(self.trainer.state.global_step, self.settings.attempt_number)
+        aside = final.with_name(gather_from_ranks(name)[0])
+        try:
+            published = self._write(aside, final, is_stopping)
+        except DiskError:
+            if self.trainer.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        seconds = max_over_ranks([int(1000 * (time.monotonic() - started))])[0] / 1000
+        self._longest_seconds = max(self._longest_seconds, seconds)
+        return published, seconds
 
     def _note_saved(self, step: int, seconds: float) -> None:
         """Record a checkpoint that a restart would resume from."""
@@ -246,15 +297,20 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: on every rank, when it was needed or one too many has failed.
+            LastSaveFailed: on every rank, when it was needed, and this attempt has published an earlier one.
         """
         self._num_failed += 1
+        if is_stopping and self.resumable_step is not None:
+            raise give_up(f"checkpoint-{step}", error, step, self.resumable_step) from error
         limit = self.settings.max_failed_saves
         if self._num_failed >= limit or is_stopping:
             why = "the run was to stop with it" if is_stopping else f"{self._num_failed} in a row failed"
-            raise CheckpointError(
+            failed = CheckpointError(
                 f"checkpoint-{step} could not be written, and {why}: {error} Earlier checkpoints are as they were; "
                 "then go on with --resume_from_checkpoint last."
-            ) from error
+            )
+            failed.met_by = "world"
+            raise failed from error
         logger.error(
             f"checkpoint-{step} could not be written ({self._num_failed} of {limit} that may fail in a row); the run "
             f"goes on: {error}"
