@@ -18,26 +18,48 @@ RM_SCALE_TIER=''
 RM_SCALE_CONFIG=none
 export RM_SCALE_FORCE=plan # running out of memory is a result here
 
-# Slurm runs a copy of this script from a folder of its own, so the repository is looked for where it was submitted.
-submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p')
-from=${SLURM_SUBMIT_DIR:-.}
-for home in "${RM_SCALE_HOME:-/nowhere}" "${submitted%%/slurm/bench.sh*}" "$from" "$from/.."; do
-    if [[ -n ${SLURM_JOB_ID:-} && -f $home/slurm/common.sh ]]; then
-        # shellcheck source=slurm/common.sh
-        source "$home/slurm/common.sh"
-        if [[ ${1:-} == --one_case ]]; then
-            # Started by throughput.py inside the job: a run with folders of its own, that nothing restarts.
-            shift
-            unset SLURM_RESTART_COUNT
-            RM_SCALE_RESUME=none RM_SCALE_MAX_RESTARTS=0
-            rm_scale_main "$home" "$@" # ends the script
-        fi
-        rm_scale_bench "$home" "$@" # ends the script
-    fi
-done
+# Slurm runs a copy of this script from a folder of its own. The repository is looked for where the script lies that
+# was submitted, also behind a symbolic link, where it was submitted from, and where a Python on PATH has rm_scale.
+submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
+while [[ ! -f $submitted && $submitted == *' '* ]]; do submitted=${submitted% *}; done # words after the script's name
+above() { # FOLDER...: each, and all folders above it
+    local folder
+    for folder; do
+        while [[ $folder == /?* ]]; do
+            echo "$folder"
+            folder=${folder%/*}
+        done
+    done
+}
+installed() {
+    local python code='import os, rm_scale; print(os.path.dirname(os.path.abspath(rm_scale.__file__)))'
+    for python in "${RM_SCALE_VENV:-/nowhere}/bin/python" "$(dirname "$(command -v rm-scale)")/python" python3; do
+        "$python" -c "$code" 2>/dev/null | sed 's:.*:&/shipped\n&/..:'
+    done
+}
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    echo "rm_scale: slurm/common.sh was not found. Fix: submit from the repository, or set RM_SCALE_HOME to it." >&2
-else
-    echo "rm_scale: this is a job script, and there is no job around it. Fix: sbatch $0." >&2
+    while IFS= read -r home; do
+        [[ -f $home/slurm/common.sh && -f $home/slurm/rm_1b.sh ]] && break
+    done < <(
+        echo "${RM_SCALE_HOME:-/nowhere}"
+        above "$(readlink -f -- "$submitted")" "$submitted" "$(cd -- "${SLURM_SUBMIT_DIR:-.}" && pwd)"
+        installed
+        echo # none of them
+    )
+    if [[ -z $home ]]; then
+        echo "rm_scale: slurm/common.sh was not found. Fix: submit from the repository, or set RM_SCALE_HOME to it." >&2
+        exit 2
+    fi
+    # shellcheck source=slurm/common.sh
+    source "$home/slurm/common.sh"
+    if [[ ${1:-} == --one_case ]]; then
+        # Started by throughput.py inside the job: a run with folders of its own, that nothing restarts.
+        shift
+        unset SLURM_RESTART_COUNT
+        RM_SCALE_RESUME=none RM_SCALE_MAX_RESTARTS=0
+        rm_scale_main "$home" "$@" # ends the script
+    fi
+    rm_scale_bench "$home" "$@" # ends the script
 fi
+echo "rm_scale: this is a job script, and there is no job around it. Fix: sbatch $0." >&2
 exit 2

@@ -10,8 +10,9 @@
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
-# Whole nodes, with all their cores and memory.
+# Whole nodes, with all their cores.
 #SBATCH --exclusive
+# And all their memory.
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
@@ -28,19 +29,41 @@ settings=()
 
 # --- The rest is the same in each of these scripts -------------------------------------------------------------------
 
-# Slurm runs a copy of this script from a folder of its own, so the repository is looked for where it was submitted.
-submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p')
-from=${SLURM_SUBMIT_DIR:-.}
-for home in "${RM_SCALE_HOME:-/nowhere}" "${submitted%%/slurm/rm_*}" "$from" "$from/.."; do
-    if [[ -n ${SLURM_JOB_ID:-} && -f $home/slurm/common.sh ]]; then
-        # shellcheck source=slurm/common.sh
-        source "$home/slurm/common.sh"
-        rm_scale_main "$home" "${settings[@]}" "$@" # ends the script
-    fi
-done
+# Slurm runs a copy of this script from a folder of its own. The repository is looked for where the script lies that
+# was submitted, also behind a symbolic link, where it was submitted from, and where a Python on PATH has rm_scale.
+submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
+while [[ ! -f $submitted && $submitted == *' '* ]]; do submitted=${submitted% *}; done # words after the script's name
+above() { # FOLDER...: each, and all folders above it
+    local folder
+    for folder; do
+        while [[ $folder == /?* ]]; do
+            echo "$folder"
+            folder=${folder%/*}
+        done
+    done
+}
+installed() {
+    local python code='import os, rm_scale; print(os.path.dirname(os.path.abspath(rm_scale.__file__)))'
+    for python in "${RM_SCALE_VENV:-/nowhere}/bin/python" "$(dirname "$(command -v rm-scale)")/python" python3; do
+        "$python" -c "$code" 2>/dev/null | sed 's:.*:&/shipped\n&/..:'
+    done
+}
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    echo "rm_scale: slurm/common.sh was not found. Fix: submit from the repository, or set RM_SCALE_HOME to it." >&2
-else
-    echo "rm_scale: this is a job script, and there is no job around it. Fix: sbatch $0, or rm-scale slurm submit." >&2
+    while IFS= read -r home; do
+        [[ -f $home/slurm/common.sh && -f $home/slurm/rm_1b.sh ]] && break
+    done < <(
+        echo "${RM_SCALE_HOME:-/nowhere}"
+        above "$(readlink -f -- "$submitted")" "$submitted" "$(cd -- "${SLURM_SUBMIT_DIR:-.}" && pwd)"
+        installed
+        echo # none of them
+    )
+    if [[ -z $home ]]; then
+        echo "rm_scale: slurm/common.sh was not found. Fix: submit from the repository, or set RM_SCALE_HOME to it." >&2
+        exit 2
+    fi
+    # shellcheck source=slurm/common.sh
+    source "$home/slurm/common.sh"
+    rm_scale_main "$home" "${settings[@]}" "$@" # ends the script
 fi
+echo "rm_scale: this is a job script, and there is no job around it. Fix: sbatch $0, or rm-scale slurm submit." >&2
 exit 2

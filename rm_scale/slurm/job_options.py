@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rm_scale.errors import ConfigError
+from rm_scale.texts import one_line
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}"
 _NODE_LIST = r"[A-Za-z0-9][A-Za-z0-9_.,\[\]-]{0,1023}"
@@ -35,6 +36,21 @@ class JobOption:
     example: str
     help: str
 
+
+_SBATCH_NAMES = """
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container
+contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency
+distribution error exclude exclusive export export-file extra-node-info get-user-env gid gpu-bind gpu-freq gpus
+gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input job-name
+kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network
+nice no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node
+ntasks-per-socket open-mode output overcommit oversubscribe parsable partition power prefer priority profile
+propagate qos quiet reboot requeue reservation signal sockets-per-node spread-job switches test-only thread-spec
+threads-per-core time time-min tmp tres-per-task uid use-min-nodes wait wait-all-nodes wckey wrap
+"""
+SBATCH_OPTIONS = frozenset(_SBATCH_NAMES.split())
+"""Long options of sbatch (22.05 to 24.11), by which words after a script are recognised as meant for it."""
+_SHORT_OPTIONS = "aAbBcCdDeFGHiJkLmMnNoOpqstwWxS"
 
 _WORD_RULE = "letters, digits and . _ @ -, beginning with a letter or digit"
 JOB_OPTIONS = (
@@ -88,7 +104,7 @@ JOB_OPTIONS = (
         r"[A-Za-z0-9_./%@+=][A-Za-z0-9_./%@+=-]{0,1023}",
         "a path of letters, digits and . _ / % @ + = -",
         "%x-%j.log",
-        "the job's log; its folder must exist",
+        "the job's log; its folder is made when the job is submitted",
     ),
 )
 
@@ -128,3 +144,39 @@ def _given(options: argparse.Namespace) -> Iterator[tuple[JobOption, str]]:
         value = getattr(options, option.name, None)
         if value is not None:
             yield option, str(value)
+
+
+def sbatch_options_among(words: Sequence[str]) -> list[str]:
+    """Return a sentence for each option of sbatch among the words after a script, where sbatch does not read it.
+
+    A name that is also a setting of a run is the setting.
+
+    Args:
+        words: command line of `rm_scale/train.py`, as typed after the job script.
+    """
+    from rm_scale.config import RunConfig
+
+    own = {option.name: option.flag for option in JOB_OPTIONS}
+    found = []
+    for place, word in enumerate(words):
+        name, _, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
+        if name.replace("-", "_") in RunConfig.model_fields:
+            continue
+        before = words[place - 1] if place else ""
+        if name.replace("_", "-") in SBATCH_OPTIONS or own.get(name.replace("-", "_")):
+            flag = own.get(name.replace("-", "_"), name.replace("_", "-"))
+            found.append(_misplaced(word, f"--{flag}" + (f"={value}" if value else "")))
+        elif re.fullmatch(rf"-[{_SHORT_OPTIONS}][\w:.,%-]*", word, re.ASCII) and not _takes_value(before):
+            found.append(_misplaced(word, word))
+    return found
+
+
+def _takes_value(word: str) -> bool:
+    return word.startswith("--") and "=" not in word
+
+
+def _misplaced(word: str, option: str) -> str:
+    return (
+        f"{one_line(word, 80)}: is an option of sbatch, which reads none after the script. Fix: write it before the "
+        f"script (sbatch {one_line(option, 80)} slurm/rm_1b.sh), or into RM_SCALE_SBATCH_OPTIONS of slurm/site.env."
+    )

@@ -12,7 +12,7 @@ from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_s
 from rm_scale.planning.hardware import Device, find_device
 from rm_scale.slurm.job_options import sbatch_options
 from rm_scale.slurm.site import script_of_tier, site_variables
-from rm_scale.slurm.submit import Submission, send
+from rm_scale.slurm.submit import fitted, send
 from rm_scale.tiers import model_tier
 
 GPUS_PER_NODE = 8
@@ -43,7 +43,7 @@ def submit_run(options: argparse.Namespace, settings: Sequence[str]) -> int:
     tier = model_tier(options.tier).name if options.tier else None
     if "job-name" not in job:
         job["job-name"] = f"rm_{tier}" if tier else "rm"
-    submission = Submission(job, variables, script, tuple(absolute_config(planned.settings)))
+    submission = fitted(script, job, variables, absolute_config(planned.settings), site_variables())
     print()
     return send(submission, dry_run=options.dry_run)
 

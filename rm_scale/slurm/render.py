@@ -10,9 +10,11 @@ from pathlib import Path
 
 from rm_scale.errors import UserError
 from rm_scale.files import replacing
+from rm_scale.slurm.header import environment_options, header_changes, read_header, with_header
 from rm_scale.slurm.job_options import sbatch_options
-from rm_scale.slurm.site import name_of_tier, script_of_tier, variables_of_tier
-from rm_scale.slurm.submit import check_names
+from rm_scale.slurm.settings_check import check_names
+from rm_scale.slurm.site import name_of_tier, script_of_tier, site_variables, variables_of_tier
+from rm_scale.slurm.time_limits import fitting_grace
 
 MARK = "# Rendered by rm-scale slurm render."
 
@@ -26,7 +28,10 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
     job = {**name_of_tier(options.tier), **sbatch_options(options)}
     check_names(settings)
     source = script_of_tier(options.tier)
-    text = render(source, job, variables_of_tier(options.tier), settings)
+    site = site_variables()
+    header = read_header(source.read_text(encoding="utf-8"))
+    job |= fitting_grace({**environment_options(site), **job}, header)
+    text = render(source, job, variables_of_tier(options.tier), settings, site)
     if options.output is None:
         print(text, end="")
         return 0
@@ -52,7 +57,13 @@ def write_script(path: Path, text: str) -> None:
         raise UserError(f"output={path}: can't be written ({error.strerror}). Fix: another --output.") from error
 
 
-def render(source: Path, job: Mapping[str, str], variables: Mapping[str, str], settings: Sequence[str]) -> str:
+def render(
+    source: Path,
+    job: Mapping[str, str],
+    variables: Mapping[str, str],
+    settings: Sequence[str],
+    site: Mapping[str, str] | None = None,
+) -> str:
     """Return the script's text.
 
     Args:
@@ -60,10 +71,14 @@ def render(source: Path, job: Mapping[str, str], variables: Mapping[str, str], s
         job: sbatch's options, checked by `sbatch_options`.
         variables: values that replace the script's own defaults.
         settings: command line of `rm_scale/train.py`; quoted here, whatever it holds.
+        site: variables of `site.env`, which say how the cluster is asked for GPUs, memory and cores.
+
+    Raises:
+        UserError: a setting or a variable can't be used.
     """
     lines = source.read_text(encoding="utf-8").splitlines()
     lines.insert(1, f"{MARK} Paths are those of the machine it was rendered on.")
-    lines = _with_header(lines, job)
+    lines = with_header(lines, header_changes(read_header(source.read_text(encoding="utf-8")), job, site or {}))
     home = shlex.quote(str(source.resolve().parents[1]))
     body = [
         f"[[ -n ${{RM_SCALE_HOME:-}} ]] || RM_SCALE_HOME={home}",
@@ -97,20 +112,3 @@ def _quoted(word: str) -> str:
 def _escaped(byte: int) -> str:
     plain = 0x20 <= byte < 0x7F and chr(byte) not in "'\\"
     return chr(byte) if plain else f"\\{byte:03o}"
-
-
-def _with_header(lines: list[str], job: Mapping[str, str]) -> list[str]:
-    """Return the lines with these values in the #SBATCH lines, and further #SBATCH lines after them."""
-    left = dict(job)
-    without_gpus = left.get("gpus-per-node") == "0"
-    if without_gpus:
-        del left["gpus-per-node"]
-    out = []
-    for line in lines:
-        name = line.removeprefix("#SBATCH --").split("=")[0] if line.startswith("#SBATCH --") else ""
-        if without_gpus and "gpu" in name:
-            continue
-        out.append(f"#SBATCH --{name}={left.pop(name)}" if name in left else line)
-    last = max(number for number, line in enumerate(out) if line.startswith("#SBATCH"))
-    out[last + 1 : last + 1] = [f"#SBATCH --{name}={value}" for name, value in left.items()]
-    return out

@@ -18,8 +18,9 @@ from rm_scale.config import RunConfig
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.slurm.job_options import JOB_OPTIONS, add_job_options, sbatch_options
 from rm_scale.slurm.render import MARK, render, write_script
+from rm_scale.slurm.settings_check import check_names
 from rm_scale.slurm.site import script_of_tier, site_variables, variables_of_tier
-from rm_scale.slurm.submit import Submission, check_names
+from rm_scale.slurm.submit import Submission
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("rm_*.sh"))
@@ -232,14 +233,17 @@ def test_what_sbatch_answers_is_checked(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Answers that a healthy cluster does not give."""
-    for name, text in (("sbatch", answer), ("squeue", "echo 'PENDING|PartitionTimeLimit'")):
+    for name, text in (("sbatch", answer), ("squeue", "echo 'PENDING|gpu|1|12:00:00|PartitionTimeLimit'")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert cli(["slurm", "submit", "--tier", "1b", "--max_steps", "3"]) == code
     out, err = capfd.readouterr()
     assert told in out + err
-    assert code != 0 or "will not start: PartitionTimeLimit (--time is longer than the partition allows)" in out
+    assert (
+        code != 0
+        or "will not start: its time limit is longer than the partition allows. Fix: another --time (Part" in out
+    )
 
 
 def test_submit_needs_one_script(capsys: pytest.CaptureFixture[str]) -> None:
