@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.files import read_json_lines, read_json_object
+from rm_scale.json_values import as_number, as_whole
 from rm_scale.slurm.job_start import START_FILE, Start, read_start
 from rm_scale.slurm.requeue import read_ends
 from rm_scale.training.attempts import read_attempts
@@ -58,9 +59,10 @@ def read_records(folder: Path) -> JobRecords:
     for path in folder.glob(f"attempt-*/{START_FILE}"):
         try:
             start = read_start(path)
-            starts[start.attempt] = start
         except (OSError, ValueError, KeyError, TypeError):
             continue
+        if _is_sound(start):
+            starts[start.attempt] = start
     last = starts[max(starts)] if starts else None
     run = Path(last.output_dir) / "run" if last is not None else None
     ours = [event for event in read_attempts(run) if _of_job(event, last)] if run is not None else []
@@ -75,14 +77,22 @@ def read_records(folder: Path) -> JobRecords:
     )
 
 
+def _is_sound(start: Start) -> bool:
+    """Tell whether what is used here of a start is of the right kind: a file may have been edited, or half written."""
+    paths = (start.output_dir, start.folder)
+    counts = (start.attempt, start.ranks_per_node)
+    return all(isinstance(path, str) and "\0" not in path for path in paths) and all(
+        as_whole(count) is not None for count in counts
+    )
+
+
 def _of_job(event: dict[str, Any], start: Start | None) -> bool:
     """Return whether a job wrote an event: several jobs may have used the output directory, one after the other."""
     return start is None or str(event.get("job_id", start.job_id)) == str(start.job_id)
 
 
 def _total_steps(run: Path | None) -> int | None:
-    value = read_json_object(run / "plan.json").get("total_steps") if run is not None else None
-    return int(value) if isinstance(value, int | float) else None
+    return as_whole(read_json_object(run / "plan.json").get("total_steps")) if run is not None else None
 
 
 def last_errors(records: JobRecords, num_lines: int = 8) -> list[str]:
@@ -90,10 +100,12 @@ def last_errors(records: JobRecords, num_lines: int = 8) -> list[str]:
     last = records.last
     if last is None:
         return []
-    failed = [end for end in records.ends.values() if end.get("failed_at")]
-    names = [f"{end['node']}.rank{_first_rank(end)}.log" for end in sorted(failed, key=lambda end: end["failed_at"])]
+    failed = sorted((time, node) for node, end in records.ends.items() if (time := as_number(end.get("failed_at"))))
+    names = [f"{node}.rank{_first_rank(records.ends[node])}.log" for _, node in failed]
     paths = [Path(last.folder) / name for name in names] + sorted(Path(last.folder).glob("*.log"))
     for path in dict.fromkeys(paths):
+        if path.parent != Path(last.folder) or "\0" in path.name:
+            continue
         lines = [line for line in _tail(path) if any(word in line.lower() for word in _ERROR_WORDS)]
         if lines:
             return [f"{path.name}: {line.strip()[:300]}" for line in lines[-num_lines:]]

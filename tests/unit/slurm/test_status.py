@@ -77,7 +77,7 @@ def test_a_job_that_waits_and_one_that_is_gone(tmp_path: Path, logs: Path) -> No
 
 
 def test_the_command(logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(status, "ask_slurm", lambda job: {})
+    monkeypatch.setattr(status, "ask_slurm", lambda job: [])
     assert cli(["slurm", "status", "7", "--logs", str(logs.parent), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 12
     assert cli(["slurm", "status", "8", "--logs", str(logs.parent)]) == 2
@@ -89,13 +89,85 @@ def test_the_command(logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert len(capsys.readouterr().err) < 500
 
 
+def tool(folder: Path, name: str, code: str) -> None:
+    """A stand-in for one of Slurm's commands."""
+    (folder / name).write_text(f"#!/bin/sh\n{code}\n")
+    (folder / name).chmod(0o755)
+
+
 def test_slurms_answer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "scontrol"
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    tool.write_text("#!/bin/sh\necho 'JobId=7 JobName=x UserId=me(1) JobState=RUNNING Reason=None Comment=a=b'\n")
-    tool.chmod(0o755)
-    assert status.ask_slurm("7")["JobState"] == "RUNNING"
-    tool.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
-    assert status.ask_slurm("7") == {}
+    monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere:/bin")
+    tool(tmp_path, "scontrol", "echo 'JobId=7 JobName=x UserId=me(1) JobState=RUNNING Reason=None Comment=a=b'")
+    tool(tmp_path, "sacct", "exit 1")
+    assert [entry["JobState"] for entry in status.ask_slurm("7")] == ["RUNNING"]
+    tool(tmp_path, "scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert status.ask_slurm("7") == []
+    tool(tmp_path, "sacct", "echo '7|7|rm_1b|CANCELLED by 0|node1|00:10:00|12:00:00|0:15|/home/me'; echo 'x|y'")
+    told = status.ask_slurm("7")[0]
+    assert (told["JobState"], told["RunTime"], told["WorkDir"]) == ("CANCELLED", "00:10:00", "/home/me")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert status.ask_slurm("7") == {}
+    assert status.ask_slurm("7") == []
+
+
+def test_an_array_is_shown_task_by_task(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    common = f"JobName=rm_1b WorkDir={tmp_path} TimeLimit=12:00:00"
+    lines = [
+        f"JobId=5 ArrayJobId=5 ArrayTaskId=4-7%2 JobState=PENDING Reason=Priority {common}",
+        f"JobId=8 ArrayJobId=5 ArrayTaskId=1 JobState=FAILED Reason=NonZeroExitCode ExitCode=2:0 {common}",
+        f"JobId=7 ArrayJobId=5 ArrayTaskId=0 JobState=RUNNING Reason=None NodeList=node1 {common}",
+    ]
+    tool(tmp_path, "scontrol", "".join(f"echo '{line}'\n" for line in lines))
+    rest = "rm_1b|COMPLETED|node2|00:01:00|12:00:00|0:0|/"
+    tool(tmp_path, "sacct", f"echo '5_2|9|{rest}'; echo '5_0|7|{rest}'")
+    assert cli(["slurm", "status", "5"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "job 5 rm_1b: array of 7 tasks: 1 RUNNING, 1 FAILED, 1 COMPLETED, 4 PENDING",
+        "5_0        RUNNING on node1, attempt 2: step 12 of 912, loss 0.5000",
+        "5_1        FAILED (NonZeroExitCode), exit code 2:0",
+        "5_2        COMPLETED on node2",
+        "5_[4-7%2]  PENDING (Priority)",
+        "one of them in full: rm-scale slurm status 5_N",
+    ]
+    assert cli(["slurm", "status", "5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["states"] == {"RUNNING": 1, "FAILED": 1, "COMPLETED": 1, "PENDING": 4}
+    assert (told["tasks"][0]["task"], told["tasks"][0]["step"]) == ("5_0", 12)
+    tool(tmp_path, "scontrol", f"echo '{lines[2]}'")
+    assert cli(["slurm", "status", "5_0"]) == 0
+    assert "attempt 2: step 12 of 912, loss 0.5000, accuracy 0.750" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4-7", 4), ("0", 1), ("1,3,5-9:2%4", 5), ("0-1000000", 1000001), ("x", 1)]
+)
+def test_tasks_are_counted(text: str, count: int) -> None:
+    assert status.num_tasks(text) == count
+
+
+WRONG: list[Any] = [None, "x", -1, 1e308, float("nan"), True, [], [1], {}, {"a": 1}, "\0", "1", 10**400, ""]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: repr(value)[:20])
+def test_wrong_values_in_records_break_nothing(logs: Path, wrong: Any) -> None:
+    """Each value of each record in turn: it shows less, and never ends in a traceback."""
+    output = logs.parents[1] / "out"
+    end = {"node": "b", "code": 1, "failed_at": 240.0, "time": 241.0, "reason": "rank 9 failed", "ranks": {}}
+    (logs / "attempt-1" / "b.end.json").write_text(json.dumps(end))
+    (logs / "attempt-1" / "c.end.json").write_text(json.dumps({**end, "node": "c"}))
+    files = [output / "run" / "metrics.jsonl", output / "run" / "attempts.jsonl", output / "run" / "plan.json"]
+    files += [logs / "events.jsonl", logs / "attempt-1" / "b.end.json", logs / "attempt-1" / "start.json"]
+    for path in files:
+        kept = path.read_text()
+        last = kept.splitlines()[-1 if path.suffix == ".jsonl" and not kept.endswith('"lo') else 0]
+        record = json.loads(last) if path.suffix == ".jsonl" else json.loads(kept)
+        for name in record:
+            changed = json.dumps({**record, name: wrong})
+            path.write_text(f"{changed}\n" * 3 if path.suffix == ".jsonl" else changed)
+            answer = status.summarise(TOLD, read_records(logs))
+            assert status.as_text("7", answer) and json.dumps(answer)
+        path.write_text(json.dumps(wrong))
+        assert status.as_text("7", status.summarise({}, read_records(logs)))
+        path.write_text(kept)
