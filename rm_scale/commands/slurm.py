@@ -1,4 +1,4 @@
-"""`rm-scale slurm render|submit|status`: write a job script, submit it, watch the job."""
+"""`rm-scale slurm render|submit|status|pack`: write a job script, submit it, watch the job, pack the environment."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import argparse
 from rm_scale.commands.help_formatter import HelpFormatter
 from rm_scale.slurm.job_options import add_job_options
 
-HELP = "job scripts: render, submit, watch"
-DESCRIPTION = "Write a ready job script, submit a job, or show what became of one. See docs/slurm.md."
+HELP = "job scripts: render, submit, watch; pack the environment for the nodes"
+DESCRIPTION = (
+    "Write a ready job script, submit a job, show what became of one, or pack the environment. See docs/slurm.md."
+)
 EXAMPLE = "rm-scale slurm submit --tier 13b --config configs/llama_2_13b_lora.yaml --dry_run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the three commands."""
+    """Add the commands."""
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     further = "All other options are settings of rm_scale/train.py, such as --config FILE.yaml."
 
@@ -57,6 +59,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("--logs", help="RM_SCALE_LOGS of the job; default: what Slurm knows, else logs/ here")
     status.add_argument("--json", action="store_true", help="for scripts")
     status.set_defaults(run=_status)
+    _add_pack(commands)
+
+
+def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    pack = commands.add_parser(
+        "pack",
+        help="one file of the virtual environment, which each node of a job unpacks to its own disk",
+        description="Pack a virtual environment into one file for RM_SCALE_PACKED_ENV, from which each node of a job "
+        "unpacks it once to its own disk: Python then imports nothing over the shared disk.",
+        epilog="example: rm-scale slurm pack --output /shared/me/env.tar",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    pack.add_argument("--output", required=True, metavar="FILE.tar", help="or FILE.tar.zst, FILE.tar.gz")
+    pack.add_argument("--venv", metavar="DIR", help="default: the environment that this command runs in")
+    pack.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names below DIR to leave out, such as 'lib/*/site-packages/onnx*'; may be given several times",
+    )
+    pack.set_defaults(run=_pack)
 
 
 def _render(options: argparse.Namespace, settings: list[str]) -> int:
@@ -75,3 +100,9 @@ def _status(options: argparse.Namespace) -> int:
     from rm_scale.slurm import status
 
     return status.run(options)
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from rm_scale.slurm import packed_environment
+
+    return packed_environment.run(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -90,9 +91,68 @@ def test_pyxis_is_handed_to_srun(tmp_path: Path) -> None:
     assert mounts in words
 
 
+def packed_stand_in(folder: Path, sources: str) -> Path:
+    """An archive of nothing but its mark."""
+    (folder / "rm_scale_packed.txt").write_text(f"key={'0' * 16}\nfiles=0\nbytes=0\nsources={sources}\n")
+    subprocess.run(["tar", "-cf", folder / "env.tar", "-C", folder, "rm_scale_packed.txt"], check=True)
+    return folder / "env.tar"
+
+
+def test_a_packed_environment_starts_python_on_every_node(tmp_path: Path) -> None:
+    """The checkout is looked for over the shared disk only when the archive holds another rm_scale."""
+    variables = {"RM_SCALE_PACKED_ENV": str(packed_stand_in(tmp_path, "of another day")), "TMPDIR": "/local/"}
+    variables["RM_SCALE_VENV"] = "/nowhere"  # not looked at
+    done = bash(f"{WORDS}; echo $PYTHONPATH", tmp_path, **variables)
+    script = f"{REPOSITORY}/slurm/common/packed_python.sh"
+    assert (
+        done.stdout.splitlines()[-6:]
+        == [
+            *["bash", script, f"{tmp_path}/env.tar", f"/local/rm_scale-{os.getuid()}"],
+            *["-m", "x", str(REPOSITORY)],
+        ][-6:]
+    ), done.stderr
+    assert "holds another rm_scale than" in done.stderr
+    sources = bash("rm_scale_sources", tmp_path).stdout.strip()
+    packed_stand_in(tmp_path, sources)
+    same = bash("rm_scale_python; echo ${PYTHONPATH-none}", tmp_path, **variables)
+    assert (same.stdout, same.stderr) == ("none\n", "")
+
+
+def test_sources_are_known_by_one_digest(tmp_path: Path) -> None:
+    from rm_scale.slurm.packed_environment import digest_of_sources, entries_of_package
+
+    entries = list(entries_of_package(REPOSITORY / "rm_scale", "site/rm_scale"))
+    assert bash("rm_scale_sources", tmp_path).stdout.strip() == digest_of_sources(entries, "site/rm_scale")
+
+
+def test_every_node_unpacks_before_anything_is_timed(tmp_path: Path) -> None:
+    stand_in(tmp_path, "srun", "exit 0")
+    archive = str(packed_stand_in(tmp_path, ""))
+    done = bash("rm_scale_python; rm_scale_unpack; echo on", tmp_path, RM_SCALE_PACKED_ENV=archive)
+    assert done.stdout == "on\n" and called(tmp_path)[0].endswith(" -V"), done.stderr
+    stand_in(tmp_path, "srun", "exit 2")
+    assert bash("rm_scale_python; rm_scale_unpack", tmp_path, RM_SCALE_PACKED_ENV=archive).returncode == 2
+    stand_in(tmp_path, "srun", "exec sleep 60")
+    slow = {"RM_SCALE_PACKED_ENV": archive, "RM_SCALE_UNPACK_SECONDS": "1"}
+    done = bash("rm_scale_python; rm_scale_unpack", tmp_path, **slow)
+    assert done.returncode == 2 and "RM_SCALE_UNPACK_SECONDS=1: not every node could unpack" in done.stderr
+    assert bash("rm_scale_python; rm_scale_unpack; echo on", tmp_path).stdout == "on\n"
+
+
+def test_compilers_caches_are_on_the_nodes_own_disk(tmp_path: Path) -> None:
+    from rm_scale.launch.extensions import CACHES
+
+    code = f'rm_scale_caches; for name in {" ".join(CACHES)}; do echo "${{!name}}"; done'
+    done = bash(code, tmp_path, RM_SCALE_SCRATCH="/fast disk", CUDA_CACHE_PATH="/mine")
+    root = f"/fast disk/rm_scale-{os.getuid()}/caches"
+    assert done.stdout.splitlines() == [f"{root}/triton", f"{root}/inductor", f"{root}/kernels", "/mine"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
+        ({"RM_SCALE_PACKED_ENV": "/nowhere"}, "RM_SCALE_PACKED_ENV=/nowhere: no such file"),
+        ({"RM_SCALE_PACKED_ENV": "/x", "RM_SCALE_CONTAINER": "y"}, "are both set"),
         ({"RM_SCALE_VENV": "/nowhere"}, "RM_SCALE_VENV=/nowhere: has no bin/python"),
         ({"RM_SCALE_MODULES": "cuda/12"}, "there is no 'module' command here"),
         ({"RM_SCALE_SETUP": "/nowhere"}, "RM_SCALE_SETUP=/nowhere: no such file"),
