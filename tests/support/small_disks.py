@@ -18,14 +18,16 @@ class SmallDisk:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def fill(self) -> None:
-        """Take all room that is left, to the last byte that the file system gives."""
-        with (self.path / "filling").open("ab", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC, error
+    def fill(self, log: Path | None = None) -> None:
+        """Take all room that is left; a log, which may hold anything, is filled to the end of its last page as well."""
+        for path, content in ((self.path / "filling", bytes(4096)), (log, b".")):
+            if path is not None:
+                with path.open("ab", buffering=0) as file:
+                    try:
+                        while True:
+                            file.write(content)
+                    except OSError as error:
+                        assert error.errno == errno.ENOSPC, error
 
     def empty(self) -> None:
         """Give that room back."""
