@@ -165,6 +165,7 @@ def sbatch_options_among(words: Sequence[str]) -> list[str]:
         before = words[place - 1] if place else ""
         if name.replace("_", "-") in SBATCH_OPTIONS or own.get(name.replace("-", "_")):
             flag = own.get(name.replace("-", "_"), name.replace("_", "-"))
+            value = f"B:USR1@{value}" if value.isdigit() and flag == "signal" else value
             found.append(_misplaced(word, f"--{flag}" + (f"={value}" if value else "")))
         elif re.fullmatch(rf"-[{_SHORT_OPTIONS}][\w:.,%-]*", word, re.ASCII) and not _takes_value(before):
             found.append(_misplaced(word, word))

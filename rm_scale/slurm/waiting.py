@@ -54,7 +54,7 @@ _SOMEBODY = (
     ("PartitionInactive", "the partition {partition} takes no jobs"),
     ("NodeDown", "a node that it needs is down: sinfo -R"),
     ("FrontEndDown", "the front end is down"),
-    ("BadNodeState|Nodes?_?required for job are DOWN.*", "nodes that it needs are down or drained: sinfo -R"),
+    ("BadNodeState|Nodes required for job are DOWN.*", "nodes that it needs are down or drained: sinfo -R"),
     (r"ReqNodeNotAvail,\s*UnavailableNodes:.*", "nodes that it needs are down or drained: sinfo -R"),
     (r"(Assoc|QOS)Grp\w*(Minutes|RunMins)\w*", "{whose} has no time left: sshare, or sreport, says how much was used"),
     ("AccountingPolicy|AssociationResourceLimit", "the account has reached a limit"),
@@ -118,7 +118,7 @@ def outlook(job: str, seen: Seen, ask: Ask) -> str:
 
 def broken_limit(seen: Seen, partitions: Sequence[Mapping[str, str]]) -> str | None:
     """Return which limit a job breaks in every partition that it may run in, and what to ask for; `None` without."""
-    if not seen.reason.startswith("Partition"):
+    if seen.reason not in {"PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit"}:
         return None
     found = [_of_partition(seen, partition) for partition in partitions]
     return "; ".join(text for text in found if text) if found and all(found) else None
@@ -153,6 +153,8 @@ def partition_limits(name: str, ask: Ask) -> str:
             gives = f"{partition.get('TotalNodes', '?')} nodes, a time limit of {partition.get('MaxTime', '?')}"
             if _number(partition.get("MaxNodes", "")) is not None:
                 gives += f", {partition['MaxNodes']} nodes to one job"
+            if partition.get("State", "UP") != "UP":
+                gives += f", and is {partition['State'].lower()}"
             return f"the partition {partition.get('PartitionName', name)} has {gives}"
     return ""
 

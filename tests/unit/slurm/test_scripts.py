@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from rm_scale.cli import main as cli
 from rm_scale.config import RunConfig
 from rm_scale.errors import ConfigError, UserError
-from rm_scale.slurm.job_options import JOB_OPTIONS, add_job_options, sbatch_options
+from rm_scale.slurm.job_options import JOB_OPTIONS, add_job_options, sbatch_options, sbatch_options_among
 from rm_scale.slurm.render import MARK, render, write_script
 from rm_scale.slurm.settings_check import check_names
 from rm_scale.slurm.site import script_of_tier, site_variables, variables_of_tier
@@ -251,3 +252,65 @@ def test_submit_needs_one_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["slurm", "submit", "--script", "nowhere.sh"]) == 2
     err = capsys.readouterr().err
     assert "tier and script: give one of them" in err and "script=nowhere.sh: no such file" in err
+
+
+@pytest.mark.parametrize("way", ["link", "copy in a folder below", "submitted from below", "installed", "nowhere"])
+def test_a_script_finds_what_it_needs(stub: Path, tmp_path: Path, way: str) -> None:
+    """Slurm runs a copy from its spool folder; where the script lay is what scontrol says, with the words after it."""
+    tools, elsewhere = tmp_path / "bin", tmp_path / "else where"
+    tools.mkdir()
+    elsewhere.mkdir()
+    script, submitted_from = elsewhere / "my run.sh", elsewhere
+    if way == "link":
+        script.symlink_to(stub / "slurm" / "rm_1b.sh")
+    elif way == "copy in a folder below":
+        script = stub / "experiments" / "one.sh"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text("")
+    elif way == "submitted from below":
+        submitted_from = stub / "slurm" / "common"
+    elif way == "installed":
+        (tools / "python3").write_text(f"#!/bin/sh\necho {shlex.quote(str(stub / 'rm_scale'))}\n")
+        (stub / "rm_scale").mkdir(exist_ok=True)
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho {shlex.quote(f'   Command={script} --run_name a b')}\n")
+    if way != "installed":
+        (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    spool = tmp_path / "slurm_script"
+    spool.write_text((REPOSITORY / "slurm" / "rm_1b.sh").read_text())
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(submitted_from)}
+    done = subprocess.run(
+        ["bash", str(spool), "--x"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    if way == "nowhere":
+        assert done.returncode == 2 and "slurm/common.sh was not found. Fix: submit from the repository" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "1b\0--x\0", "")
+
+
+def test_the_folder_of_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.sh"
+    own.write_text("#!/bin/bash\n#SBATCH -o of_header/%j.log\n#SBATCH --error=errors/%j.log\necho\n")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 12\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert cli(["slurm", "submit", "--script", str(own), "--dry_run"]) == 0
+    assert not (tmp_path / "of_header").exists()
+    assert cli(["slurm", "submit", "--script", str(own)]) == 0
+    assert "made the folder of the log: of_header" in capsys.readouterr().out and (tmp_path / "errors").is_dir()
+    assert cli(["slurm", "submit", "--script", str(own), "--log", "own.sh/a.log"]) == 2
+    assert "log=own.sh/: the folder is not there and can't be made" in capsys.readouterr().err
+    assert cli(["slurm", "submit", "--script", str(own), "--log", "a-%j/b.log", "--dry_run"]) == 2
+    assert "log=a-%j/b.log: the folder must have no % pattern" in capsys.readouterr().err
+
+
+def test_options_of_sbatch_among_settings() -> None:
+    found = sbatch_options_among(["--time=10", "--max_steps", "3", "-N", "4", "--run_name", "-N", "--job_name", "a b"])
+    assert [message.split(":")[0] for message in found] == ["--time=10", "-N", "--job_name"]
+    assert "(sbatch --time=10 slurm/rm_1b.sh)" in found[0]
+    assert sbatch_options_among(["--output_dir", "x", "--seed=3", "--config", "a.yaml", "-1"]) == []
+    assert "(sbatch --signal=60 " not in sbatch_options_among(["--grace=60"])[0]
