@@ -10,7 +10,7 @@ from rm_scale.errors import ConfigError
 from rm_scale.launch.machine import Machine, device_here, local_gpu_names
 from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size, refuse_what_does_not_fit
 from rm_scale.planning.hardware import Device, find_device
-from rm_scale.slurm.job_options import sbatch_options
+from rm_scale.slurm.job_options import sbatch_options, sbatch_options_among
 from rm_scale.slurm.site import script_of_tier, site_variables
 from rm_scale.slurm.submit import fitted, send
 from rm_scale.tiers import model_tier
@@ -29,6 +29,9 @@ def submit_run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         if getattr(options, name):
             raise ConfigError([f"{name} with slurm: Slurm names the machines and starts the run. Fix: leave it out."])
     job = sbatch_options(options, without=("nodes", "gpus"))
+    misplaced = sbatch_options_among(settings)
+    if misplaced:
+        raise ConfigError(misplaced)
     machine, variables = find_machine(options)
     planned = plan_run(options.tier, settings, machine, check_output=False)
     refuse_another_size(options.tier, planned)
@@ -61,7 +64,8 @@ def find_machine(options: argparse.Namespace) -> tuple[Machine, dict[str, str]]:
     asked = site.get("RM_SCALE_RANKS_PER_NODE", "")
     per_node = options.gpus or (int(asked) if asked.isdigit() else 0) or (1 if device.is_cpu else GPUS_PER_NODE)
     variables = {"RM_SCALE_GPU": device.name} if not device.is_cpu else {"RM_SCALE_DEVICE": "cpu"}
-    if device.is_cpu or asked:
+    # Where Slurm isn't asked for GPUs it gives whole nodes, and the job can't know how many were planned for.
+    if device.is_cpu or asked or site.get("RM_SCALE_GPU_REQUEST") == "none":
         variables["RM_SCALE_RANKS_PER_NODE"] = str(per_node)
     return Machine(device, per_node, options.nodes, None), variables
 

@@ -48,9 +48,27 @@ def test_processors_and_forced_plans(words: list[str], capsys: pytest.CaptureFix
     assert any(word.endswith("rm_1b.sh") for word in told), "the script of the nearest size"
 
 
+def test_the_header_is_written_as_the_site_asks(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["launch", "--slurm", "--dry_run", "--tier", "1b", "--gpu", "h100-80g", "--gpus", "4", *words]
+    monkeypatch.setenv("RM_SCALE_GPU_REQUEST", "gres")
+    monkeypatch.setenv("RM_SCALE_GPU_TYPE", "h100")
+    assert cli([*base, "--time", "20"]) == 0
+    told = capsys.readouterr().out
+    assert "\n#SBATCH --gres=gpu:h100:4\n" in told and "\n#SBATCH --signal=B:USR1@300\n" in told
+    assert told.rstrip().endswith("\nsbatch --parsable --export=ALL,RM_SCALE_GPU=h100-80g,RM_SCALE_CONFIG=none")
+    monkeypatch.setenv("RM_SCALE_GPU_REQUEST", "none")
+    assert cli(base) == 0
+    told = capsys.readouterr().out
+    assert "gpu" not in "".join(line for line in told.splitlines() if line.startswith("#SBATCH"))
+    assert "RM_SCALE_RANKS_PER_NODE=4" in told, "the nodes are whole, and may have more"
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
+        (["--mem=0"], "--mem=0: is an option of sbatch"),
         (["--hostfile", "x"], "hostfile with slurm"),
         (["--auto_batch"], "auto_batch with slurm"),
         (["--nodes", "0"], "both must be at least 1"),
