@@ -99,24 +99,35 @@ class _LossyFile(io.RawIOBase):
             rest = rest[count:]
 
     def _write_some(self, rest: memoryview) -> int:
-        pipe = self._own_handle_of_a_pipe()
-        if pipe is None:
+        handle = self._handle_of_a_pipe()
+        if handle is None:
             return os.write(self._handle, rest)
+        if handle == self._handle:  # it may block: so no more than a pipe takes at once when it takes anything
+            rest = rest[: select.PIPE_BUF]
+            self._wait_for_room(handle)
         while True:
             try:
-                count = os.write(pipe, rest)
+                count = os.write(handle, rest)
             except BlockingIOError:
-                ready = select.poll()
-                ready.register(pipe, select.POLLOUT)
-                if not ready.poll(0 if self._is_stuck else 1000 * self._patience):
-                    self._is_stuck = True
-                    raise OSError(errno.EAGAIN, "whatever reads it has stopped reading") from None
+                self._wait_for_room(handle)
             else:
                 self._is_stuck = False
                 return count
 
-    def _own_handle_of_a_pipe(self) -> int | None:
-        """Return a handle of our own where this writes to a pipe: it doesn't block, whatever the others that share it.
+    def _wait_for_room(self, handle: int) -> None:
+        """Wait until a pipe takes something.
+
+        Raises:
+            OSError: its reader does not read.
+        """
+        ready = select.poll()
+        ready.register(handle, select.POLLOUT)
+        if not ready.poll(0 if self._is_stuck else 1000 * self._patience):
+            self._is_stuck = True
+            raise OSError(errno.EAGAIN, "whatever reads it has stopped reading")
+
+    def _handle_of_a_pipe(self) -> int | None:
+        """Return where to write when this is a pipe: a handle of our own that doesn't block, if that can be had.
 
         To let the given handle not block would change it for all processes that have it.
         """
@@ -130,8 +141,8 @@ class _LossyFile(io.RawIOBase):
         if self._pipe is None:
             try:
                 own = os.open(f"/proc/self/fd/{self._handle}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:  # not Linux, or not ours to open: it may block then
-                return None
+            except OSError:  # not Linux, or another user has made the pipe
+                return self._handle
             self._pipe = (place, own)
         return self._pipe[1]
 

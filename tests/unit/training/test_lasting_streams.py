@@ -83,8 +83,13 @@ def test_a_full_disk_to_the_end_leaves_the_exit_code(disk: SmallDisk) -> None:
     assert lasting.wait(60) == 85
 
 
-def test_a_pipe_that_breaks_or_is_not_read_holds_nobody_up() -> None:
-    fill = "import sys\nfor _ in range(3000):\n    print('x' * 100)\nsys.stdout.flush()\n"
+@pytest.mark.parametrize("another_user", [False, True])
+def test_a_pipe_that_breaks_or_is_not_read_holds_nobody_up(another_user: bool) -> None:
+    """Another user's pipe, such as Slurm's, can't be opened once more without blocking."""
+    if another_user and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    fill = "import os, sys\n" + ("os.setuid(65534)\n" if another_user else "")
+    fill += "for _ in range(3000):\n    print('x' * 100)\nsys.stdout.flush()\n"
     reading, writing = os.pipe()
     os.close(reading)
     broken = start(OUTLAST + fill, writing)
