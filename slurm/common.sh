@@ -33,6 +33,7 @@ rm_scale_main() {
     RM_SCALE_HOME=$(cd -- "$1" && pwd)
     shift
     RM_SCALE_ATTEMPT=${SLURM_RESTART_COUNT:-0}
+    RM_SCALE_JOB=$(rm_scale_job)
     RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER=''
     export RM_SCALE_HOME RM_SCALE_TIER RM_SCALE_CONFIG
     rm_scale_load_site

@@ -26,7 +26,7 @@ from typing import IO
 from rm_scale.files import write_whole
 from rm_scale.slurm.job_start import FENCE_SECONDS, Start, end_path, read_fence, read_start
 from rm_scale.texts import printable
-from rm_scale.training.preemption import EXIT_REQUEUE
+from rm_scale.training.preemption import EXIT_REQUEUE, attempt_signal, ignore_attempt_signals
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REPEAT_SECONDS = 5.0
@@ -127,10 +127,11 @@ class Node:
         nodes, which may still be saving. `requeue` reads from the records that the job is to be requeued.
         """
         # Ignored by this process, and so by what it starts, until each installs its own handler.
+        ignore_attempt_signals()
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         self.ranks = [self._spawn(local_rank) for local_rank in range(self.start.ranks_per_node)]
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, attempt_signal(self.start.attempt)):
             signal.signal(number, self._on_signal)
         self._wait()
         code = self._judge()
@@ -138,7 +139,7 @@ class Node:
         return 0 if code == EXIT_REQUEUE else code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self.asked = signal.SIGTERM if number == signal.SIGTERM else signal.SIGUSR1
 
     # --- Starting ----------------------------------------------------------------------------------------------------
 

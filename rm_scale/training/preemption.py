@@ -39,20 +39,53 @@ class StopReason(IntEnum):
         return {1: "wall clock", 2: "STOP file", 3: "SIGUSR1", 4: "SIGTERM"}.get(int(self), "none")
 
 
-_SIGNALS = {signal.SIGUSR1: StopReason.SIGUSR1, signal.SIGTERM: StopReason.SIGTERM}
+_SIGNALS: dict[int, StopReason] = {signal.SIGUSR1: StopReason.SIGUSR1, signal.SIGTERM: StopReason.SIGTERM}
 _received: dict[StopReason, float] = {}
 
+FIRST_ATTEMPT_SIGNAL, NUM_ATTEMPT_SIGNALS = 40, 20
+"""Real-time signals by which a Slurm job's script asks the ranks of one attempt to stop (`slurm/common/signals.sh`).
 
-def watch_signals() -> None:
-    """Remember SIGUSR1 and SIGTERM instead of dying of them. Outside the main thread, do nothing."""
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            signal.signal(number, _remember)
+A request that is still on its way when Slurm starts the job again must not stop the next attempt: it has another
+number. The C library keeps 32 and 33 for itself.
+"""
+
+
+def attempt_signal(attempt: int) -> int:
+    """Return the signal that asks the ranks of a Slurm job's attempt to stop, and no other attempt's.
+
+    Args:
+        attempt: how often the job was restarted before.
+    """
+    return FIRST_ATTEMPT_SIGNAL + attempt % NUM_ATTEMPT_SIGNALS
+
+
+def ignore_attempt_signals() -> None:
+    """Ignore the signals of all attempts, here and in processes started from now on."""
+    for attempt in range(NUM_ATTEMPT_SIGNALS):
+        signal.signal(attempt_signal(attempt), signal.SIG_IGN)
+
+
+def watch_signals(environ: Mapping[str, str] | None = None) -> None:
+    """Remember SIGUSR1, SIGTERM and this attempt's own signal instead of dying of them.
+
+    Outside the main thread, do nothing.
+
+    Args:
+        environ: `RM_SCALE_ATTEMPT` in it names the attempt of a job that was started by the job scripts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in _SIGNALS:
+        signal.signal(number, _remember)
+    attempt = (os.environ if environ is None else environ).get("RM_SCALE_ATTEMPT", "")
+    if attempt.isascii() and attempt.isdigit():
+        ignore_attempt_signals()
+        signal.signal(attempt_signal(int(attempt)), _remember)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
     """Note the time, and nothing else: a handler runs between any two instructions, in the middle of a step."""
-    _received.setdefault(_SIGNALS[signal.Signals(number)], time.time())
+    _received.setdefault(_SIGNALS.get(number, StopReason.SIGUSR1), time.time())
 
 
 def received_signal() -> StopReason:

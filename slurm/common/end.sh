@@ -4,7 +4,7 @@
 # Ends the script as rm_scale.slurm.requeue decides: with an exit code, or by handing the job back to Slurm.
 rm_scale_end() { # SRUN_CODE, or none when no rank was started
     local state answer action code
-    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null || :)
+    state=$(squeue --noheader --jobs "$RM_SCALE_JOB" --format %T 2>/dev/null || :)
     answer=$(
         trap '' USR1 TERM # at the time limit Slurm signals every process, and this one must finish
         rm_scale_here -m rm_scale.slurm.requeue "$RM_SCALE_ATTEMPT_DIR" --srun_code "$1" --state "$state" \
@@ -20,7 +20,7 @@ rm_scale_end() { # SRUN_CODE, or none when no rank was started
         if ((code != RM_SCALE_REQUEUE || RM_SCALE_ATTEMPT >= RM_SCALE_MAX_RESTARTS)); then rm_scale_exit "$code"; fi
     fi
     if [[ $action == requeue ]]; then
-        if scontrol requeue "$SLURM_JOB_ID"; then
+        if scontrol requeue "$RM_SCALE_JOB"; then
             rm_scale_say "saved, stopped and requeued; attempt $((RM_SCALE_ATTEMPT + 1)) goes on from the checkpoint"
             sleep 120 # Slurm ends this script; a normal end would make the job COMPLETED
         fi

@@ -36,6 +36,6 @@ rm_scale_end_time() {
         echo "$SLURM_JOB_END_TIME"
         return
     fi
-    text=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e 2>/dev/null || :)
+    text=$(squeue --noheader --jobs "$RM_SCALE_JOB" --format %e 2>/dev/null || :)
     if [[ $text =~ ^[0-9]{4}- ]]; then date -d "$text" +%s 2>/dev/null || :; fi
 }

@@ -1,6 +1,16 @@
 # shellcheck shell=bash
 # Messages, and the events in the job's folder.
 
+# What Slurm's commands call this job: of an array this task alone. A task's SLURM_JOB_ID won't do, since that of the task
+# which started last is the number of the whole array.
+rm_scale_job() {
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+        echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    else
+        echo "$SLURM_JOB_ID"
+    fi
+}
+
 rm_scale_say() { printf 'rm_scale: %s\n' "$*"; }
 rm_scale_fail() {
     printf 'rm_scale: %s\n' "$*" >&2

@@ -10,12 +10,16 @@ rm_scale_stop() {
     rm_scale_tell_ranks
 }
 
+# The signal that asks this attempt's ranks to stop, and no other attempt's: a request that is still on its way when an
+# administrator has requeued the job must not stop the next one. As rm_scale.training.preemption.attempt_signal has it.
+rm_scale_attempt_signal() { echo $((40 + RM_SCALE_ATTEMPT % 20)); }
+
 # Through Slurm, to the tasks of every node. (kill -TERM on srun would kill the tasks; kill -USR1 on an srun that has
 # not started them yet would kill srun.) Repeated, since a step that is just starting is not there to hear it.
 rm_scale_tell_ranks() {
     [[ -n $RM_SCALE_SRUN_PID && -z $RM_SCALE_REPEATER ]] || return 0
     while kill -0 "$RM_SCALE_SRUN_PID" 2>/dev/null; do
-        scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null || :
+        scancel --signal="$(rm_scale_attempt_signal)" "$RM_SCALE_JOB" 2>/dev/null || :
         sleep 10
     done &
     RM_SCALE_REPEATER=$!

@@ -6,20 +6,22 @@ rm_scale_on_all_nodes() { # SRUN_OPTION PYTHON_ARGUMENTS...
     RM_SCALE_COMMAND=(srun)
     # One task a node, whatever sbatch was told.
     RM_SCALE_COMMAND+=("--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+    # Ranks meet by torch's own means; a site's default such as pmix would look for libraries that a container lacks.
+    RM_SCALE_COMMAND+=(--mpi=none)
     RM_SCALE_COMMAND+=(--cpu-bind=none) # a node's ranks share all cores that the job has there
     RM_SCALE_COMMAND+=(--export=ALL)    # also where the site exports nothing by default
     RM_SCALE_COMMAND+=("${RM_SCALE_SRUN[@]}" "$1")
     shift
-    # USR1 would end the shells and containers between srun and our process: ignored here, it is ignored in all that
-    # they start, until a process asks for it.
+    # Requests to stop would end the shells and containers between srun and our process: ignored here, they are ignored
+    # in all that those start, until a process asks for them.
     # shellcheck disable=SC2016 # expands in the task
-    RM_SCALE_COMMAND+=(bash -c 'trap "" USR1; exec "$@"' rm_scale "${RM_SCALE_PYTHON[@]}" "$@")
+    RM_SCALE_COMMAND+=(bash -c 'trap "" USR1 $(seq 40 59); exec "$@"' rm_scale "${RM_SCALE_PYTHON[@]}" "$@")
 }
 
 # Python on this node, where the job's software is.
 rm_scale_here() {
     if [[ ${#RM_SCALE_SRUN[@]} -gt 0 ]]; then
-        srun --nodes=1 --ntasks=1 --nodelist="${SLURMD_NODENAME:-$(hostname -s)}" --export=ALL \
+        srun --nodes=1 --ntasks=1 --nodelist="${SLURMD_NODENAME:-$(hostname -s)}" --export=ALL --mpi=none \
             "${RM_SCALE_SRUN[@]}" "${RM_SCALE_PYTHON[@]}" "$@"
     else
         "${RM_SCALE_PYTHON[@]}" "$@"

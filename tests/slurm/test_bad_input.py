@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rm_scale.slurm.prepare import FIRST_PORT, NUM_PORTS
+from rm_scale.slurm.rendezvous import FIRST_PORT, NUM_PORTS
 from tests.support.cluster import CLI, Cluster, Job, pid_of_rank, template
 from tests.support.launching import run
 
@@ -114,7 +114,7 @@ def test_an_output_directory_of_another_run(cluster: Cluster, inputs: list[str])
 
 def test_a_port_that_is_taken(cluster: Cluster, inputs: list[str]) -> None:
     """The next one is used, and said."""
-    from rm_scale.slurm.prepare import port_of_job
+    from rm_scale.slurm.rendezvous import port_of_job
 
     with socket.socket() as taken:
         taken.bind(("", FIRST_PORT + 700 % NUM_PORTS))

@@ -11,7 +11,7 @@ import pytest
 
 from rm_scale.slurm.prepare import EXIT_NOTHING_TO_START
 from rm_scale.slurm.requeue import NO_RANKS
-from rm_scale.training.preemption import EXIT_REQUEUE
+from rm_scale.training.preemption import EXIT_REQUEUE, NUM_ATTEMPT_SIGNALS, attempt_signal
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -26,6 +26,7 @@ def bash(code: str, folder: Path, **variables: str) -> subprocess.CompletedProce
     }
     env |= {"RM_SCALE_HOME": str(REPOSITORY), "RM_SCALE_SITE_ENV": "/nowhere", **variables}
     begin = f"set -euo pipefail\nsource '{REPOSITORY}/slurm/common.sh'\nRM_SCALE_ATTEMPT=${{RM_SCALE_ATTEMPT:-0}}\n"
+    begin += "RM_SCALE_JOB=$(rm_scale_job)\n"
     begin += "RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER=''\nrm_scale_load_site\n"
     begin += f"RM_SCALE_LOGS='{folder}' RM_SCALE_JOB_DIR='{folder}' RM_SCALE_ATTEMPT_DIR='{folder}/attempt-0'\n"
     return subprocess.run(
@@ -55,7 +56,23 @@ def test_one_task_a_node_that_ignores_the_signal(tmp_path: Path) -> None:
     words = done.stdout.splitlines()
     assert words[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"], done.stderr
     assert "--kill-on-bad-exit=1" in words and "--export=ALL" in words
-    assert words[-6:] == ["-c", 'trap "" USR1; exec "$@"', "rm_scale", f"{REPOSITORY}/.venv/bin/python", "-m", "x"]
+    numbers = [attempt_signal(attempt) for attempt in range(NUM_ATTEMPT_SIGNALS)]
+    ignored = f"$(seq {min(numbers)} {max(numbers)})"
+    assert words[-6:-3] == ["-c", f'trap "" USR1 {ignored}; exec "$@"', "rm_scale"]
+    assert words[-3:] == [f"{REPOSITORY}/.venv/bin/python", "-m", "x"]
+
+
+@pytest.mark.parametrize("attempt", [0, 1, 19, 20, 107])
+def test_the_signal_of_an_attempt_is_the_same_in_bash_and_python(attempt: int, tmp_path: Path) -> None:
+    done = bash("rm_scale_attempt_signal", tmp_path, RM_SCALE_ATTEMPT=str(attempt))
+    assert int(done.stdout) == attempt_signal(attempt)
+
+
+def test_a_task_of_an_array_is_addressed_alone(tmp_path: Path) -> None:
+    """The task that starts last has the number of the whole array as its SLURM_JOB_ID."""
+    assert bash("rm_scale_job", tmp_path).stdout == "7\n"
+    done = bash("rm_scale_job", tmp_path, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert done.stdout == "7_2\n"
 
 
 def test_an_installed_package_finds_its_python(tmp_path: Path) -> None:
@@ -271,4 +288,4 @@ def test_a_signal_is_repeated_until_srun_ends(tmp_path: Path) -> None:
     done = bash(code, tmp_path)
     assert done.stdout.splitlines()[-1] == "code 7", done.stderr
     assert done.stdout.count("received at") == 1 and "Terminated" not in done.stderr
-    assert "scancel --signal=USR1 7" in called(tmp_path)
+    assert "scancel --signal=40 7" in called(tmp_path)

@@ -18,18 +18,15 @@ from rm_scale.slurm import prepare as prepare_module
 from rm_scale.slurm.allocation import Allocation, host_names, read_allocation
 from rm_scale.slurm.job_start import end_path, read_fence, read_start
 from rm_scale.slurm.prepare import (
-    FIRST_PORT,
-    NUM_PORTS,
     array_settings,
     default_settings,
-    master_address,
-    port_of_job,
     prepare,
     ranks_per_node,
     wait_for_earlier_attempt,
     with_array_output,
     with_resume,
 )
+from rm_scale.slurm.rendezvous import FIRST_PORT, NUM_PORTS, master_address, port_of_job
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ALLOCATION = Allocation(7, 0, ("node1",), 8, None)
