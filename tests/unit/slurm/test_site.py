@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from rm_scale.errors import UserError
-from rm_scale.slurm.site import site_variables, unknown_variables
+from rm_scale.slurm.header import read_header
+from rm_scale.slurm.render import render
+from rm_scale.slurm.site import known_variables, script_of_tier, site_variables, unknown_variables
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -102,3 +105,33 @@ def test_a_misspelt_variable_is_noticed() -> None:
     found = unknown_variables({"RM_SCALE_RANK_PER_NODE": "8", "RM_SCALE_CONTAINER": "x", "RM_SCALE_OUR_OWN_THING": "1"})
     assert len(found) == 1
     assert found[0].startswith("RM_SCALE_RANK_PER_NODE: no such variable; did you mean RM_SCALE_RANKS_PER_NODE?")
+
+
+def special_lines() -> list[str]:
+    """The lines that docs/slurm.md gives for the habits of clusters."""
+    text = (REPOSITORY / "docs" / "slurm.md").read_text(encoding="utf-8")
+    part = text.partition("## Your cluster is special\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (?!the cluster|---)[^|]* \| ([^|]*) \|$", part, re.M)
+    return [line for cell in cells for line in re.findall(r"`((?:export |RM_SCALE_)[^`]*)`", cell) if "=" in line]
+
+
+def test_there_are_lines_for_special_clusters() -> None:
+    assert len(special_lines()) > 20
+
+
+@pytest.mark.parametrize("line", special_lines())
+def test_each_line_for_a_special_cluster_can_be_used(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bash reads it, every name in it is known, and a header can be written from it."""
+    own = tmp_path / "site.env"
+    own.write_text(f"{line}\n", encoding="utf-8")
+    monkeypatch.setenv("RM_SCALE_SITE_ENV", str(own))
+    site = site_variables()
+    assert unknown_variables(site) == []
+    names = set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", line))
+    assert all(site[name] for name in names)
+    assert {name for name in names if name.startswith("RM_SCALE_")} <= known_variables()
+    for tier in ("1b", "13b"):
+        script = script_of_tier(tier)
+        assert read_header(render(script, {}, {}, [], site))["ntasks-per-node"] == "1"
