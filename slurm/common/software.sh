@@ -19,7 +19,7 @@ rm_scale_modules() {
 # Sets RM_SCALE_PYTHON, the command that starts Python on a node, and RM_SCALE_SRUN, further options of srun.
 rm_scale_python() {
     RM_SCALE_SRUN=()
-    rm_scale_local_disk
+    rm_scale_caches
     if [[ -f $RM_SCALE_HOME/rm_scale/__init__.py ]] && ! rm_scale_packed_is_this; then
         # A checkout: its own package, whatever is installed.
         export PYTHONPATH="$RM_SCALE_HOME${PYTHONPATH:+:$PYTHONPATH}"
@@ -99,10 +99,11 @@ rm_scale_unpack() {
 rm_scale_caches() {
     rm_scale_local_disk
     export RM_SCALE_CACHES="${RM_SCALE_CACHES:-$RM_SCALE_LOCAL/caches}"
-    export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$RM_SCALE_CACHES/triton}"                   # else ~/.triton/cache
-    export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$RM_SCALE_CACHES/inductor}"   # else below TMPDIR
-    export PYTORCH_KERNEL_CACHE_PATH="${PYTORCH_KERNEL_CACHE_PATH:-$RM_SCALE_CACHES/kernels}" # else ~/.cache/torch
-    export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$RM_SCALE_CACHES/cuda}"                       # else ~/.nv/ComputeCache
+    # Without: ~/.triton/cache, torchinductor_USER below TMPDIR, ~/.cache/torch/kernels, ~/.nv/ComputeCache.
+    export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$RM_SCALE_CACHES/triton}"
+    export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$RM_SCALE_CACHES/inductor}"
+    export PYTORCH_KERNEL_CACHE_PATH="${PYTORCH_KERNEL_CACHE_PATH:-$RM_SCALE_CACHES/kernels}"
+    export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$RM_SCALE_CACHES/cuda}"
 }
 
 rm_scale_container() {
