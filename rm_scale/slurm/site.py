@@ -17,7 +17,7 @@ _SCRIPT_OF_TIER = {"1b": "rm_1b.sh", "3b": "rm_7b.sh", "7b": "rm_7b.sh", "13b": 
 _BESIDE_SITE = frozenset(
     f"RM_SCALE_{name}"
     for name in (
-        *("CONFIG", "TIER", "SWEEP", "FORCE", "HOME", "SITE_ENV", "RETRIES"),
+        *("CONFIG", "TIER", "SWEEP", "FORCE", "HOME", "SITE_ENV"),
         # Set by our own commands and tests.
         *(
             "ASSETS_CACHE",
