@@ -21,6 +21,9 @@ from rm_scale.errors import UserError
 from rm_scale.files import free_port
 from rm_scale.texts import one_line
 
+EXIT_PORT_TAKEN = 86
+"""Exit code of ranks that could not meet since another program has taken the port: they may be started with another."""
+
 
 @dataclass(frozen=True)
 class World:

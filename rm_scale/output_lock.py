@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -135,14 +136,27 @@ def may_run(owner: Owner, me: Owner) -> bool:
 
 
 def _job_may_run(job: int) -> bool:
-    command = ["squeue", "--noheader", "--jobs", str(job), "--states", "RUNNING,COMPLETING,SUSPENDED", "--format", "%i"]
+    if not can_ask_slurm():
+        return not has_ended(job, os.environ)
+    # %A: the number of an array's task. Asked for that which started last, squeue answers for the whole array.
+    command = ["squeue", "--noheader", "--jobs", str(job), "--states", "RUNNING,COMPLETING,SUSPENDED", "--format", "%A"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SQUEUE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return True
     if answer.returncode:
         return "Invalid job id" not in answer.stderr  # Slurm has forgotten jobs that ended long ago
-    return bool(answer.stdout.split())
+    return str(job) in answer.stdout.split()
+
+
+def can_ask_slurm() -> bool:
+    """Return whether Slurm's commands are here: inside a container they are not."""
+    return shutil.which("squeue") is not None
+
+
+def has_ended(job: int, environ: Mapping[str, str]) -> bool:
+    """Return whether Slurm, asked outside the container by the job's script, said that another job has ended."""
+    return environ.get("RM_SCALE_JOB_ASKED") == str(job) and environ.get("RM_SCALE_JOB_ENDED") == "1"
 
 
 def running_owner(output_dir: str | Path, me: Owner | None = None) -> Owner | None:

@@ -11,6 +11,7 @@
 
 RM_SCALE_REQUEUE=85 # exit code of ranks that have saved and stopped
 RM_SCALE_NOTHING_TO_START=64 # exit code of rm_scale.slurm.prepare after --dry_run
+RM_SCALE_ASK_SLURM=65 # exit code of rm_scale.slurm.prepare where it can't ask Slurm, inside a container
 
 RM_SCALE_COMMON=$(dirname -- "${BASH_SOURCE[0]}")/common
 # shellcheck source=slurm/common/records.sh
@@ -34,8 +35,9 @@ rm_scale_main() {
     shift
     RM_SCALE_ATTEMPT=${SLURM_RESTART_COUNT:-0}
     RM_SCALE_JOB=$(rm_scale_job)
-    RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER=''
-    export RM_SCALE_HOME RM_SCALE_TIER RM_SCALE_CONFIG
+    RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER='' RM_SCALE_REQUEUED='' RM_SCALE_POSTPONED=''
+    RM_SCALE_PORTS_TRIED=0
+    export RM_SCALE_HOME RM_SCALE_TIER RM_SCALE_CONFIG RM_SCALE_PORTS_TRIED
     rm_scale_load_site
     RM_SCALE_LOGS=$(mkdir -p -- "$RM_SCALE_LOGS" && cd -- "$RM_SCALE_LOGS" && pwd) ||
         rm_scale_fail "RM_SCALE_LOGS: can't be made below $PWD. Fix: a folder on the shared disk, in slurm/site.env."
@@ -45,23 +47,19 @@ rm_scale_main() {
     rm_scale_note attempt
     trap 'rm_scale_stop USR1' USR1
     trap 'rm_scale_stop TERM' TERM
+    rm_scale_environment
+    rm_scale_watch_limit
     rm_scale_modules
     rm_scale_python
-    rm_scale_environment
 
-    local code=0
-    rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
-    if ((code == RM_SCALE_NOTHING_TO_START)); then rm_scale_exit 0; fi
-    if ((code != 0)); then rm_scale_exit "$code"; fi
-    rm_scale_check || code=$?
-    if ((code != 0)); then
-        rm_scale_say "the check of the nodes failed (code $code): nothing was started" >&2
-        rm_scale_exit 2
-    fi
-    rm_scale_note start
-    if [[ -n $RM_SCALE_STOP ]]; then rm_scale_end none; fi # the signal came before there was anything to save
-    rm_scale_train
-    rm_scale_end "$RM_SCALE_CODE"
+    while :; do
+        rm_scale_prepare "$@"
+        rm_scale_note start
+        if [[ -n $RM_SCALE_STOP ]]; then rm_scale_end none; fi # the signal came before there was anything to save
+        rm_scale_train
+        rm_scale_end "$RM_SCALE_CODE" # returns when another port is to be tried
+        RM_SCALE_PORTS_TRIED=$((RM_SCALE_PORTS_TRIED + 1))
+    done
 }
 
 rm_scale_bench() {

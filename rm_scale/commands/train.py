@@ -16,9 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, settings: list[str]) -> int:
     """Train; return 0, 2 after a message for the user, or 85 when asked to stop."""
+    from rm_scale.training.lasting_streams import outlast_full_disks
     from rm_scale.training.preemption import watch_signals
 
     watch_signals()
+    outlast_full_disks()
     from rm_scale.train import main
 
     return main(settings)

@@ -43,10 +43,12 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
         raise UserError(
             "SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is no Slurm job. Fix: submit the script with sbatch."
         )
+    # Inside a container there is no scontrol: the job's script has asked outside.
+    written_out = environ.get("RM_SCALE_NODES", "").split()
     return Allocation(
         job_id=int(job),
         attempt=slurm_number(environ, "SLURM_RESTART_COUNT"),
-        nodes=tuple(host_names(names)),
+        nodes=tuple(written_out or host_names(names)),
         gpus_per_node=slurm_number(environ, "SLURM_GPUS_ON_NODE"),
         array_task=slurm_number(environ, "SLURM_ARRAY_TASK_ID") if environ.get("SLURM_ARRAY_TASK_ID") else None,
     )

@@ -22,9 +22,10 @@ from rm_scale.launch.deepspeed_command import TRAIN
 from rm_scale.launch.machine import Machine, device_here, local_gpu_names
 from rm_scale.launch.planned_run import PlannedRun, plan_run, refuse_what_does_not_fit
 from rm_scale.logs import get_logger, setup_logging
-from rm_scale.output_lock import refuse, running_owner, this_process
+from rm_scale.output_lock import Owner, can_ask_slurm, refuse, running_owner, this_process
 from rm_scale.planning.hardware import find_device, known_devices
 from rm_scale.slurm.allocation import Allocation, read_allocation
+from rm_scale.slurm.job_options import sbatch_options_among
 from rm_scale.slurm.job_start import (
     FENCE_SECONDS,
     START_FILE,
@@ -41,9 +42,14 @@ logger = get_logger(__name__)
 EXIT_NOTHING_TO_START = 64
 """Exit code after `--dry_run`: everything was checked, and nothing is to be started."""
 
+EXIT_ASK_SLURM = 65
+"""Exit code where only Slurm, outside the container, can tell whether the job named in `asked_job` still runs."""
+
+ASKED_FILE = "asked_job"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare one attempt of a job; return 0, 2 after a message, or `EXIT_NOTHING_TO_START`."""
+    """Prepare one attempt of a job; return 0, 2 after a message, `EXIT_NOTHING_TO_START` or `EXIT_ASK_SLURM`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging()
     return run_guarded(lambda: prepare(Path(arguments[0]), arguments[1:], os.environ))
@@ -58,8 +64,11 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
         environ: variables of `slurm/site.env` and of Slurm.
 
     Raises:
-        UserError: the allocation, the settings or the plan can't be used.
+        UserError: the allocation, the settings or the plan can't be used, or another run writes to the directory.
     """
+    misplaced = sbatch_options_among(asked)
+    if misplaced:
+        raise ConfigError(misplaced)
     allocation = read_allocation(environ)
     ranks = ranks_per_node(allocation, environ)
     arguments = [*default_settings(asked, allocation, environ), *asked]
@@ -87,6 +96,12 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
         output_dir=str(Path(config.output_dir).resolve()),
         folder=str(folder.resolve()),
     )
+    owner = other_owner(start)
+    if owner is not None and must_ask_outside(owner, environ):
+        write_whole(folder / ASKED_FILE, f"{owner.job}\n")
+        return EXIT_ASK_SLURM
+    if owner is not None:
+        raise refuse(start.output_dir, owner)
     _take_over(start)
     logger.info(
         f"job {start.job_id}, attempt {start.attempt}: {start.world_size} ranks on {', '.join(start.nodes)}; "
@@ -96,12 +111,7 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _take_over(start: Start) -> None:
-    """Claim folders and disk for this attempt, and write down for the nodes what it was started with.
-
-    Raises:
-        UserError: another run writes to the output directory.
-    """
-    refuse_running_owner(start)
+    """Claim folders and disk for this attempt, and write down for the nodes what it was started with."""
     # From here on a node that still runs an earlier attempt ends its ranks.
     write_whole(fence_path(Path(start.folder).parent), str(start.attempt))
     wait_for_earlier_attempt(start)
@@ -280,16 +290,19 @@ def wait_for_earlier_attempt(start: Start, most_seconds: float = 2 * FENCE_SECON
 # --- The output directory --------------------------------------------------------------------------------------------
 
 
-def refuse_running_owner(start: Start) -> None:
-    """Refuse a directory that another run is writing to. Rank 0 takes it as soon as it is up, under the same rules.
+def other_owner(start: Start) -> Owner | None:
+    """Return another run that writes to the output directory, `None` without one.
 
-    Raises:
-        UserError: another run is there.
+    Rank 0 takes the directory as soon as it is up, under the same rules.
     """
     me = replace(this_process(), job=start.job_id, attempt=start.attempt)
-    owner = running_owner(start.output_dir, me)
-    if owner is not None:
-        raise refuse(start.output_dir, owner)
+    return running_owner(start.output_dir, me)
+
+
+def must_ask_outside(owner: Owner, environ: Mapping[str, str]) -> bool:
+    """Return whether only Slurm could tell that an owner has ended, and only outside this container."""
+    is_asked = environ.get("RM_SCALE_JOB_ASKED") == str(owner.job)
+    return owner.job is not None and not is_asked and not can_ask_slurm() and bool(environ.get("RM_SCALE_CONTAINER"))
 
 
 if __name__ == "__main__":

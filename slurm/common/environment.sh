@@ -25,17 +25,47 @@ rm_scale_environment() {
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RM_SCALE_ATTEMPT_DIR/nccl_trace_}"
     # Memory of one kind of allocation grows in place, so that rows of changing length leave no holes.
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-    # Unix seconds at which Slurm ends the job: training saves before it even when no signal comes.
+    # Unix seconds at which this attempt began and at which Slurm ends it: training saves before that even when no signal
+    # comes. An administrator may move the end; rm_scale_watch_limit writes it anew.
+    export RM_SCALE_START_TIME=${RM_SCALE_START_TIME:-$(date +%s)}
     RM_SCALE_END_TIME=$(rm_scale_end_time)
-    if [[ -n $RM_SCALE_END_TIME ]]; then export RM_SCALE_END_TIME; else unset RM_SCALE_END_TIME; fi
+    if [[ -n $RM_SCALE_END_TIME ]]; then
+        export RM_SCALE_END_TIME RM_SCALE_END_TIME_FILE=$RM_SCALE_ATTEMPT_DIR/end_time
+    else
+        unset RM_SCALE_END_TIME
+    fi
+    rm_scale_nodes
+}
+
+# The job's nodes, and the address that Slurm has of the first: inside a container there is nothing to ask for them.
+rm_scale_nodes() {
+    local first
+    RM_SCALE_NODES=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | paste -sd' ' || :)
+    first=${RM_SCALE_NODES%% *}
+    RM_SCALE_NODE_ADDRESS=$(scontrol show node "$first" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' || :)
+    export RM_SCALE_NODES RM_SCALE_NODE_ADDRESS
 }
 
 rm_scale_end_time() {
     local text
-    if [[ ${SLURM_JOB_END_TIME:-} =~ ^[0-9]+$ ]]; then
+    text=$(timeout 30 squeue --noheader --jobs "$RM_SCALE_JOB" --format %e 2>/dev/null || :)
+    if [[ $text =~ ^[0-9]{4}- ]]; then
+        date -d "$text" +%s 2>/dev/null || :
+    elif [[ ${SLURM_JOB_END_TIME:-} =~ ^[0-9]+$ ]]; then
         echo "$SLURM_JOB_END_TIME"
-        return
     fi
-    text=$(squeue --noheader --jobs "$RM_SCALE_JOB" --format %e 2>/dev/null || :)
-    if [[ $text =~ ^[0-9]{4}- ]]; then date -d "$text" +%s 2>/dev/null || :; fi
+}
+
+# Keeps the end time that training reads up to date, until this script ends.
+rm_scale_watch_limit() {
+    local known=${RM_SCALE_END_TIME:-} seen
+    [[ -n $known ]] || return 0
+    while sleep "$RM_SCALE_LIMIT_SECONDS"; do
+        seen=$(rm_scale_end_time)
+        if [[ -n $seen && $seen != "$known" ]]; then
+            known=$seen
+            echo "$seen" >"$RM_SCALE_END_TIME_FILE.new" && mv -- "$RM_SCALE_END_TIME_FILE.new" "$RM_SCALE_END_TIME_FILE" &&
+                rm_scale_say "the time limit was moved: the job ends at $(date -d "@$seen" '+%F %T')"
+        fi
+    done 2>/dev/null &
 }

@@ -11,6 +11,9 @@ rm_scale_job() {
     fi
 }
 
+# One line of what Slurm knows of this job; empty where Slurm does not answer.
+rm_scale_show_job() { timeout 30 scontrol --oneliner show job "$RM_SCALE_JOB" 2>/dev/null || :; }
+
 rm_scale_say() { printf 'rm_scale: %s\n' "$*"; }
 rm_scale_fail() {
     printf 'rm_scale: %s\n' "$*" >&2

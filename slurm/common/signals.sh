@@ -2,12 +2,54 @@
 # The signals that Slurm sends this script, and how the ranks hear of them.
 
 # The trap of USR1, which Slurm sends as --signal=B:USR1@GRACE asks, and of TERM; bash runs it between commands.
-rm_scale_stop() {
+rm_scale_stop() { # USR1|TERM
+    if [[ $1 == TERM ]]; then rm_scale_come_back; fi
     [[ -z $RM_SCALE_STOP ]] || return 0
+    if [[ $1 == USR1 ]] && rm_scale_is_too_early; then return 0; fi
     RM_SCALE_STOP=$1
     rm_scale_say "$1 received at $(date '+%F %T'): the run saves and stops"
     rm_scale_note signal signal "$1"
     rm_scale_tell_ranks
+}
+
+# At the time limit, and when a partition's PreemptMode is CANCEL, Slurm kills the job in a moment and does not start it
+# again: it is asked to now, whether or not the ranks still save in time. What they saved before is enough to go on from,
+# and training itself refuses a restart when three made no progress. After a scancel nothing is asked.
+rm_scale_come_back() {
+    local shown
+    if [[ -n $RM_SCALE_REQUEUED ]] || ((RM_SCALE_ATTEMPT >= RM_SCALE_MAX_RESTARTS)); then return 0; fi
+    shown=$(rm_scale_show_job)
+    [[ $shown == *" JobState=COMPLETING "* && $shown == *" Restarts=$RM_SCALE_ATTEMPT "* ]] || return 0
+    [[ $shown == *" Reason=TimeLimit "* || $shown =~ \ PreemptTime=[0-9] ]] || return 0
+    if rm_scale_requeue; then
+        RM_SCALE_REQUEUED=1
+        rm_scale_note requeue
+    fi
+}
+
+# A grace that is about as long as the limit has Slurm send its signal when the job has hardly begun, in each attempt
+# anew. Where the limit is short, the first signal counts from the last quarter of it on; a second one at once.
+rm_scale_is_too_early() {
+    local limit left grace
+    if [[ -n $RM_SCALE_POSTPONED || -z ${RM_SCALE_END_TIME:-} ]]; then return 1; fi
+    limit=$((RM_SCALE_END_TIME - RM_SCALE_START_TIME)) left=$((RM_SCALE_END_TIME - $(date +%s)))
+    grace=$(rm_scale_grace)
+    ((limit <= 2 * grace || (limit <= 7200 && limit - left < 90))) || return 1
+    ((left > limit / 4 + 2)) || return 1
+    RM_SCALE_POSTPONED=1
+    rm_scale_say "USR1 came $left s before the limit of $limit s: training goes on until $((limit / 4)) s before it." \
+        "A second USR1 stops it at once; --signal=B:USR1@$((limit / 4)) would have come then"
+    (
+        sleep "$((left - limit / 4))"
+        kill -USR1 $$
+    ) &
+}
+
+# Seconds before the limit at which Slurm sends USR1, as the script's head has it.
+rm_scale_grace() {
+    local asked=${SBATCH_SIGNAL:-}
+    [[ -n $asked ]] || asked=$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null || :)
+    if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 0; fi
 }
 
 # The signal that asks this attempt's ranks to stop, and no other attempt's: a request that is still on its way when an

@@ -3,7 +3,7 @@
 
 rm_scale_load_site() {
     rm_scale_read_sites "${RM_SCALE_SITE_ENV:-}" "$RM_SCALE_HOME/slurm/site.local.env" "$RM_SCALE_HOME/slurm/site.env"
-    export RM_SCALE_DEVICE RM_SCALE_RANKS_PER_NODE RM_SCALE_GPU RM_SCALE_INTERFACE RM_SCALE_RESUME
+    export RM_SCALE_DEVICE RM_SCALE_RANKS_PER_NODE RM_SCALE_GPU RM_SCALE_INTERFACE RM_SCALE_RESUME RM_SCALE_CONTAINER
     export RM_SCALE_CHECK_SECONDS RM_SCALE_KILL_SECONDS RM_SCALE_SWEEP="${RM_SCALE_SWEEP:-}"
 }
 
@@ -114,6 +114,8 @@ rm_scale_check_values() {
     rm_scale_value RM_SCALE_RANKS_PER_NODE "$from_one" "a whole number from 1" || sound=no
     rm_scale_value RM_SCALE_MAX_RESTARTS "$number" "a whole number" || sound=no
     rm_scale_value RM_SCALE_RETRIES "$number" "a whole number" || sound=no
+    rm_scale_value RM_SCALE_REQUEUE_SECONDS "$number" "whole seconds" || sound=no
+    rm_scale_value RM_SCALE_LIMIT_SECONDS "$from_one" "whole seconds from 1" || sound=no
     rm_scale_value RM_SCALE_CHECK_SECONDS "$from_one" "whole seconds from 1" || sound=no
     rm_scale_value RM_SCALE_KILL_SECONDS "$from_one" "whole seconds from 1" || sound=no
     rm_scale_value RM_SCALE_CONTAINER_ENGINE '^(apptainer|pyxis)$' "apptainer or pyxis" || sound=no

@@ -28,6 +28,36 @@ rm_scale_here() {
     fi
 }
 
+# Settings, plan and port of this attempt, and the check of its nodes. Ends the script when anything is wrong.
+rm_scale_prepare() { # SETTINGS...
+    local code=0
+    rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
+    if ((code == RM_SCALE_ASK_SLURM)); then
+        rm_scale_ask_slurm
+        code=0
+        rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
+    fi
+    if ((code == RM_SCALE_NOTHING_TO_START)); then rm_scale_exit 0; fi
+    if ((code != 0)); then rm_scale_exit "$code"; fi
+    rm_scale_check || code=$?
+    if ((code != 0)); then
+        rm_scale_say "the check of the nodes failed (code $code): nothing was started" >&2
+        rm_scale_exit 2
+    fi
+}
+
+# Answers what a container can't ask: does the job that has left its lock in the output directory still run?
+rm_scale_ask_slurm() {
+    local job seen
+    job=$(<"$RM_SCALE_ATTEMPT_DIR/asked_job")
+    export RM_SCALE_JOB_ASKED=$job RM_SCALE_JOB_ENDED=''
+    if seen=$(timeout 60 squeue --noheader --jobs "$job" --states RUNNING,COMPLETING,SUSPENDED --format %A 2>&1); then
+        grep -qx -- "$job" <<<"$seen" || RM_SCALE_JOB_ENDED=1
+    elif [[ $seen == *"Invalid job id"* ]]; then
+        RM_SCALE_JOB_ENDED=1 # Slurm has forgotten jobs that ended long ago
+    fi
+}
+
 # Do all nodes answer, see the disk, and reach the first one? An srun that can't start its tasks would wait for ever.
 rm_scale_check() {
     local code=0
@@ -45,6 +75,7 @@ rm_scale_train() {
     [[ -z $RM_SCALE_STOP ]] || rm_scale_tell_ranks # the signal came a moment before
     # bash's wait returns whenever a signal comes; the training has ended when srun is gone.
     while kill -0 "$RM_SCALE_SRUN_PID" 2>/dev/null; do wait "$RM_SCALE_SRUN_PID" || :; done
+    # shellcheck disable=SC2034 # slurm/common.sh reads it
     wait "$RM_SCALE_SRUN_PID" && RM_SCALE_CODE=0 || RM_SCALE_CODE=$?
     RM_SCALE_SRUN_PID=
     if [[ -n $RM_SCALE_REPEATER ]]; then

@@ -27,7 +27,8 @@ def bash(code: str, folder: Path, **variables: str) -> subprocess.CompletedProce
     env |= {"RM_SCALE_HOME": str(REPOSITORY), "RM_SCALE_SITE_ENV": "/nowhere", **variables}
     begin = f"set -euo pipefail\nsource '{REPOSITORY}/slurm/common.sh'\nRM_SCALE_ATTEMPT=${{RM_SCALE_ATTEMPT:-0}}\n"
     begin += "RM_SCALE_JOB=$(rm_scale_job)\n"
-    begin += "RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER=''\nrm_scale_load_site\n"
+    begin += "RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER='' RM_SCALE_REQUEUED='' RM_SCALE_POSTPONED=''\n"
+    begin += "RM_SCALE_PORTS_TRIED=0\nrm_scale_load_site\n"
     begin += f"RM_SCALE_LOGS='{folder}' RM_SCALE_JOB_DIR='{folder}' RM_SCALE_ATTEMPT_DIR='{folder}/attempt-0'\n"
     return subprocess.run(
         ["bash", "-c", begin + code], cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False
@@ -204,6 +205,13 @@ def test_the_environment_keeps_what_was_set(tmp_path: Path) -> None:
 END = "rm_scale_python; rm_scale_end none"
 
 
+def slurm_shows(folder: Path, state: str, requeue: str = "exit 0", more: str = "Reason=None Restarts=0") -> None:
+    """Make an scontrol that shows the job so, and does this when it is asked to requeue."""
+    shown = f'echo "JobId=7 JobState={state} {more} ExcNodeList=(null) "' if state else "exit 1"
+    stand_in(folder, "scontrol", f'case $1 in --oneliner) {shown};; requeue) {requeue};; show) echo "$3";; esac')
+    stand_in(folder, "sleep", "exit 0")
+
+
 @pytest.mark.parametrize(
     ("state", "seconds_left", "attempt", "requeued"),
     [
@@ -216,9 +224,7 @@ END = "rm_scale_python; rm_scale_end none"
 )
 def test_who_is_requeued(state: str, seconds_left: int, attempt: str, requeued: bool, tmp_path: Path) -> None:
     """The facts reach `rm_scale.slurm.requeue`, and what it decides is done."""
-    stand_in(tmp_path, "squeue", f"echo {state}")
-    stand_in(tmp_path, "scontrol", "exit 0")
-    stand_in(tmp_path, "sleep", "exit 0")
+    slurm_shows(tmp_path, state)
     end = str(int(time.time()) + seconds_left)
     variables = {"RM_SCALE_END_TIME": end, "RM_SCALE_ATTEMPT": attempt, "RM_SCALE_MAX_RESTARTS": "3"}
     done = bash(END, tmp_path, **variables)
@@ -229,10 +235,86 @@ def test_who_is_requeued(state: str, seconds_left: int, attempt: str, requeued: 
 
 
 def test_a_site_that_forbids_requeueing(tmp_path: Path) -> None:
-    stand_in(tmp_path, "squeue", "echo RUNNING")
-    stand_in(tmp_path, "scontrol", "echo 'Requested operation is presently disabled' >&2; exit 1")
+    slurm_shows(tmp_path, "RUNNING", "echo 'Requested operation is presently disabled' >&2; exit 1")
     done = bash(END, tmp_path)
     assert done.returncode == 85 and "submit the same command again to go on" in done.stdout
+    assert called(tmp_path).count("scontrol requeue 7") == 1, "asking again would not help"
+
+
+def test_a_requeue_is_asked_for_again_while_slurm_is_away(tmp_path: Path) -> None:
+    """The controller was restarted at that moment: the chain of attempts ended."""
+    away = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    slurm_shows(tmp_path, "", f"test $(grep -c requeue {tmp_path}/called) -ge 4 || {{ {away}; }}")
+    done = bash(END, tmp_path)
+    assert done.returncode == 85 and "requeued; attempt 1 goes on" in done.stdout, done.stdout
+    assert called(tmp_path).count("scontrol requeue 7") == 4
+    assert [line for line in called(tmp_path) if line.startswith("sleep")] == [
+        "sleep 1",
+        "sleep 2",
+        "sleep 4",
+        "sleep 300",
+    ]
+
+
+def test_slurm_stays_away(tmp_path: Path) -> None:
+    slurm_shows(tmp_path, "", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    done = bash(END, tmp_path, RM_SCALE_REQUEUE_SECONDS="0")
+    assert done.returncode == 85 and "did not requeue within 0 s: Unable to contact" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "asked"),
+    [
+        ("COMPLETING", "Reason=TimeLimit Restarts=0 PreemptTime=None", True),
+        ("COMPLETING", "Reason=None Restarts=0 PreemptTime=2026-11-30T23:31:21", True),  # PreemptMode=CANCEL
+        ("COMPLETING", "Reason=None Restarts=1 PreemptTime=2026-11-30T23:31:21", False),  # PreemptMode=REQUEUE
+        ("COMPLETING", "Reason=None Restarts=0 PreemptTime=None", False),  # scancel
+        ("RUNNING", "Reason=None Restarts=0 PreemptTime=2026-11-30T23:31:21", False),  # within the grace time
+    ],
+)
+def test_a_job_that_is_killed_comes_back_whether_or_not_it_saves(
+    state: str, more: str, asked: bool, tmp_path: Path
+) -> None:
+    """A save that was slower than the grace ended in TIMEOUT, and the job did not come back."""
+    slurm_shows(tmp_path, state, more=more)
+    done = bash("rm_scale_stop TERM; rm_scale_stop TERM; echo $RM_SCALE_REQUEUED", tmp_path)
+    assert called(tmp_path).count("scontrol requeue 7") == asked, done.stderr
+    assert done.stdout.splitlines()[-1] == ("1" if asked else "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "grace", "postponed"),
+    [
+        (600, 580, 600, True),  # sbatch --time=10 with the scripts' ten minutes
+        (600, 140, 600, False),
+        (43200, 43000, 600, False),  # somebody's own signal
+        (43200, 590, 600, False),
+        (3600, 3590, 0, True),  # a grace on sbatch's own command line, as long as the limit
+        (3600, 600, 0, False),
+    ],
+)
+def test_a_signal_at_the_very_beginning_is_postponed(
+    limit: int, left: int, grace: int, postponed: bool, tmp_path: Path
+) -> None:
+    """Such a job was stopped in its first minute, in each attempt anew."""
+    stand_in(tmp_path, "sleep", f"exec /bin/sleep {0 if postponed else 9}")
+    now = int(time.time())
+    times = {"RM_SCALE_START_TIME": str(now + left - limit), "RM_SCALE_END_TIME": str(now + left)}
+    code = 'trap "rm_scale_stop USR1" USR1; rm_scale_stop USR1; echo "[$RM_SCALE_STOP]"; wait || :'
+    code += '; echo "[$RM_SCALE_STOP]"'
+    done = bash(code, tmp_path, SBATCH_SIGNAL=f"B:USR1@{grace}", **times)
+    seen = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert seen == (["[]", "[USR1]"] if postponed else ["[USR1]", "[USR1]"]), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("total", "excluded"), [(4, True), (2, False)])
+def test_a_node_is_left_out_where_there_are_others(total: int, excluded: bool, tmp_path: Path) -> None:
+    slurm_shows(tmp_path, "RUNNING")
+    stand_in(tmp_path, "sinfo", f"echo {total}")
+    done = bash("rm_scale_exclude node2", tmp_path, SLURM_JOB_PARTITION="main")
+    assert done.returncode == 0, done.stderr
+    assert ("scontrol update JobId=7 ExcNodeList=node2" in called(tmp_path)) is excluded
+    assert ("is left out of the next attempts" in done.stdout) is excluded
 
 
 @pytest.mark.parametrize(
@@ -257,7 +339,7 @@ def test_without_a_decision_the_code_of_srun_counts(
 
 def test_the_decision_is_not_ended_by_the_time_limit(tmp_path: Path) -> None:
     """At the limit Slurm sends TERM to every process of the job, the deciding one too."""
-    stand_in(tmp_path, "squeue", "echo RUNNING")
+    slurm_shows(tmp_path, "RUNNING")
     stand_in(tmp_path, "python3", "kill -TERM $$; kill -USR1 $$; echo exit 3")
     code = """
         trap 'rm_scale_stop USR1' USR1; trap 'rm_scale_stop TERM' TERM

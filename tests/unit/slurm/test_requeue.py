@@ -57,12 +57,12 @@ def test_the_first_failure_decides(start: Start, ends: dict[str, Any], srun: int
 # --- What follows ----------------------------------------------------------------------------------------------------
 
 RUNNING = Job(restarts=0, max_restarts=100, state="RUNNING", seconds_left=600.0)
-REQUEUED = Decision(True, 85, ("stopped", "requeue"))
+REQUEUED = Decision("requeue", 85, ("stopped", "requeue"))
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 137])
 def test_what_has_not_saved_and_stopped_is_not_requeued(code: int) -> None:
-    assert decide(code, RUNNING) == Decision(False, code, ("end",))
+    assert decide(code, RUNNING) == Decision("exit", code, ("end",))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,8 @@ def test_what_has_not_saved_and_stopped_is_not_requeued(code: int) -> None:
         replace(RUNNING, restarts=99),  # the last restart that is allowed
         replace(RUNNING, state=""),  # the controller does not answer: try
         replace(RUNNING, state="COMPLETING", seconds_left=-5.0),  # the time limit has come
+        replace(RUNNING, state="COMPLETING", is_at_limit=True),
+        replace(RUNNING, state="COMPLETING", is_preempted=True),  # PreemptMode=CANCEL
     ],
 )
 def test_what_saved_and_stopped_is_requeued(job: Job) -> None:
@@ -82,7 +84,7 @@ def test_what_saved_and_stopped_is_requeued(job: Job) -> None:
 def test_no_more_restarts_than_allowed() -> None:
     decision = decide(85, replace(RUNNING, restarts=3, max_restarts=3))
     reason = "restarted 3 times (RM_SCALE_MAX_RESTARTS): not requeued; submit again to go on"
-    assert decision == Decision(False, 85, ("stopped",), reason)
+    assert decision == Decision("exit", 85, ("stopped",), reason)
 
 
 @pytest.mark.parametrize("left", [600.0, math.inf])
@@ -90,7 +92,45 @@ def test_what_is_ended_from_outside_is_not_requeued(left: float) -> None:
     """By scancel, which is meant; or by a preemption, after which Slurm requeues it."""
     decision = decide(85, replace(RUNNING, state="COMPLETING", seconds_left=left))
     reason = "saved and stopped; the job is being ended from outside (COMPLETING), so it does not requeue itself"
-    assert decision == Decision(False, 85, ("stopped", "cancelled"), reason)
+    assert decision == Decision("exit", 85, ("stopped", "cancelled"), reason)
+
+
+def test_a_job_that_slurm_has_requeued_is_not_requeued_twice() -> None:
+    decision = decide(85, replace(RUNNING, state="COMPLETING", is_preempted=True, is_requeued=True))
+    assert (decision.action, decision.events) == ("exit", ("stopped", "requeue"))
+
+
+CRASHED = replace(RUNNING, retries_left=1, has_saved=True)
+
+
+@pytest.mark.parametrize("code", [1, 137, 139])
+def test_a_crash_after_progress_is_retried_where_the_site_allows_it(code: int) -> None:
+    decision = decide(code, CRASHED)
+    assert (decision.action, decision.code, decision.events) == ("requeue", code, ("end", "retry", "requeue"))
+
+
+@pytest.mark.parametrize(
+    ("code", "job"),
+    [
+        (0, CRASHED),
+        (2, CRASHED),  # the same message again
+        (3, CRASHED),  # replaced by a later attempt
+        (137, replace(CRASHED, retries_left=0)),
+        (137, replace(CRASHED, has_saved=False)),  # it would most likely happen again
+        (137, replace(CRASHED, state="COMPLETING")),  # killed by scancel
+        (137, replace(CRASHED, restarts=100)),
+    ],
+)
+def test_other_ends_are_not_retried(code: int, job: Job) -> None:
+    assert decide(code, job).action == "exit"
+
+
+def test_a_port_that_was_taken_is_changed_a_few_times() -> None:
+    assert [decide(86, replace(RUNNING, ports_tried=tried)).action for tried in range(6)] == [
+        *4 * ["again"],
+        "exit",
+        "exit",
+    ]
 
 
 # --- As the job's script calls it ------------------------------------------------------------------------------------
@@ -98,7 +138,8 @@ def test_what_is_ended_from_outside_is_not_requeued(left: float) -> None:
 
 def call(start: Start, srun_code: str, **facts: str) -> int:
     """Run it for a job in its third attempt, which `facts` can change."""
-    given = {"restarts": "2", "max_restarts": "100", "state": "RUNNING", "end_time": "", **facts}
+    job = f"JobId=7 JobState={facts.pop('state', 'RUNNING')} Reason=None Restarts=2 PreemptTime=None"
+    given = {"restarts": "2", "max_restarts": "100", "job": job, "end_time": "", **facts}
     return main([start.folder, "--srun_code", srun_code, *(f"--{name}={value}" for name, value in given.items())])
 
 
@@ -132,6 +173,34 @@ def test_a_stopped_run_is_requeued(
 def test_a_job_that_was_stopped_before_any_rank_is_requeued(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(start, "none") == 0
     assert capsys.readouterr().out == "requeue 85\n"
+
+
+def saved(start: Start, attempt: int) -> None:
+    """Write down that an attempt of the job published a checkpoint."""
+    path = Path(start.output_dir) / "run" / "attempts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"event": "saved", "attempt": 9, "job_id": "7", "restart_count": attempt, "step": 5}))
+
+
+def test_retries_are_counted_and_the_failed_node_is_left_out(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(start.folder) / "a.end.json").write_text(json.dumps(ended("a", 137, 1.0, "rank 1 was killed")))
+    saved(start, attempt=1)
+    call(start, "137", retries="1")
+    saved(start, attempt=2)
+    call(start, "137", retries="1")
+    call(start, "137", retries="1")
+    assert capsys.readouterr().out == "exit 137\nrequeue 137 a\nexit 137\n"
+
+
+def test_what_slurm_shows_of_the_job_decides(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = "JobId=7 JobState=COMPLETING Reason={} Restarts={} PreemptTime={}"
+    for reason, restarts, preempted in (
+        ("TimeLimit", 2, "None"),
+        ("None", 2, "2026-11-30T23:31:21"),
+        ("None", 3, "None"),
+    ):
+        call(start, "none", job=shown.format(reason, restarts, preempted))
+    assert capsys.readouterr().out == "requeue 85\nrequeue 85\nexit 85\n"
 
 
 def test_the_time_limit_is_compared_with_now(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
