@@ -6,6 +6,7 @@
 #   env           print exports: eval "$(cluster.sh env)", then sbatch, squeue, ... work
 #   exec CMD...   run CMD on the head (login) node of the cluster
 #   fault NODE power|slurmd|link    power loss / dead daemon / network partition
+#   fault head slurmctld            a dead controller
 #   heal NODE     undo any of these
 #   hide NODE DIR show NODE an empty DIR of its own, as on a disk that nodes don't share (until it is powered off)
 #   can           can it be brought up here? Says why not.
@@ -200,6 +201,7 @@ in_node() { # NODE CMD... : in all four namespaces of a node (its init is the ho
   nsenter -t "$init" -n -u -m -p -- "$@"
 }
 in_head() { if netns; then nsenter -t "$(pid_of head)" -n -u -m --wdns="$PWD" -- "$@"; else "$@"; fi; }
+start_controller() { if netns; then spawn slurmctld nsenter -t "$(pid_of head)" -n -u -m -- slurmctld -D; else spawn slurmctld slurmctld -D; fi; }
 start_node() {
   mkdir -p "$RUN/spool/$1"
   if netns; then
@@ -274,11 +276,10 @@ cmd_up() {
     spawn head nsenter --net="/run/netns/$PFX.head" unshare --uts --mount --propagation private bash "$SELF" _head_init
     # shellcheck disable=SC2016 # expands in the namespace
     until_ok 5 in_head sh -c '[ "$(hostname)" = head ] && grep -q " head$" /etc/hosts'
-    spawn slurmctld nsenter -t "$(pid_of head)" -n -u -m -- slurmctld -D
   else
     hosts_line add
-    spawn slurmctld slurmctld -D
   fi
+  start_controller
   for x in $(nodes); do start_node "$x"; done
   if ! until_ok 60 all_idle || ! alive slurmctld; then
     in_head sinfo -N -l >&2 || :
@@ -313,13 +314,19 @@ cmd_env() {
 cmd_exec() { [ -f "$SLURM_CONF" ] || die "not up"; in_head "$@"; }
 cmd_fault() {
   case $2 in
+    slurmctld) stop slurmctld KILL ;;
     power) netns || die "netns mode only"; stop "$1" KILL ;;
     link) netns || die "netns mode only"; ip -n "$PFX.$1" link set eth0 down ;;
     slurmd) if netns; then in_node "$1" sh -c "kill -9 \$(cat $RUN/spool/$1.pid)"; else stop "$1" KILL; fi ;;
-    *) die "fault NODE power|slurmd|link" ;;
+    *) die "fault NODE power|slurmd|link, or fault head slurmctld" ;;
   esac
 }
 cmd_heal() {
+  if [ "$1" = head ]; then
+    alive slurmctld || start_controller
+    until_ok 60 in_head scontrol ping || die "slurmctld did not start"
+    return
+  fi
   if netns; then ip -n "$PFX.$1" link set eth0 up; fi
   if ! alive "$1"; then start_node "$1"
   elif netns; then (close_inherited; in_node "$1" sh -c "kill -0 \$(cat $RUN/spool/$1.pid) 2>/dev/null || slurmd -N $1"); fi
