@@ -18,6 +18,7 @@ from rm_scale.errors import TrainingError, UserError
 from rm_scale.files import append_json_line, read_json_lines
 from rm_scale.json_values import as_number, as_whole
 from rm_scale.texts import one_line
+from rm_scale.training.recorded_times import RecordedTimes, recorded_times
 
 FILE_NAME = "attempts.jsonl"
 
@@ -29,6 +30,8 @@ BEGAN = time.time()
 
 _NO_TIME = 253_402_300_800.0
 """Seconds at the end of the year 9999, from where on Python knows no date; no run has so many steps either."""
+
+_KILLED = "it was killed without a word"
 
 MAX_IDLE_ATTEMPTS = 3
 """After this many attempts in a row that start at the same step and save nothing beyond it, the next is refused."""
@@ -134,7 +137,8 @@ def refuse_idle_restart(folder: Path, start_step: int) -> None:
         TrainingError: the last `MAX_IDLE_ATTEMPTS` attempts made no progress.
     """
     attempts: dict[int, list[dict[str, Any]]] = {}
-    for event in read_attempts(folder):
+    events = read_attempts(folder)
+    for event in events:
         if "attempt" in event:
             attempts.setdefault(event["attempt"], []).append(event)
     idle: list[str] = []
@@ -143,11 +147,16 @@ def refuse_idle_restart(folder: Path, start_step: int) -> None:
             break
         idle.append(_reason(attempts[number]))
     if len(idle) >= MAX_IDLE_ATTEMPTS:
+        is_of_time = idle[0] == _KILLED or idle[0].startswith("stopped: ")
+        times = recorded_times(events) if is_of_time else RecordedTimes()
+        cause = "too few minutes between save_steps, a broken row, not enough memory"
+        if times.are_too_long:
+            cause = "ask for more time, or make start-up, steps or saves faster"
         raise TrainingError(
             f"resume_from_checkpoint=auto: the last {len(idle)} attempts of this run started at step {start_step} and "
             f"saved nothing beyond it (the last one: {idle[0]}). Another would most likely do the same. "
-            f"Fix: look at {folder / FILE_NAME} and the log, and mend the cause (too few minutes between save_steps, a "
-            "broken row, not enough memory), then start once with --force idle_restarts."
+            f"{times.text()}Fix: look at {folder / FILE_NAME} and the log, and mend the "
+            f"cause ({cause}), then start once with --force idle_restarts."
         )
 
 
@@ -165,4 +174,4 @@ def _last_saved_step(events: list[dict[str, Any]]) -> int:
 
 def _reason(events: list[dict[str, Any]]) -> str:
     ends = [str(event.get("reason")) for event in events if event["event"] == "end"]
-    return ends[-1] if ends else "it was killed without a word"
+    return ends[-1] if ends else _KILLED

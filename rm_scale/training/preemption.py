@@ -6,6 +6,7 @@ the rank without a trace. So nothing heavy is imported here. `rm_scale.training.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -20,8 +21,18 @@ EXIT_REQUEUE = 85
 
 STOP_FILE = "STOP"
 
-FLOOR_SECONDS = 60.0
-"""A checkpoint is begun at least this long before the job's time is up, unless `stop_margin_seconds` is set."""
+FLOOR_SECONDS, FLOOR_SHARE = 60.0, 0.25
+"""A checkpoint is begun at least this long before the job's time is up, unless `stop_margin_seconds` is set.
+
+Of a limit of less than four minutes it is a share, or a short job would save as soon as it has started.
+"""
+
+END_FILE_SECONDS = 2.0
+"""The file that says when the job's time is up is read at most this often."""
+
+_LATEST_TIME = 253_402_300_800.0  # the year 10000
+
+_times_in_files: dict[str, tuple[float, float | None]] = {}
 
 
 class StopReason(IntEnum):
@@ -103,43 +114,106 @@ def forget_signals() -> None:
     _received.clear()
 
 
-def end_time(environ: Mapping[str, str] | None = None) -> float | None:
-    """Return when this job's time is up, in unix seconds, `None` when that is not known.
+# --- The job's time --------------------------------------------------------------------------------------------------
 
-    Read from `RM_SCALE_END_TIME`, else from Slurm's `SLURM_JOB_END_TIME`. A value that is no number is ignored: it is
-    only a hint, and no reason to end a run.
+
+def end_time(environ: Mapping[str, str] | None = None) -> float | None:
+    """Return when this job's time is up, in Unix seconds, `None` when that is not known.
+
+    An administrator may move the end of a running job: the file named by `RM_SCALE_END_TIME_FILE` counts, else
+    `RM_SCALE_END_TIME`, else Slurm's `SLURM_JOB_END_TIME`. What holds no such number is ignored: it is only a hint, and
+    no reason to end a run.
     """
     env = os.environ if environ is None else environ
+    path = env.get("RM_SCALE_END_TIME_FILE")
+    found = _time_in(path) if path else None
     for name in ("RM_SCALE_END_TIME", "SLURM_JOB_END_TIME"):
+        found = _as_time(env.get(name, "")) if found is None else found
+    return found
+
+
+def time_limit(environ: Mapping[str, str] | None = None) -> float | None:
+    """Return how many seconds this attempt has in all, `None` when its begin (`RM_SCALE_START_TIME`) or end is unknown.
+
+    It grows and shrinks as the end is moved.
+    """
+    began, ends = start_time(environ), end_time(environ)
+    return ends - began if began is not None and ends is not None and ends > began else None
+
+
+def start_time(environ: Mapping[str, str] | None = None) -> float | None:
+    """Return when this attempt of the job began, in Unix seconds, `None` when `RM_SCALE_START_TIME` does not say."""
+    return _as_time((os.environ if environ is None else environ).get("RM_SCALE_START_TIME", ""))
+
+
+def _time_in(path: str) -> float | None:
+    """Return the time that a file holds, read anew every `END_FILE_SECONDS`; `None` where it can't be read."""
+    read_at, found = _times_in_files.get(path, (-math.inf, None))
+    if time.monotonic() - read_at >= END_FILE_SECONDS:
         try:
-            return float(env[name])
-        except (KeyError, ValueError):
-            continue
-    return None
+            with open(path, "rb") as file:  # opened each time: on a network's disk that alone shows what others wrote
+                found = _as_time(file.read(64).decode("ascii", errors="replace"))
+        except (OSError, ValueError):
+            found = None
+        _times_in_files[path] = (time.monotonic(), found)
+    return found
 
 
-def margin_seconds(asked: float | None, save_seconds: float, step_seconds: float) -> float:
+def _as_time(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < _LATEST_TIME else None
+
+
+def floor_seconds(limit: float | None) -> float:
+    """Return the least time before the limit at which a run stops by itself: of a short limit, a share."""
+    return FLOOR_SECONDS if limit is None else min(FLOOR_SECONDS, limit * FLOOR_SHARE)
+
+
+def spare_seconds(limit: float | None) -> float:
+    """Return the time that is left for the processes to end in: ten seconds, less where the limit is short."""
+    return floor_seconds(limit) / 6
+
+
+def margin_seconds(asked: float | None, save_seconds: float, step_seconds: float, limit: float | None = None) -> float:
     """Return how long before the job's time is up a checkpoint must be begun.
 
     Args:
         asked: the setting `stop_margin_seconds`, if given.
-        save_seconds: the longest save so far; 0 when there was none.
+        save_seconds: the longest save so far, else the one that is expected; 0 when nothing is known.
         step_seconds: the longest of the last steps.
+        limit: what this attempt has in all, if that is known.
 
     Returns:
         Seconds: enough for a save twice as slow as any so far and for two more steps (the clock is read between steps).
     """
     if asked is not None:
         return asked
-    return max(FLOOR_SECONDS, 2 * save_seconds + 2 * step_seconds + 10.0)
+    return max(floor_seconds(limit), 2 * save_seconds + 2 * step_seconds + spare_seconds(limit))
 
 
-def reason_now(output_dir: Path, margin: float, environ: Mapping[str, str] | None = None) -> StopReason:
-    """Return what asks this process to stop at this moment; only rank 0 should look at file and clock."""
+def goes_on_for_a_step(left: float | None, margin: float, needed: float, limit: float | None) -> bool:
+    """Tell whether a request to stop that comes before an attempt's first step waits for that step.
+
+    An attempt that stops without a step has used its time for nothing, and so would all that follow it under the same
+    limit. Only a SIGUSR1 and the wall clock wait: a SIGTERM means now, and so does a person's STOP file.
+
+    Args:
+        left: seconds until the job's time is up, `None` when that is not known: then there may be none.
+        margin: see `margin_seconds`.
+        needed: seconds that a step and a save take at the least, and the processes to end.
+        limit: what this attempt has in all. Known, it tells that the next one has no more; unknown, the margin counts.
+    """
+    if left is None:
+        return False
+    return left > margin or (limit is not None and left > needed)
+
+
+def reason_now(output_dir: Path) -> StopReason:
+    """Return what asks this process to stop now, apart from the clock; only rank 0 should look at the file."""
     reason = received_signal()
     if reason is StopReason.NONE and (output_dir / STOP_FILE).exists():
         reason = StopReason.STOP_FILE
-    ends = end_time(environ)
-    if reason is StopReason.NONE and ends is not None and ends - time.time() < margin:
-        reason = StopReason.WALL_CLOCK
     return reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import traceback
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ from rm_scale.training.records import write_waiting
 from rm_scale.training.slow_ranks import name_slow_ranks
 from rm_scale.training.step_timing import StepTimes
 from rm_scale.training.watchdog import Watchdog, collective_failure
+from rm_scale.training.write_rate import expected_save
 
 logger = get_logger(__name__)
 
@@ -150,7 +152,8 @@ class RewardTrainer(trl.RewardTrainer):
         self.step_times = StepTimes(folder, not self.is_deepspeed_enabled)
         self.add_callback(self.step_times)
         # Last, so that nothing that transformers decides at a step's end comes after it.
-        self.stopping = StopOnRequest(self.args, saves.stop_margin_seconds, attempt)
+        measure = functools.partial(expected_save, self.model, Path(self.args.output_dir))
+        self.stopping = StopOnRequest(self.args, saves.stop_margin_seconds, attempt, measure)
         self.add_callback(self.stopping)
 
     def train(
@@ -367,7 +370,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Write a checkpoint (see `CheckpointWriter.save`). A collective."""
         self.step_times.write_last_step()
         seconds = self.checkpoints.save(is_stopping=bool(self.stopping.reason))
-        self.stopping.longest_save_seconds = max(self.stopping.longest_save_seconds, seconds)
+        self.stopping.note_save(seconds)
         self.write_waiting_records()
 
     def write_waiting_records(self, is_end: bool = False) -> None:

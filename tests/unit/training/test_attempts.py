@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from rm_scale.errors import TrainingError
 from rm_scale.training import preemption
 from rm_scale.training.attempts import Attempt, read_attempts, refuse_idle_restart
 from rm_scale.training.hang_report import explain_hang
-from rm_scale.training.preemption import StopReason, end_time, margin_seconds, reason_now
+from rm_scale.training.preemption import StopReason, reason_now
+from rm_scale.training.recorded_times import RecordedTimes, recorded_times
 from rm_scale.training.slow_ranks import slow_ranks
 
 
@@ -109,25 +109,67 @@ def test_signals_are_remembered_and_not_obeyed() -> None:
             signal.signal(number, handler)
 
 
-def test_file_and_clock(tmp_path: Path) -> None:
-    soon = {"RM_SCALE_END_TIME": str(time.time() + 50)}
-    assert reason_now(tmp_path, 60, {}) is StopReason.NONE
-    assert reason_now(tmp_path, 40, soon) is StopReason.NONE
-    assert reason_now(tmp_path, 60, soon) is StopReason.WALL_CLOCK
+def test_a_stop_file_asks(tmp_path: Path) -> None:
+    assert reason_now(tmp_path) is StopReason.NONE
     (tmp_path / "STOP").touch()
-    assert reason_now(tmp_path, 60, soon) is StopReason.STOP_FILE
+    assert reason_now(tmp_path) is StopReason.STOP_FILE
 
 
-def test_whose_clock_counts() -> None:
-    assert end_time({"RM_SCALE_END_TIME": "5", "SLURM_JOB_END_TIME": "9"}) == 5.0
-    assert end_time({"RM_SCALE_END_TIME": "soon", "SLURM_JOB_END_TIME": "9"}) == 9.0
-    assert end_time({}) is None
+def note_times(folder: Path, limit: float, **first: float) -> None:
+    """Record what an attempt knew of its time before its first step, and of that step."""
+    attempt = Attempt(folder, True, step=20)
+    attempt.begin()
+    attempt.note("time_limit", limit_seconds=limit, startup_seconds=60.0, save_seconds=40.0, margin_seconds=85.0)
+    if first:
+        attempt.note("first_step", 21, loaded_seconds=60.0, **first)
+    attempt.note("end", 20, reason="stopped: wall clock")
 
 
-def test_the_margin_follows_what_was_measured() -> None:
-    assert margin_seconds(None, 0.0, 1.0) == 60.0
-    assert margin_seconds(None, 100.0, 20.0) == 250.0
-    assert margin_seconds(5.0, 100.0, 20.0) == 5.0
+def test_a_limit_that_is_too_short_is_refused_with_its_figures(tmp_path: Path) -> None:
+    for _ in range(2):
+        note_times(tmp_path, 100.0)
+    note_times(tmp_path, 100.0, seconds=10.0, startup_seconds=70.0)
+    with pytest.raises(TrainingError) as refused:
+        refuse_idle_restart(tmp_path, 20)
+    figures = "start-up takes 70 s, a step 10 s, a save about 40 s, limit 100 s, the run stops 85 s before it."
+    assert f"The time limit is too short: {figures} Fix: " in str(refused.value)
+    assert "ask for more time" in str(refused.value)
+
+
+def test_figures_are_given_without_a_verdict_where_the_limit_was_long_enough(tmp_path: Path) -> None:
+    for _ in range(3):
+        note_times(tmp_path, 3600.0)
+    with pytest.raises(TrainingError, match="Of the time limit: start-up takes 60 s, no step was completed, a save"):
+        refuse_idle_restart(tmp_path, 20)
+    record_attempt(tmp_path, 20, reason="ValueError: a broken row")
+    with pytest.raises(TrainingError, match=r"the same\. Fix: "):
+        refuse_idle_restart(tmp_path, 20)
+
+
+def test_what_attempts_took_is_read_from_their_record(tmp_path: Path) -> None:
+    assert recorded_times(read_attempts(tmp_path)) == RecordedTimes()
+    note_times(tmp_path, 100.0, seconds=10.0, startup_seconds=70.0)
+    attempt = Attempt(tmp_path, True)
+    for seconds in (500.0, 3.0, 1.0, 1.0, 2.0, 1.0):  # the first is too long ago to count
+        attempt.note("saved", 30, seconds=seconds, parts={"model": 0.5, "state": 0.1})
+    found = recorded_times(read_attempts(tmp_path))
+    assert found == RecordedTimes(100.0, 85.0, 70.0, 10.0, 20.0, 3.0, 40.0)
+    attempt.note("saved", 40, seconds=2.0, parts={"model": 0.5, "seal": 0.1})  # of the weights alone
+    assert recorded_times(read_attempts(tmp_path)).save == 8.0
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, -1, 1e308, 10**400, True])
+@pytest.mark.parametrize("event", ["time_limit", "first_step", "saved"])
+def test_wrong_times_end_no_restart(tmp_path: Path, event: str, value: object) -> None:
+    names = ("seconds", "parts", "limit_seconds", "margin_seconds", "startup_seconds", "save_seconds", "loaded_seconds")
+    for _ in range(3):
+        note_times(tmp_path, 100.0, seconds=10.0, startup_seconds=70.0)
+    attempt = Attempt(tmp_path, True)
+    attempt.number = 3
+    facts: dict[str, object] = dict.fromkeys(names, value)
+    attempt.note(event, 20, **facts)
+    with pytest.raises(TrainingError, match="the last 3 attempts"):
+        refuse_idle_restart(tmp_path, 20)
 
 
 def report(rank: int, state: str, step: int = 7) -> dict[str, object]:
