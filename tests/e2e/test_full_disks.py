@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +13,13 @@ import pytest
 from rm_scale.training.attempts import read_attempts
 from rm_scale.training.checkpoint.manifest import newest_valid
 from rm_scale.training.run_warnings import read_warnings
-from tests.support.launching import REPOSITORY, deepspeed_command, environment, read_lines
+from tests.support.gated_runs import GatedRun as Run
+from tests.support.launching import read_lines
 from tests.support.small_disks import SmallDisk, small_disk
 
 pytestmark = pytest.mark.e2e
 
-RUNNER = REPOSITORY / "tests" / "support" / "gated_train.py"
 STEPS = 8
-SECONDS = 600
-"""A limit for a state to come about, not a guess of when."""
 
 
 @pytest.fixture
@@ -38,58 +33,6 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def log_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     with small_disk(tmp_path / "logs", "1m") as made:
         yield made
-
-
-class Run:
-    """A training that waits at the end of the steps named by `gates`, from which its log is read."""
-
-    def __init__(
-        self,
-        folder: Path,
-        words: list[str],
-        gates: tuple[int, ...],
-        log: Path,
-        ranks: int = 1,
-        first: int = 0,
-        **env: str,
-    ) -> None:
-        self.folder, self.log = folder, log
-        folder.mkdir()
-        for gate in gates:
-            (folder / f"stop-{gate}").touch()
-        command = (
-            [sys.executable, str(RUNNER), *words] if ranks == 1 else deepspeed_command(RUNNER, *words, ranks=ranks)
-        )
-        gated = environment(RM_SCALE_TEST_GATES=str(folder), RM_SCALE_TEST_FIRST_STEP=str(first), **env)
-        with log.open("a") as file:
-            self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=gated, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-            )
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, state: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + SECONDS
-        while not state():
-            assert self.process.poll() is None, f"ended before {what}:\n{self.text()[-6000:]}"
-            assert time.monotonic() < end, f"{what} did not come about:\n{self.text()[-6000:]}"
-            time.sleep(0.05)
-
-    def at(self, gate: int) -> int:
-        """Wait until the run waits there; give the process id of rank 0."""
-        place = self.folder / f"at-{gate}"
-        self.wait_for(place.exists, f"the end of step {gate}")
-        return int(place.read_text())
-
-    def go(self, gate: int, seconds_left: float | None = None) -> None:
-        part = self.folder / f"go-{gate}.part"
-        part.write_text("" if seconds_left is None else str(seconds_left))
-        part.rename(self.folder / f"go-{gate}")
-
-    def end(self) -> int:
-        """Wait for its end; give the exit code."""
-        return self.process.wait(SECONDS)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.support.launching import case_log, losses, read_lines, run_faulty_cas
 pytestmark = pytest.mark.e2e
 
 STEPS = 8
+DAY = 86400
 LORA = ["--use_peft", "--lora_dropout", "0.1"]
 LAST_STEP_OF_REFERENCE = ["--save_strategy", "steps", "--save_steps", "2"]
 
@@ -32,7 +34,7 @@ def common(tiny_model: Path, pairs_file: Path) -> list[str]:
     return [*words, "--learning_rate", "3e-3", "--disable_tqdm", "--sample_scores", "0"]
 
 
-SHORT = ("whole", "stopped", "again", "finished", "slow", "nan", "disk")
+SHORT = ("whole", "stopped", "again", "finished", "grace", "margin", "short_end", "slow", "nan", "disk")
 """The cases of `make test`."""
 
 
@@ -51,8 +53,14 @@ def cases(common: list[str]) -> dict[str, dict[str, Any]]:
         "ended_again": {"in": "twice", "flags": [*lora, *auto]},
         "file": {"flags": [*lora, *auto], "faults": [{"do": "stop_file", "step": 2, "rank": 0}]},
         "clock": {"in": "file", "flags": [*lora, *auto, "--stop_margin_seconds", "900"], "seconds_left": 100},
-        "ticks": {"flags": [*lora, *auto, "--stop_margin_seconds", "3"], "seconds_left": 13}
-        | {"faults": [{"do": "sleep", "seconds": 2.0}]},
+        "ticks": {"flags": [*lora, *auto, "--stop_margin_seconds", "3600"], "seconds_left": DAY}
+        | {"faults": [{"do": "end", "step": 3, "seconds_left": 1800, "rank": 0}]},
+        # Asked to stop before the first step: Slurm's grace is as long as the limit, then the margin is.
+        "grace": {"in": "short", "flags": [*lora, *auto], "faults": [signal("SIGUSR1", 0, 1)]}
+        | {"seconds_left": DAY, "limit": DAY},
+        "margin": {"in": "short", "flags": [*lora, *auto, "--stop_margin_seconds", str(2 * DAY)]}
+        | {"seconds_left": DAY, "limit": DAY},
+        "short_end": {"in": "short", "flags": [*lora, *auto], "seconds_left": DAY, "limit": DAY},
         "changed": {"in": "file", "flags": [*lora, *auto, "--learning_rate", "1e-3", "--adam_beta2", "0.9"]},
         "allowed": {"in": "file", "flags": [*lora, *auto, "--learning_rate", "1e-3", *allowed]},
         "slow": {"flags": [*lora, "--logging_steps", "4"], "faults": [{"do": "sleep", "seconds": 1.5, "rank": 1}]},
@@ -90,7 +98,8 @@ def further(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path
 def train(folder: Path, todo: dict[str, dict[str, Any]]) -> Path:
     finished, codes = run_faulty_cases(folder, todo)
     assert finished.code == 0, finished.output[-6000:]
-    stopped, refused = ("stopped", "again", "file", "clock", "ticks"), ("changed", "nan", "memory", "no_disk")
+    stopped = ("stopped", "again", "file", "clock", "ticks", "grace", "margin")
+    refused = ("changed", "nan", "memory", "no_disk")
     expected = {name: 85 if name in stopped else 2 if name in refused else 0 for name in todo}
     assert codes == [expected, expected], finished.output[-6000:]
     return folder
@@ -139,10 +148,30 @@ def test_a_stop_file_is_obeyed_once(further: Path) -> None:
 
 @pytest.mark.long
 def test_the_wall_clock_stops_a_run_that_got_no_signal(further: Path) -> None:
-    """Before the first step when there is no time for one; between steps otherwise, early enough."""
-    assert "asked to stop (wall clock): all ranks stop at step 0" in case_log(further, "clock")
-    saved = [event for event in read_attempts(further / "ticks" / "run") if event["event"] == "saved"]
-    assert len(saved) == 1 and 1 <= saved[0]["step"] < STEPS
+    """Before the first step when nobody knows that the next attempt has no more time; else between steps."""
+    assert "asked to stop (wall clock): all ranks stop at step 2" in case_log(further, "clock")
+    saved = [event["step"] for event in read_attempts(further / "ticks" / "run") if event["event"] == "saved"]
+    assert saved == [3]
+    assert "the job's end was moved" in case_log(further, "ticks")
+
+
+def test_each_attempt_of_a_short_job_makes_a_step(runs: Path) -> None:
+    """The signal comes before the first step, or the margin is longer than the limit: the run reaches its end."""
+    assert "asked to stop (SIGUSR1) before the first step: it is made" in case_log(runs, "grace")
+    assert "asked to stop (wall clock) before the first step: it is made" in case_log(runs, "margin")
+    saved = [event["step"] for event in read_attempts(runs / "short" / "run") if event["event"] == "saved"]
+    assert saved == [1, 2]
+    assert same(runs / "short", runs / "whole") and losses(runs / "short") == losses(runs / "whole")
+
+
+def test_how_long_a_save_takes_is_measured_then_read_from_the_record(runs: Path) -> None:
+    said = r"a save is expected to take \S+ s \(\S+ GB at [\d,]+ MB/s\): the run stops 60 s before its limit"
+    assert re.search(said, case_log(runs, "grace"))
+    assert "(the slowest of the last saves): the run stops" in case_log(runs, "margin")
+    limits = [event for event in read_attempts(runs / "short" / "run") if event["event"] == "time_limit"]
+    assert [event["step"] for event in limits] == [0, 1, 2]
+    assert all(0 < event["startup_seconds"] < event["limit_seconds"] for event in limits)
+    assert not list((runs / "short").glob(".write-rate*"))
 
 
 @pytest.mark.long

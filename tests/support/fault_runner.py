@@ -1,7 +1,8 @@
 """What the launcher starts for the fault tests: train several cases in one process, with real faults on chosen ranks.
 
 The faults are real ones (a signal that the process sends itself, a limit on file sizes, a sleep, a NaN in the loss, a
-kill); only the moment is arranged. Each case writes its exit code per rank to `codes-RANK.json`, and the next follows.
+kill); only the moment is arranged: a signal of step 0 comes before the run has begun. Each case writes its exit code
+per rank to `codes-RANK.json`, and the next follows.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def fail(fault: Fault, trainer: Any) -> None:
         os.kill(os.getpid(), getattr(signal, fault["name"]))
     elif fault["do"] == "sleep":
         time.sleep(fault["seconds"])
+    elif fault["do"] == "end":  # an administrator moves the end of the job
+        os.environ["RM_SCALE_END_TIME"] = str(time.time() + fault["seconds_left"])
     elif fault["do"] == "stop_file":
         (Path(trainer.args.output_dir) / preemption.STOP_FILE).touch()
     elif fault["do"] == "memory":
@@ -72,7 +75,7 @@ def arrange(faults: list[Fault], rank: int) -> Callable[[], None]:
     )
 
     def faulty_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for fault in due(faults, self.state.global_step + 1, rank, "signal", "sleep", "stop_file", "memory"):
+        for fault in due(faults, self.state.global_step + 1, rank, "signal", "sleep", "end", "stop_file", "memory"):
             fail(fault, self)
         return training_step(self, *args, **kwargs)
 
@@ -113,9 +116,14 @@ def run_all(path: Path) -> int:
         restore = arrange(case["faults"], world.rank)
         if "seconds_left" in case:
             os.environ["RM_SCALE_END_TIME"] = str(time.time() + case["seconds_left"])
+        if "limit" in case:
+            os.environ["RM_SCALE_START_TIME"] = str(time.time() + case["seconds_left"] - case["limit"])
+        for fault in due(case["faults"], 0, world.rank, "signal"):
+            fail(fault, None)
         codes[name] = main(case["flags"])
         path.with_name(f"codes-{world.rank}.json").write_text(json.dumps(codes))
-        os.environ.pop("RM_SCALE_END_TIME", None)
+        for variable in ("RM_SCALE_END_TIME", "RM_SCALE_START_TIME"):
+            os.environ.pop(variable, None)
         restore()
         preemption.forget_signals()
         # The next case is another run: accelerate keeps its state in class attributes.

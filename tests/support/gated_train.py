@@ -1,8 +1,9 @@
-"""What the tests of full disks start: `rm_scale/train.py`, which waits at the end of chosen steps until it may go on.
+"""Start `rm_scale/train.py` for tests, which waits at chosen moments until it may go on.
 
-Only the moment is arranged, so that a test can fill a disk between two steps however busy the machine is.
+Only the moment is arranged, so that a test can fill a disk or move a time limit there, however busy the machine is.
 `RM_SCALE_TEST_GATES` names a folder: where it holds `stop-N`, rank 0 writes its process id to `at-N` at the end of step
-N and waits for `go-N`. A number of seconds in that file becomes what is left of the job's time.
+N and waits for `go-N`. A number of seconds in that file becomes what is left of the job's time. With `stop-save` it
+waits in the same way in the middle of its first checkpoint.
 """
 
 from __future__ import annotations
@@ -18,18 +19,31 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _calls = iter(range(10**9))
 
 
-def wait_at_gate(folder: Path, step: int) -> None:
-    """Wait at the end of a step, if that is asked for."""
-    if not (folder / f"stop-{step}").exists():
+def wait_at_gate(folder: Path, gate: int | str) -> None:
+    """Wait at the end of a step, or in a save, if that is asked for."""
+    if not (folder / f"stop-{gate}").exists():
         return
-    written = folder / f"at-{step}.part"
+    written = folder / f"at-{gate}.part"
     written.write_text(str(os.getpid()))
-    written.rename(folder / f"at-{step}")
-    while not (folder / f"go-{step}").exists():
+    written.rename(folder / f"at-{gate}")
+    while not (folder / f"go-{gate}").exists():
         time.sleep(0.02)
-    seconds = (folder / f"go-{step}").read_text()
+    seconds = (folder / f"go-{gate}").read_text()
     if seconds:
         os.environ["RM_SCALE_END_TIME"] = str(time.time() + float(seconds))
+
+
+def wait_in_saves(folder: Path) -> None:
+    """Let the trainer wait while it writes a model."""
+    from rm_scale.training.trainer import RewardTrainer  # imports torch: only once training has done so
+
+    plain = RewardTrainer._save
+
+    def gated(*args: Any, **kwargs: Any) -> None:
+        wait_at_gate(folder, "save")
+        plain(*args, **kwargs)
+
+    RewardTrainer._save = gated  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -41,6 +55,8 @@ def main() -> None:
 
     def gated(*args: Any, **kwargs: Any) -> preemption.StopReason:
         step = first + next(_calls)
+        if step == first and (folder / "stop-save").exists():
+            wait_in_saves(folder)
         if os.environ.get("RANK", "0") == "0":
             wait_at_gate(folder, step)
         return plain(*args, **kwargs)
