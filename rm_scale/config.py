@@ -328,7 +328,7 @@ class RunConfig(BaseModel):
         Group.SAVING,
         None,
         "Stop with a checkpoint when the job's time left is less. Default: from the save and step times "
-        "measured, at least 60.",
+        "measured, at least 60, or a quarter of a shorter time limit.",
         ge=0,
         le=MOST_SECONDS,
     )

@@ -18,6 +18,7 @@ from rm_scale.errors import TrainingError, UserError
 from rm_scale.files import append_json_line, read_json_lines
 from rm_scale.json_values import as_number, as_whole
 from rm_scale.texts import one_line
+from rm_scale.training.preemption import time_limit
 from rm_scale.training.recorded_times import RecordedTimes, recorded_times
 
 FILE_NAME = "attempts.jsonl"
@@ -81,10 +82,12 @@ class Attempt:
         self._note_end(self.outcome or "finished")
 
     def begin(self) -> None:
-        """Write `start`, once, with the time at which the process began."""
+        """Write `start`, once, with the time at which the process began and what the job has in all."""
         if not self.has_begun:
             self.has_begun = True
-            self.note("start", time=BEGAN)
+            limit = time_limit()
+            facts: dict[str, Any] = {"limit_seconds": round(limit, 3)} if limit is not None else {}
+            self.note("start", time=BEGAN, **facts)
 
     def end_for_all(self, reason: str) -> None:
         """Write the end from any rank: the one that speaks for all when the run can't go on."""

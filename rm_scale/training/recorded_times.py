@@ -51,8 +51,10 @@ class RecordedTimes:
 
     def text(self) -> str:
         """Return the times in words, with what is wrong where they are too long, and a space; empty without a limit."""
-        if self.limit is None or self.startup is None:
+        if self.limit is None:
             return ""
+        if self.startup is None:
+            return f"It was still starting up, and its time limit was {self.limit:.0f} s. "
         parts = [f"start-up takes {self.startup:.0f} s"]
         parts.append(f"a step {self.step:.3g} s" if self.step is not None else "no step was completed")
         save = self.save if self.save is not None else self.expected_save
@@ -69,14 +71,15 @@ def recorded_times(events: Sequence[dict[str, Any]]) -> RecordedTimes:
     Args:
         events: of the run, oldest first, as `rm_scale.training.attempts.read_attempts` returns them.
     """
-    limits = [event for event in events if event["event"] == "time_limit"]
+    limits = [event for event in events if _seconds(event, "limit_seconds") is not None]
     firsts = [event for event in events if event["event"] == "first_step" and "startup_seconds" in event]
     saves = [_save_seconds(event) for event in events if event["event"] == "saved"]
-    limit, first = (limits or [{}])[-1], (firsts or [{}])[-1]
+    known = [event for event in limits if event["event"] == "time_limit"]
+    limit, first = (known or limits or [{}])[-1], (firsts or [{}])[-1]
     startup = _seconds(first, "startup_seconds")
     step, loaded = _seconds(first, "seconds"), _seconds(first, "loaded_seconds")
     return RecordedTimes(
-        limit=_seconds(limit, "limit_seconds"),
+        limit=_seconds((limits or [{}])[-1], "limit_seconds"),
         margin=_seconds(limit, "margin_seconds"),
         startup=_seconds(limit, "startup_seconds") if startup is None else startup,
         step=step,

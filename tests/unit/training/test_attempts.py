@@ -146,6 +146,15 @@ def test_figures_are_given_without_a_verdict_where_the_limit_was_long_enough(tmp
         refuse_idle_restart(tmp_path, 20)
 
 
+def test_an_attempt_that_never_started_up_names_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RM_SCALE_START_TIME", "1000")
+    monkeypatch.setenv("RM_SCALE_END_TIME", "1600")
+    for _ in range(3):
+        record_attempt(tmp_path, 20, reason=None)
+    with pytest.raises(TrainingError, match=r"It was still starting up, and its time limit was 600 s\. Fix: "):
+        refuse_idle_restart(tmp_path, 20)
+
+
 def test_what_attempts_took_is_read_from_their_record(tmp_path: Path) -> None:
     assert recorded_times(read_attempts(tmp_path)) == RecordedTimes()
     note_times(tmp_path, 100.0, seconds=10.0, startup_seconds=70.0)
