@@ -51,6 +51,7 @@ rm_scale_main() {
     rm_scale_watch_limit
     rm_scale_modules
     rm_scale_python
+    rm_scale_unpack
 
     while :; do
         rm_scale_prepare "$@"

@@ -73,6 +73,10 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
     ranks = ranks_per_node(allocation, environ)
     arguments = [*default_settings(asked, allocation, environ), *asked]
     arguments = with_resume(with_array_output(arguments, allocation), allocation.attempt, environ)
+    unknown = job_to_ask_for(parse_config(arguments).config.output_dir, allocation, environ)
+    if unknown is not None:
+        write_whole(folder / ASKED_FILE, f"{unknown}\n")
+        return EXIT_ASK_SLURM
     settings = _earlier_settings(folder, arguments, len(allocation.nodes) * ranks)
     if settings is not None:
         logger.info(f"attempt {allocation.attempt}: settings as in attempt 0")
@@ -96,12 +100,6 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
         output_dir=str(Path(config.output_dir).resolve()),
         folder=str(folder.resolve()),
     )
-    owner = other_owner(start)
-    if owner is not None and must_ask_outside(owner, environ):
-        write_whole(folder / ASKED_FILE, f"{owner.job}\n")
-        return EXIT_ASK_SLURM
-    if owner is not None:
-        raise refuse(start.output_dir, owner)
     _take_over(start)
     logger.info(
         f"job {start.job_id}, attempt {start.attempt}: {start.world_size} ranks on {', '.join(start.nodes)}; "
@@ -111,7 +109,14 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _take_over(start: Start) -> None:
-    """Claim folders and disk for this attempt, and write down for the nodes what it was started with."""
+    """Claim folders and disk for this attempt, and write down for the nodes what it was started with.
+
+    Raises:
+        UserError: another run writes to the output directory.
+    """
+    owner = other_owner(start.output_dir, start.job_id, start.attempt)
+    if owner is not None:
+        raise refuse(start.output_dir, owner)
     # From here on a node that still runs an earlier attempt ends its ranks.
     write_whole(fence_path(Path(start.folder).parent), str(start.attempt))
     wait_for_earlier_attempt(start)
@@ -290,19 +295,25 @@ def wait_for_earlier_attempt(start: Start, most_seconds: float = 2 * FENCE_SECON
 # --- The output directory --------------------------------------------------------------------------------------------
 
 
-def other_owner(start: Start) -> Owner | None:
+def other_owner(output_dir: str, job_id: int, attempt: int) -> Owner | None:
     """Return another run that writes to the output directory, `None` without one.
 
     Rank 0 takes the directory as soon as it is up, under the same rules.
     """
-    me = replace(this_process(), job=start.job_id, attempt=start.attempt)
-    return running_owner(start.output_dir, me)
+    return running_owner(output_dir, replace(this_process(), job=job_id, attempt=attempt))
 
 
-def must_ask_outside(owner: Owner, environ: Mapping[str, str]) -> bool:
-    """Return whether only Slurm could tell that an owner has ended, and only outside this container."""
-    is_asked = environ.get("RM_SCALE_JOB_ASKED") == str(owner.job)
-    return owner.job is not None and not is_asked and not can_ask_slurm() and bool(environ.get("RM_SCALE_CONTAINER"))
+def job_to_ask_for(output_dir: str, allocation: Allocation, environ: Mapping[str, str]) -> int | None:
+    """Return the job that may still write to the output directory, where only Slurm, outside this container, can tell.
+
+    `None` where nobody is there, or where it was asked for already.
+    """
+    if can_ask_slurm() or not environ.get("RM_SCALE_CONTAINER"):
+        return None
+    owner = other_owner(output_dir, allocation.job_id, allocation.attempt)
+    if owner is None or environ.get("RM_SCALE_JOB_ASKED") == str(owner.job):
+        return None
+    return owner.job
 
 
 if __name__ == "__main__":

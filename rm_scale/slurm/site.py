@@ -21,6 +21,7 @@ _BESIDE_SITE = frozenset(
         # Set by our own commands and tests.
         *(
             "ASSETS_CACHE",
+            "CACHES",
             "ATTEMPT",
             "ATTEMPT_DIR",
             "DOCTOR",

@@ -4,7 +4,7 @@
 # Ends the script as rm_scale.slurm.requeue decides: with an exit code, or by handing the job back to Slurm. Returns when
 # the ranks are to be started once more in this attempt.
 rm_scale_end() { # SRUN_CODE, or none when no rank was started
-    local answer action code node
+    local answer action code node left_out=''
     if [[ -n $RM_SCALE_REQUEUED ]]; then rm_scale_wait_for_slurm; fi
     answer=$(
         trap '' USR1 TERM # at the time limit Slurm signals every process, and this one must finish
@@ -23,8 +23,10 @@ rm_scale_end() { # SRUN_CODE, or none when no rank was started
     fi
     if [[ $action == again ]]; then return 0; fi
     if [[ $action == requeue ]]; then
+        [[ -z $node ]] || left_out=$(rm_scale_left_out "$node")
         if rm_scale_requeue; then
-            [[ -z $node ]] || rm_scale_exclude "$node"
+            # Only a pending job can be told, and this script has seconds left from here on.
+            [[ -z $left_out ]] || scontrol update "JobId=$RM_SCALE_JOB" "ExcNodeList=$left_out" || :
             rm_scale_wait_for_slurm
         fi
         rm_scale_say "the job was not requeued. Its checkpoints are whole: submit the same command again to go on"
@@ -53,6 +55,7 @@ rm_scale_requeue() {
         sleep "$pause"
         pause=$((pause < 16 ? 2 * pause : 30))
     done
+    RM_SCALE_REQUEUED=1
     rm_scale_say "requeued; attempt $((RM_SCALE_ATTEMPT + 1)) goes on from the last checkpoint"
 }
 
@@ -62,17 +65,18 @@ rm_scale_wait_for_slurm() {
     exit "$RM_SCALE_REQUEUE"
 }
 
-# Keeps the job's next attempts off a node, where the partition has enough others.
-rm_scale_exclude() { # NODE
-    local excluded total
-    excluded=$(rm_scale_show_job | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    excluded=${excluded/(null)/}
-    excluded=${excluded:+$excluded,}$1
+# Prints the nodes that the job's next attempts are to keep off, with one more; nothing where the partition has too few.
+rm_scale_left_out() { # NODE
+    local nodes total
+    nodes=$(rm_scale_show_job | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    nodes=${nodes/(null)/}
+    nodes=${nodes:+$nodes,}$1
     total=$(sinfo --noheader --partition="$SLURM_JOB_PARTITION" --responding --format=%D 2>/dev/null | paste -sd+ || :)
-    if ((${total:-0} - $(scontrol show hostnames "$excluded" | sort -u | wc -l) < SLURM_JOB_NUM_NODES)); then
-        rm_scale_say "$1 is not left out: the partition has no other node for this job"
-    elif scontrol update "JobId=$RM_SCALE_JOB" "ExcNodeList=$excluded"; then
-        rm_scale_say "$1 is left out of the next attempts"
+    if ((${total:-0} - $(scontrol show hostnames "$nodes" | sort -u | wc -l) < SLURM_JOB_NUM_NODES)); then
+        rm_scale_say "$1 is not left out: the partition has no other node for this job" >&2
+    else
+        rm_scale_say "$1 is left out of the next attempts" >&2
+        echo "$nodes"
     fi
 }
 

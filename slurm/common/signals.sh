@@ -3,6 +3,7 @@
 
 # The trap of USR1, which Slurm sends as --signal=B:USR1@GRACE asks, and of TERM; bash runs it between commands.
 rm_scale_stop() { # USR1|TERM
+    [[ -z $RM_SCALE_REQUEUED ]] || return 0 # Slurm ends this attempt
     if [[ $1 == TERM ]]; then rm_scale_come_back; fi
     [[ -z $RM_SCALE_STOP ]] || return 0
     if [[ $1 == USR1 ]] && rm_scale_is_too_early; then return 0; fi
@@ -17,14 +18,11 @@ rm_scale_stop() { # USR1|TERM
 # and training itself refuses a restart when three made no progress. After a scancel nothing is asked.
 rm_scale_come_back() {
     local shown
-    if [[ -n $RM_SCALE_REQUEUED ]] || ((RM_SCALE_ATTEMPT >= RM_SCALE_MAX_RESTARTS)); then return 0; fi
+    ((RM_SCALE_ATTEMPT < RM_SCALE_MAX_RESTARTS)) || return 0
     shown=$(rm_scale_show_job)
     [[ $shown == *" JobState=COMPLETING "* && $shown == *" Restarts=$RM_SCALE_ATTEMPT "* ]] || return 0
     [[ $shown == *" Reason=TimeLimit "* || $shown =~ \ PreemptTime=[0-9] ]] || return 0
-    if rm_scale_requeue; then
-        RM_SCALE_REQUEUED=1
-        rm_scale_note requeue
-    fi
+    if rm_scale_requeue; then rm_scale_note requeue; fi
 }
 
 # A grace that is about as long as the limit has Slurm send its signal when the job has hardly begun, in each attempt

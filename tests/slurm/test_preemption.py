@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 STEPS = 90
 SETTINGS = ["--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", "30", "--deepspeed", "zero2"]
 SETTINGS += ["--num_train_epochs", "9", "--save_total_limit", "2"]
-GRACE = 25
+LIMIT = 3 * 60 * 60
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_signalled_twice_it_ends_with_the_same_weights(cluster: Cluster, inputs:
 
 
 def test_slurm_signals_before_the_time_limit(cluster: Cluster, inputs: list[str]) -> None:
-    """A limit of a minute for a run that needs longer: Slurm's own signal, as often as it takes."""
+    """Slurm's own signal, in the first minutes of a long job: before its first step or after it, as it happens."""
     output = cluster.work / "limited"
     job = cluster.submit(
-        *["--nodes=1", "--time=1", f"--signal=B:USR1@{GRACE}", template("7b"), *inputs],
+        *["--nodes=1", f"--time={LIMIT // 60}", f"--signal=B:USR1@{LIMIT - 110}", template("7b"), *inputs],
         *["--max_steps", "2000", "--num_train_epochs", "999", "--save_strategy", "steps", "--save_steps", "1000"],
-        *["--stop_margin_seconds", "0", "--output_dir", str(output)],
+        *["--output_dir", str(output)],
     )
-    # On a busy machine the first attempts may be signalled before their first step, and then have nothing to save.
+    # An attempt that is signalled while the job is still being prepared has nothing to save.
     until(lambda: saved_and_resumed(output) is not None, 900, job.output, 0.5)
     cluster.run("scancel", job.number)
     shown = cluster.wait(job)
@@ -84,13 +84,14 @@ def saved_and_resumed(output: Path) -> tuple[dict[str, Any], dict[str, Any]] | N
     return None
 
 
-def test_a_more_important_job_takes_the_node(cluster: Cluster, inputs: list[str]) -> None:
-    """Slurm's own preemption: SIGTERM to the tasks, a grace time, and a requeue."""
+@pytest.mark.parametrize("partition", ["low", "spot"])
+def test_a_more_important_job_takes_the_node(cluster: Cluster, inputs: list[str], partition: str) -> None:
+    """Slurm's own preemption: SIGTERM to the tasks, a grace time, and a requeue, under CANCEL by the job itself."""
     if "high" not in cluster.run("sinfo", "--noheader", "--format", "%R").output.split():
-        pytest.skip("the cluster has no partitions low and high; that of make test-slurm has")
-    output = cluster.work / "preempted"
+        pytest.skip("the cluster has no partitions low, spot and high; that of make test-slurm has")
+    output = cluster.work / f"preempted-{partition}"
     words = [*inputs, "--max_steps", "5000", "--num_train_epochs", "9999", "--output_dir", str(output)]
-    job = cluster.submit("--nodes=1", "--partition=low", template("7b"), *words)
+    job = cluster.submit("--nodes=1", f"--partition={partition}", template("7b"), *words)
     cluster.wait_for_step(output, 5)
     node = cluster.show(job)["NodeList"]
     other = cluster.submit("--partition=high", f"--nodelist={node}", "--exclusive", "--wrap=sleep 2")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rm_scale.launch.extensions import prepare_extensions
 from tests.support.launching import REPOSITORY, Finished, read_lines
 
 CLI = [sys.executable, "-m", "rm_scale.cli"]
@@ -58,6 +59,8 @@ class Cluster:
             self.env |= {"SLURM_CLUSTER_DIR": name, "SLURM_CONF": f"{name}/slurm.conf"}
             self.env["PATH"] = f"{name}/bin:{self.env['PATH']}"
         self.env |= {"RM_SCALE_SITE_ENV": str(work / "site.env"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        # Operators that other tests have compiled: a job would compile them on its node's own disk.
+        self.env["TORCH_EXTENSIONS_DIR"] = str(prepare_extensions(local_rank=0))
         self.env.pop("CUDA_VISIBLE_DEVICES", None)
 
     def run(self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Finished:

@@ -311,10 +311,12 @@ def test_a_signal_at_the_very_beginning_is_postponed(
 def test_a_node_is_left_out_where_there_are_others(total: int, excluded: bool, tmp_path: Path) -> None:
     slurm_shows(tmp_path, "RUNNING")
     stand_in(tmp_path, "sinfo", f"echo {total}")
-    done = bash("rm_scale_exclude node2", tmp_path, SLURM_JOB_PARTITION="main")
-    assert done.returncode == 0, done.stderr
+    stand_in(tmp_path, "python3", "echo requeue 137 node2")
+    code = "RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=(); rm_scale_end 137"
+    done = bash(code, tmp_path, SLURM_JOB_PARTITION="main")
+    assert done.returncode == 85, done.stderr
     assert ("scontrol update JobId=7 ExcNodeList=node2" in called(tmp_path)) is excluded
-    assert ("is left out of the next attempts" in done.stdout) is excluded
+    assert ("is left out of the next attempts" in done.stderr) is excluded
 
 
 @pytest.mark.parametrize(
