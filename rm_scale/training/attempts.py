@@ -20,6 +20,7 @@ from rm_scale.json_values import as_number, as_whole
 from rm_scale.texts import one_line
 from rm_scale.training.preemption import time_limit
 from rm_scale.training.recorded_times import RecordedTimes, recorded_times
+from rm_scale.training.records import RecordFile
 
 FILE_NAME = "attempts.jsonl"
 
@@ -54,6 +55,8 @@ class Attempt:
 
     def __init__(self, folder: Path, is_main: bool, resume: Path | None = None, step: int = 0) -> None:
         self.path = folder / FILE_NAME
+        self._file = RecordFile(self.path)
+        self._speaks_for_another = False
         self.is_main = is_main
         self.resume = resume
         self.step = step
@@ -62,13 +65,16 @@ class Attempt:
         self.number = max((event.get("attempt", 0) for event in read_attempts(folder)), default=0) + 1
 
     def note(self, event: str, step: int | None = None, **facts: Any) -> None:
-        """Write one event now. An error of the disk is ignored: for the lack of a record no healthy run may end."""
+        """Write one event now, or when the disk takes it: for the lack of a record no healthy run may end."""
         self.step = self.step if step is None else step
         if not self.is_main:
             return
         record = {"event": event, "attempt": self.number, "time": time.time(), "step": self.step, **_job(), **facts}
-        with suppress(OSError):
-            append_json_line(self.path, record)
+        if self._speaks_for_another:
+            with suppress(OSError):
+                append_json_line(self.path, record)
+        else:
+            self._file.append(record)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -91,6 +97,7 @@ class Attempt:
 
     def end_for_all(self, reason: str) -> None:
         """Write the end from any rank: the one that speaks for all when the run can't go on."""
+        self._speaks_for_another = not self.is_main  # rank 0 may write at the same moment
         self.is_main = True
         self.note("end", reason=reason)
 

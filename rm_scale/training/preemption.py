@@ -214,6 +214,6 @@ def goes_on_for_a_step(left: float | None, margin: float, needed: float, limit: 
 def reason_now(output_dir: Path) -> StopReason:
     """Return what asks this process to stop now, apart from the clock; only rank 0 should look at the file."""
     reason = received_signal()
-    if reason is StopReason.NONE and (output_dir / STOP_FILE).exists():
+    if reason is StopReason.NONE and os.path.exists(output_dir / STOP_FILE):
         reason = StopReason.STOP_FILE
     return reason

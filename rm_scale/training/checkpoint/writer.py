@@ -33,6 +33,7 @@ from rm_scale.training.checkpoint.publish import (
     seal,
     writing,
 )
+from rm_scale.training.write_rate import STATE_BYTES, WEIGHT_BYTES
 from rm_scale.version import __version__
 
 logger = get_logger(__name__)
@@ -287,10 +288,10 @@ class CheckpointWriter:
                 self.trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def _expected_bytes(self) -> int:
-        """Return the first checkpoint's size: 4 bytes a trained weight, and 12 for its fp32 master and two moments."""
+        """Return the first checkpoint's size."""
         parameters = self.trainer.model.parameters()
         trained: int = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
-        return trained * (4 + (0 if self.trainer.args.save_only_model else 12))
+        return trained * (WEIGHT_BYTES + (0 if self.trainer.args.save_only_model else STATE_BYTES))
 
     def _survive_failure(self, error: DiskError, step: int, is_stopping: bool) -> None:
         """Count a save that the disk refused.
