@@ -19,10 +19,10 @@ from typing import Any
 
 from rm_scale.errors import UserError
 from rm_scale.files import free_port
+from rm_scale.meeting import EXIT_PORT_TAKEN as EXIT_PORT_TAKEN
+from rm_scale.meeting import cannot_listen, hold_port, init_method, is_port_taken
+from rm_scale.network import interface_for_gloo, plain_address
 from rm_scale.texts import one_line
-
-EXIT_PORT_TAKEN = 86
-"""Exit code of ranks that could not meet since another program has taken the port: they may be started with another."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,27 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         ) from None
 
 
-def export_world(world: World) -> None:
+def export_world(world: World, meets: bool = False) -> None:
     """Write the variables torch, accelerate and DeepSpeed read, for launchers that don't set them.
 
+    Args:
+        world: this process's place.
+        meets: `init_process_group` follows.
+
     Raises:
-        UserError: `MASTER_PORT` is no port.
+        UserError: `MASTER_PORT` is no port, or another program has taken it.
     """
     os.environ["RANK"] = str(world.rank)
     os.environ["WORLD_SIZE"] = str(world.size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
+    _name_meeting_point(world)
+    if meets and world.rank == 0 and world.size > 1:
+        hold_port(world.launcher)
     if _num_visible_gpus() == 1:
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 and wrappers show each rank its own GPU alone
+
+
+def _name_meeting_point(world: World) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name, "").strip():
             os.environ.pop(name, None)  # set to nothing: as good as not set
@@ -113,6 +123,7 @@ def export_world(world: World) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(free_port())
+    os.environ["MASTER_ADDR"] = plain_address(os.environ["MASTER_ADDR"])  # torch takes no [::1]
     port = _number(os.environ, "MASTER_PORT")
     if not 0 < port <= 65_535:
         raise _seen_by_the_node(
@@ -165,8 +176,13 @@ def _seen_by_the_node(text: str) -> UserError:
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 
 
-def prepare_environment(world: World) -> None:
-    """Set what the libraries read at import: to be called before DeepSpeed is imported."""
+def prepare_environment(world: World, meets: bool = False) -> None:
+    """Set what the libraries read at import: to be called before DeepSpeed is imported.
+
+    Args:
+        world: this process's place.
+        meets: `init_process_group` follows, so rank 0 takes the port now.
+    """
     # Ranks on one machine share its cores; left alone each would start a thread per core and they would wait on
     # each other. Read when torch is imported, as the allocator's settings are, so both come before all that does.
     threads = max(1, len(os.sched_getaffinity(0)) // world.ranks_on_node)
@@ -174,18 +190,21 @@ def prepare_environment(world: World) -> None:
     if not _ALLOCATOR_VARIABLES & os.environ.keys():
         # Rows differ in every step, and memory cut up by earlier ones can't be used for a longer one otherwise.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    export_world(world)
+    export_world(world, meets)
     name_accelerator()
-    _name_gloo_interface()
+    _name_gloo_interface(world)
     if not has_gpu():
         _keep_freed_memory()
 
 
-def _name_gloo_interface() -> None:
+def _name_gloo_interface(world: World) -> None:
     """Choose gloo's interface where nobody has: it takes the one that the host name resolves to, often none.
 
-    On one machine it is the loopback; over several the one that NCCL was told, if that is a single one.
+    On one machine it is the loopback; over several the one that NCCL was told, if that is a single one, or the one on
+    the way to the other machines where the host name leads nowhere.
     """
+    if not os.environ.get("GLOO_SOCKET_IFNAME", "").strip():
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
     all_here = os.environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"}
     if all_here and os.path.exists("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -196,6 +215,10 @@ def _name_gloo_interface() -> None:
     meant = [name for name in present if name == beginning or (named and not is_whole and name.startswith(beginning))]
     if len(meant) == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meant[0])
+    if world.size > world.ranks_on_node and "GLOO_SOCKET_IFNAME" not in os.environ:
+        hosts = [os.environ["MASTER_ADDR"], *os.environ.get("RM_SCALE_NODES", "").split()]
+        if found := interface_for_gloo(*hosts):
+            os.environ["GLOO_SOCKET_IFNAME"] = found
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # as in malloc.h
@@ -279,26 +302,38 @@ def init_process_group(world: World, uses_deepspeed: bool, timeout_seconds: int)
     gpu = has_gpu()
     if gpu:
         torch.cuda.set_device(own_gpu(world))
-    backend = "nccl" if gpu else "gloo"
+    if world.size == 1:
+        os.environ["MASTER_PORT"] = str(free_port())  # it meets nobody: any port will do
     timeout = timedelta(seconds=timeout_seconds)
-    if uses_deepspeed:
-        if not gpu and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
-            raise _seen_by_the_node(
-                f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}: torch sees no GPU here. Fix: unset it, or see why: "
-                "rm-scale doctor."
-            )
-        import deepspeed
-
-        if not gpu:
-            # A shared-memory all-reduce that ZeRO never calls would take a minute to compile on first use.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-    else:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+    try:
+        _create_group("nccl" if gpu else "gloo", uses_deepspeed, timeout)
+    except RuntimeError as error:
+        if is_port_taken(error):
+            raise cannot_listen(world.launcher, error) from error
+        raise
     host_group(timeout)
     if gpu:
         _refuse_shared_gpus()
     return True
+
+
+def _create_group(backend: str, uses_deepspeed: bool, timeout: timedelta) -> None:
+    import torch
+
+    if not uses_deepspeed:
+        torch.distributed.init_process_group(backend, init_method=init_method(timeout), timeout=timeout)
+        return
+    if backend == "gloo" and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        raise _seen_by_the_node(
+            f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}: torch sees no GPU here. Fix: unset it, or see why: "
+            "rm-scale doctor."
+        )
+    import deepspeed
+
+    if backend == "gloo":
+        # A shared-memory all-reduce that ZeRO never calls would take a minute to compile on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, init_method=init_method(timeout), timeout=timeout, verbose=False)
 
 
 def _is_distributed() -> bool:

@@ -21,8 +21,10 @@ class UserError(ValueError):
     Attributes:
         met_by: who raises the same error, so that one of them can speak for all: every rank of the world, every rank
             of this machine, or this rank alone.
+        exit_code: with which a program ends after it.
     """
 
+    exit_code: int = 2
     met_by: Literal["world", "node", "rank"] = "rank"
 
 

@@ -20,7 +20,6 @@ from rm_scale.errors import UserError, system_fault
 from rm_scale.texts import printable, typed_line
 from rm_scale.version import __version__
 
-EXIT_USER_ERROR = 2
 EXIT_DEFECT = 1
 EXIT_COMMAND_DEFECT = 70
 """A defect met by a command; sysexits.h calls it EX_SOFTWARE. 1 is what `rm-scale report --baseline` answers with."""
@@ -87,7 +86,7 @@ def _tell(error: UserError, debug: bool) -> int:
     else:
         # The launcher ends all ranks when one has left: the one that speaks needs the time to do so.
         time.sleep(HEAD_START_SECONDS)
-    return EXIT_USER_ERROR
+    return error.exit_code
 
 
 def _say(message: str) -> None:

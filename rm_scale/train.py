@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None, parsed: ParsedConfig | None = None, guar
         world = detect_world()
         setup_logging(world.rank, config.debug)
         # What will run; all that is wrong with the settings is said here, before anything is loaded or written.
-        prepare_environment(world)
+        prepare_environment(world, meets=not config.dry_run)
         prepare_extensions(world.local_rank)
         plan = make_plan(parsed, world.size, training_device(), world.is_main, defer_output=not config.dry_run)
         if config.dry_run:

@@ -47,7 +47,7 @@ def main() -> int:
     """Measure; rank 0 writes the result. The only argument is JSON: `{"answer": FILE, "seconds": N}`."""
     job = json.loads(sys.argv[1])
     world = detect_world()
-    prepare_environment(world)
+    prepare_environment(world, meets=True)
     init_process_group(world, uses_deepspeed=False, timeout_seconds=_TIMEOUT_SECONDS)
     measured = measure_rank(world, float(job["seconds"]))
     if world.is_main:

@@ -22,6 +22,7 @@ from rm_scale.launch.deepspeed_command import TRAIN
 from rm_scale.launch.machine import Machine, device_here, local_gpu_names
 from rm_scale.launch.planned_run import PlannedRun, plan_run, refuse_what_does_not_fit
 from rm_scale.logs import get_logger, setup_logging
+from rm_scale.meeting import PORTS_TRIED
 from rm_scale.output_lock import Owner, can_ask_slurm, refuse, running_owner, this_process
 from rm_scale.planning.hardware import find_device, known_devices
 from rm_scale.slurm.allocation import Allocation, read_allocation
@@ -92,8 +93,8 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
         nodes=allocation.nodes,
         ranks_per_node=ranks,
         gpus_per_node=allocation.gpus_per_node,
-        master_addr=master_address(allocation, environ.get("RM_SCALE_INTERFACE", "")),
-        master_port=port_of_job(allocation.job_id + allocation.attempt),
+        master_addr=master_address(allocation, environ.get("RM_SCALE_INTERFACE", ""), environ),
+        master_port=port_of_job(allocation.job_id + allocation.attempt, int(environ.get(PORTS_TRIED) or 0)),
         train=str(TRAIN),
         settings=tuple(settings),
         asked=tuple(arguments),

@@ -195,11 +195,28 @@ def test_an_allocator_setting_of_the_users_is_kept(monkeypatch: pytest.MonkeyPat
 def test_gloo_follows_the_interface_that_nccl_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside NCCL ranks share numbers over gloo, which would take whatever interface the host's name resolves to."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("rm_scale.distributed.interface_for_gloo", lambda *hosts: "")
     for named, expected in (("=lo", "lo"), ("l", "lo"), ("ib", None), ("^lo", None), ("", None)):
         with mock.patch.dict(os.environ, {"MASTER_ADDR": "10.0.0.1", "NCCL_SOCKET_IFNAME": named}):
             prepare_environment(World(0, 2, 0, "torchrun", 1))
             assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
             os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+def test_gloo_is_told_of_an_interface_where_the_host_name_is_of_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's `127.0.1.1 NAME`: other nodes would be told to connect to themselves."""
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("rm_scale.network.addresses_of", lambda name: [name] if name[0].isdigit() else ["127.0.1.1"])
+    monkeypatch.setattr("rm_scale.network.address_towards", {"10.0.0.1": "10.0.0.7"}.get)
+    monkeypatch.setattr("rm_scale.network.interfaces", lambda: {"lo": ["127.0.0.1"], "ib0": ["10.0.0.7"]})
+    for named, world, expected in (
+        ("", World(1, 4, 1, "deepspeed", 2), "ib0"),
+        ("eth7", World(1, 4, 1, "deepspeed", 2), "eth7"),
+        ("", World(1, 2, 1, "deepspeed", 2), None),  # all ranks on one machine
+    ):
+        with mock.patch.dict(os.environ, {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": named}):
+            prepare_environment(world)
+            assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
 
 
 def test_ranks_that_gloo_cannot_connect_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

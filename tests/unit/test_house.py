@@ -49,7 +49,7 @@ PACKAGES = (
 )
 ANYWHERE = (
     *("version", "errors", "logs", "files", "texts", "json_values", "yaml_files", "output_paths", "output_lock"),
-    *("distributed", "guard"),
+    *("network", "meeting", "distributed", "guard"),
 )
 # Entries: nothing may import them but the command line.
 ENTRIES = {"train": {"api", "commands"}, "api": set(), "cli": set(), "commands": {"cli"}}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,7 +24,6 @@ from rm_scale.slurm.prepare import (
     with_array_output,
     with_resume,
 )
-from rm_scale.slurm.rendezvous import FIRST_PORT, NUM_PORTS, master_address, port_of_job
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ALLOCATION = Allocation(7, 0, ("node1",), 8, None)
@@ -95,31 +92,6 @@ def test_each_attempt_resumes_and_the_first_as_asked() -> None:
     asked = ["--resume_from_checkpoint", "old/checkpoint-8"]
     assert with_resume(asked, 0, {}) == asked
     assert with_resume(asked, 1, {})[-2:] == ["--resume_from_checkpoint", "auto"], "not from the old one again"
-
-
-def test_a_taken_port_is_passed_over() -> None:
-    port = port_of_job(77)
-    assert FIRST_PORT <= port < FIRST_PORT + NUM_PORTS
-    with socket.socket() as taken:
-        taken.bind(("", port))
-        assert port_of_job(77) == port + 1
-
-
-def test_all_ports_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Taken(socket.socket):
-        def bind(self, address: Any) -> None:
-            raise OSError(98, "Address already in use")
-
-    monkeypatch.setattr(prepare_module.socket, "socket", Taken)
-    with pytest.raises(UserError, match=r"a hundred in a row are taken"):
-        port_of_job(1)
-
-
-def test_the_meeting_point_is_on_the_shared_interface() -> None:
-    assert master_address(ALLOCATION, "") == "node1"
-    assert master_address(ALLOCATION, "lo") == "127.0.0.1"
-    with pytest.raises(UserError, match=r"RM_SCALE_INTERFACE=ib9: node1 has no such interface"):
-        master_address(ALLOCATION, "ib9")
 
 
 @pytest.fixture
