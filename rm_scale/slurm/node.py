@@ -15,16 +15,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from rm_scale.files import write_whole
 from rm_scale.slurm.job_start import FENCE_SECONDS, Start, end_path, read_fence, read_start
+from rm_scale.slurm.kill_evidence import KillEvidence
+from rm_scale.slurm.rank_logs import RankOutput, log_file, standard_output
 from rm_scale.texts import printable
 from rm_scale.training.preemption import EXIT_REQUEUE, attempt_signal, ignore_attempt_signals
 
@@ -32,6 +32,15 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REPEAT_SECONDS = 5.0
 """A rank ignores signals until training installs its handler, so a request to stop is repeated until all have ended."""
 EXIT_REPLACED = 3
+KILLED = 137
+"""Exit code of a rank that got signal 9."""
+
+MEMORY_SECONDS = 1.0
+"""Time between two looks at the node's memory."""
+
+END_BYTES = 4096
+"""Room for the record of the node's end, taken at its start: the disk may be full by then."""
+
 _NUM_LAST_LINES = 8
 
 
@@ -80,7 +89,7 @@ def describe(code: int) -> str:
         1: "failed (its traceback is in its log)",
         2: "refused the run (its message is in its log)",
         EXIT_REQUEUE: "saved and stopped, as asked",
-        137: "was killed (signal 9: most often the kernel's out-of-memory killer; compare the plan's host memory)",
+        KILLED: "was killed (signal 9)",
         139: "crashed (signal 11, in compiled code)",
     }
     return known.get(code, f"was ended by signal {code - 128}" if code > 128 else f"ended with code {code}")
@@ -93,6 +102,7 @@ class Rank:
     number: int
     process: subprocess.Popen[bytes]
     log: Path
+    output: RankOutput
 
     @property
     def code(self) -> int | None:
@@ -119,6 +129,7 @@ class Node:
         self.ranks: list[Rank] = []
         self.reason = ""
         self.failed_at: float | None = None
+        self.evidence = KillEvidence()
 
     def run(self) -> int:
         """Start the ranks, wait for them, write down how they ended; return this task's exit code.
@@ -130,41 +141,44 @@ class Node:
         ignore_attempt_signals()
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        self._reserve_end()
         self.ranks = [self._spawn(local_rank) for local_rank in range(self.start.ranks_per_node)]
-        for number in (*STOP_SIGNALS, attempt_signal(self.start.attempt)):
-            signal.signal(number, self._on_signal)
+        for rank in self.ranks:
+            rank.output.begin()
+        for wanted in (*STOP_SIGNALS, attempt_signal(self.start.attempt)):
+            signal.signal(wanted, self._on_signal)
         self._wait()
+        self._finish_logs()
         code = self._judge()
         self._write_end(code)
         return 0 if code == EXIT_REQUEUE else code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.SIGTERM if number == signal.SIGTERM else signal.SIGUSR1
+        self.asked = signal.Signals.SIGTERM if number == signal.SIGTERM else signal.Signals.SIGUSR1
 
     # --- Starting ----------------------------------------------------------------------------------------------------
 
     def _spawn(self, local_rank: int) -> Rank:
         number = self.place * self.start.ranks_per_node + local_rank
         log = self.folder / f"{self.name}.rank{number}.log"
-        shown = number == 0  # rank 0's output is the job's
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-u", self.start.train, *self.start.settings],
-                env=rank_environment(self.start, self.place, local_rank, os.environ),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if shown else file,
-                stderr=subprocess.STDOUT,
-                preexec_fn=_end_with_parent,
-            )
-        if shown:
-            assert process.stdout is not None
-            threading.Thread(target=_copy, args=(process.stdout, log), daemon=True).start()
-        return Rank(number, process, log)
+        process = subprocess.Popen(
+            [sys.executable, "-u", self.start.train, *self.start.settings],
+            env=rank_environment(self.start, self.place, local_rank, os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent,
+        )
+        assert process.stdout is not None
+        destinations = [log_file(log)]
+        if number == 0:  # its output is the job's
+            destinations.append(standard_output())
+        return Rank(number, process, log, RankOutput(process.stdout.fileno(), destinations))
 
     # --- Waiting -----------------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        forwarded = fenced = 0.0
+        forwarded = fenced = looked = 0.0
         while any(rank.code is None for rank in self.ranks):
             time.sleep(0.1)
             now = time.monotonic()
@@ -175,6 +189,9 @@ class Node:
                 fenced = now
                 if self._is_replaced():
                     return
+            if now - looked >= MEMORY_SECONDS:
+                looked = now
+                self.evidence.look()
             self._end_survivors()
 
     def _send(self, number: signal.Signals) -> None:
@@ -202,13 +219,16 @@ class Node:
         now = time.time()
         if self.failed_at is None:
             self.failed_at = now
-            self.reason = f"rank {failed[0].number} {describe(failed[0].code or 0)}"
-            self._show_failure(failed[0])
+            first = failed[0]
+            why = f" {self.evidence.text([first.process.pid])}" if first.code == KILLED else ""
+            self.reason = f"rank {first.number} {describe(first.code or 0)}{why}"
+            self._show_failure(first)
         elif now - self.failed_at > self.kill_seconds:
             self._send(signal.SIGKILL)
 
     def _show_failure(self, rank: Rank) -> None:
-        print(f"rm_scale {self.name}: rank {rank.number} {describe(rank.code or 0)}; log: {rank.log}", file=sys.stderr)
+        rank.output.drain()
+        print(f"rm_scale {self.name}: {self.reason}; log: {rank.log}", file=sys.stderr)
         if rank.number != 0:
             with contextlib.suppress(OSError):
                 lines = rank.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_NUM_LAST_LINES:]
@@ -216,6 +236,21 @@ class Node:
         sys.stderr.flush()
 
     # --- The end -----------------------------------------------------------------------------------------------------
+
+    def _finish_logs(self) -> None:
+        """Bring the ranks' last words to the disk, and say where that did not succeed."""
+        for rank in self.ranks:
+            for name in rank.output.close():
+                print(f"rm_scale {self.name}: {name} lacks the last words of rank {rank.number}", file=sys.stderr)
+
+    def _reserve_end(self) -> None:
+        """Take room for the record of the end; without it, a full disk would make this node count as lost."""
+        with contextlib.suppress(OSError):
+            self._reserve.write_bytes(b" " * END_BYTES)
+
+    @property
+    def _reserve(self) -> Path:
+        return self.folder / f".{self.name}.end"
 
     def _judge(self) -> int:
         codes = {rank.code or 0 for rank in self.ranks}
@@ -237,23 +272,20 @@ class Node:
             "asked": self.asked.name if self.asked is not None else None,
             "time": time.time(),
         }
-        with contextlib.suppress(OSError):  # a lost disk must not hide the exit code
-            write_whole(end_path(self.folder, self.name), json.dumps(record))
+        text = json.dumps(record).encode().ljust(END_BYTES)  # in the room that was taken, and no more
+        try:
+            with self._reserve.open("r+b", buffering=0) as file:
+                file.write(text)
+            os.replace(self._reserve, end_path(self.folder, self.name))
+        except OSError:
+            with contextlib.suppress(OSError):  # a lost disk must not hide the exit code
+                write_whole(end_path(self.folder, self.name), json.dumps(record))
 
 
 def _end_with_parent() -> None:
     """Have the kernel kill this rank when the process that started it ends, whatever ended that."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _copy(source: IO[bytes], log: Path) -> None:
-    """Pass on what rank 0 prints, and keep it."""
-    with log.open("ab", buffering=0) as file:
-        while block := os.read(source.fileno(), 65536):
-            file.write(block)
-            sys.stdout.buffer.write(block)
-            sys.stdout.flush()
 
 
 if __name__ == "__main__":

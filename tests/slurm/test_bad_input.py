@@ -128,6 +128,6 @@ def test_a_failed_rank_is_named_and_its_code_is_the_jobs(own_cluster: Cluster, i
     cluster.wait_for_step(output, 3)
     os.kill(pid_of_rank(1, output), 9)
     log = refused(cluster, job, "137:0")
-    assert "rank 1 was killed (signal 9: most often the kernel's out-of-memory killer" in log
+    assert "rank 1 was killed (signal 9) by somebody, or by something that left no sign" in log, "nobody is blamed"
     told = cluster.run(*CLI, "slurm", "status", job.number)
     assert "rank 1 was killed" in told.output and "FAILED" in told.output

@@ -1,4 +1,4 @@
-"""One node as real processes: exit codes, signals, logs, a failed rank, an attempt that was replaced; and the check."""
+"""One node as real processes: exit codes, signals, logs, a failed rank, an attempt that was replaced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 from rm_scale.files import write_whole
 from rm_scale.slurm.job_start import Start, fence_path, read_fence, read_start
 from rm_scale.slurm.node import describe, exit_code, rank_environment
-from rm_scale.slurm.node_check import _missing, check_node, judge, look_around, mark_folders, token_path
 from rm_scale.slurm.requeue import judge as judge_end
 
 SCRIPT = """
@@ -104,7 +102,7 @@ def test_a_failed_rank_is_named_and_the_others_are_ended(start: Start) -> None:
 def test_a_killed_rank_is_told_as_a_shell_would(start: Start) -> None:
     task = begin(start, "fails=0", "signal=9")
     _, err = task.communicate(timeout=600)
-    assert task.returncode == 137 and "rank 0 was killed (signal 9: most often" in err
+    assert task.returncode == 137 and "rank 0 was killed (signal 9) by somebody, or by something that" in err
 
 
 def test_ranks_end_when_a_later_attempt_has_begun(start: Start) -> None:
@@ -152,75 +150,3 @@ def test_places_and_words(start: Start) -> None:
     assert describe(143) == "was ended by signal 15" and describe(7) == "ended with code 7"
     assert read_start(two.write()) == two
     assert read_fence(Path("/nowhere")) is None
-
-
-# --- The check before ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pair(start: Start, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Two nodes, played by two threads."""
-    monkeypatch.setenv("RM_SCALE_CHECK_SECONDS", "3")
-    two = replace(start, nodes=("a", "b"))
-    mark_folders(two)
-    return two
-
-
-def test_nodes_meet_and_leave_nothing(pair: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    other = threading.Thread(target=check_node, args=(pair, 1))
-    other.start()
-    assert check_node(pair, 0) == 0
-    other.join(600)
-    assert not token_path(Path(pair.output_dir), pair).exists()
-    assert capsys.readouterr().err == ""
-
-
-def test_a_node_that_does_not_come_is_named(pair: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_node(pair, 0) == 2
-    assert "b: did not answer within 3 s and left no sign" in capsys.readouterr().err
-
-
-def test_a_port_that_was_taken_meanwhile(pair: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("", pair.master_port))
-        taken.listen()
-        assert check_node(pair, 0) == 2
-    assert f"port {pair.master_port} on a: Address already in use. Fix: submit again" in capsys.readouterr().err
-
-
-def test_a_node_that_runs_but_can_not_connect_says_so(pair: Start) -> None:
-    assert check_node(pair, 1) == 0, "the first node speaks"
-    assert "b: runs, but can't reach 127.0.0.1 on port" in _missing(pair, "b")
-
-
-def test_strangers_at_the_port_are_passed_over(pair: Start) -> None:
-    def stranger() -> None:
-        for _ in range(100):
-            try:
-                with socket.create_connection((pair.master_addr, pair.master_port), timeout=1) as link:
-                    link.sendall(b"GET / HTTP/1.0\r\n\r\n")
-                return
-            except OSError:
-                time.sleep(0.02)
-
-    threads = [threading.Thread(target=stranger), threading.Thread(target=check_node, args=(pair, 1))]
-    for thread in threads:
-        thread.start()
-    assert check_node(pair, 0) == 0
-    for thread in threads:
-        thread.join(600)
-
-
-def test_what_nodes_see_is_judged(pair: Start) -> None:
-    first = look_around(pair, 0)
-    assert judge(pair, {"a": first, "b": {**first, "node": "b"}}) == []
-    token_path(Path(pair.output_dir), pair).write_text("another job's")
-    blind = look_around(pair, 1)
-    (told,) = judge(pair, {"a": first, "b": blind})
-    assert "output_dir=" in told and "b sees another content there than a wrote" in told
-    token_path(Path(pair.output_dir), pair).unlink()
-    assert "b can't see what a wrote there" in judge(pair, {"a": first, "b": look_around(pair, 1)})[0]
-    (told,) = judge(replace(pair, gpus_per_node=8), {"a": {**first, "gpus": 8}, "b": {**first, "gpus": 4}})
-    assert told == "GPUs per node: a has 8, b has 4. Fix: ask for --gpus-per-node=N rather than --gpus=N."
-    (told,) = judge(pair, {"a": first, "b": {**first, "train": False}})
-    assert "not on b. Fix: install rm_scale on the shared disk" in told
