@@ -198,27 +198,38 @@ def prepare_environment(world: World, meets: bool = False) -> None:
 
 
 def _name_gloo_interface(world: World) -> None:
-    """Choose gloo's interface where nobody has: it takes the one that the host name resolves to, often none.
-
-    On one machine it is the loopback; over several the one that NCCL was told, if that is a single one, or the one on
-    the way to the other machines where the host name leads nowhere.
-    """
-    if not os.environ.get("GLOO_SOCKET_IFNAME", "").strip():
+    """Choose gloo's interface where nobody has: it takes the one that the host name resolves to, often none."""
+    interface = gloo_interface(os.environ, several_nodes=world.size > world.ranks_on_node)
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    else:
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
-    all_here = os.environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"}
-    if all_here and os.path.exists("/sys/class/net/lo"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    named = os.environ.get("NCCL_SOCKET_IFNAME", "")
+
+
+def gloo_interface(environ: Mapping[str, str], several_nodes: bool) -> str:
+    """Return the interface for gloo: the one named, or chosen by what else is known; empty where the host name will do.
+
+    On one machine it is the loopback. Over several it is the one that NCCL was told, if that is a single one, or the
+    one on the way to the other machines where the host name does not lead them here.
+
+    Args:
+        environ: MASTER_ADDR, and what was named: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, RM_SCALE_NODES.
+        several_nodes: there are ranks on other machines.
+    """
+    if environ.get("GLOO_SOCKET_IFNAME", "").strip():
+        return environ["GLOO_SOCKET_IFNAME"]
+    if environ["MASTER_ADDR"] in {"127.0.0.1", "localhost"} and os.path.exists("/sys/class/net/lo"):
+        return "lo"
+    named = environ.get("NCCL_SOCKET_IFNAME", "")
     present = os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else []
     # To NCCL a name is the beginning of one, unless "=" stands before it; gloo knows whole names only.
     is_whole, beginning = named.startswith("="), named.removeprefix("=")
     meant = [name for name in present if name == beginning or (named and not is_whole and name.startswith(beginning))]
     if len(meant) == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", meant[0])
-    if world.size > world.ranks_on_node and "GLOO_SOCKET_IFNAME" not in os.environ:
-        hosts = [os.environ["MASTER_ADDR"], *os.environ.get("RM_SCALE_NODES", "").split()]
-        if found := interface_for_gloo(*hosts):
-            os.environ["GLOO_SOCKET_IFNAME"] = found
+        return meant[0]
+    return (
+        interface_for_gloo(environ["MASTER_ADDR"], *environ.get("RM_SCALE_NODES", "").split()) if several_nodes else ""
+    )
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # as in malloc.h

@@ -20,6 +20,14 @@ def is_usable(address: str) -> bool:
     return not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified or parsed.is_multicast)
 
 
+def is_loopback(address: str) -> bool:
+    """Return whether an address leads back into the machine that uses it."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
 def is_ipv6(address: str) -> bool:
     """Return whether an address is of IPv6."""
     return ":" in address

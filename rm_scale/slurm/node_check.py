@@ -8,15 +8,20 @@ second, without torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rm_scale.distributed import gloo_interface
 from rm_scale.files import read_json_object, write_whole
+from rm_scale.meeting import EXIT_PORT_TAKEN
+from rm_scale.network import address_of_interface, address_of_own_name, interfaces, is_ipv6, is_loopback, is_usable
+from rm_scale.slurm.check_meeting import hear_nodes, report
 from rm_scale.slurm.job_start import Start
 
 
@@ -26,29 +31,39 @@ def wait_seconds() -> float:
 
 
 def check_node(start: Start, place: int) -> int:
-    """Take part as node `place`. The first node prints what is wrong, and returns 2 if anything is; else return 0."""
+    """Take part as node `place`. The first node prints what is wrong.
+
+    Returns:
+        2 on the first node if anything is wrong; `EXIT_PORT_TAKEN` there if another program has taken the port since it
+        was chosen; else 0.
+    """
     findings = look_around(start, place)
     if place > 0:
         return _say_hello(start, findings)
+    code = 0
     try:
-        others = _listen(start) if len(start.nodes) > 1 else {}
+        others = hear_nodes(start, time.monotonic() + 0.8 * wait_seconds()) if len(start.nodes) > 1 else {}
         problems = judge(start, {start.nodes[0]: findings} | others)
+        code = 2 if problems else 0
     except OSError as error:
         problems = [f"port {start.master_port} on {start.nodes[0]}: {error.strerror}. Fix: submit again."]
+        code = EXIT_PORT_TAKEN if error.errno == errno.EADDRINUSE else 2
     for folder in folders(start).values():
         token_path(folder, start).unlink(missing_ok=True)
     if problems:
         print("rm_scale: " + "\n".join(problems), file=sys.stderr, flush=True)
-    return 2 if problems else 0
+    return code
 
 
 def look_around(start: Start, place: int) -> dict[str, Any]:
-    """Return what this node sees: the job's folder, the output directory, its GPUs."""
+    """Return what this node sees: the job's folder, the output directory, its GPUs, its network."""
     name = start.nodes[place]
     findings: dict[str, Any] = {"node": name, "gpus": num_gpus(os.environ), "shared": {}}
     for what, folder in folders(start).items():
         findings["shared"][what] = _sees_token(folder, start, name)
     findings["train"] = Path(start.train).is_file()
+    if len(start.nodes) > 1:
+        findings["gloo"] = gloo_of_ranks(start, os.environ)
     return findings
 
 
@@ -96,23 +111,27 @@ def num_gpus(environ: Any) -> int:
     return int(environ.get("SLURM_GPUS_ON_NODE") or 0)
 
 
+def gloo_of_ranks(start: Start, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the interface that gloo, which carries numbers between ranks, will use on this node, and its address.
+
+    The interface is empty where gloo goes by the node's host name; the address where the interface has none.
+    """
+    interface = gloo_interface({**environ, "MASTER_ADDR": start.master_addr}, several_nodes=True)
+    address = address_of_interface(interface.partition(",")[0]) if interface else address_of_own_name()
+    present = {name: address_of_interface(name) for name in interfaces()}
+    return {"interface": interface, "address": address, "present": [name for name in present if present[name]]}
+
+
 # --- Meeting ---------------------------------------------------------------------------------------------------------
 
 
 def _say_hello(start: Start, findings: dict[str, Any]) -> int:
     """Report to the first node; return 0 even when it can't be reached, since the first node names who is missing."""
-    deadline = time.monotonic() + wait_seconds()
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((start.master_addr, start.master_port), timeout=5) as link:
-                link.sendall(json.dumps(findings).encode() + b"\n")
-                link.settimeout(max(1.0, deadline - time.monotonic()))
-                link.recv(1)  # returns when the first node has heard all and closes the connection
-            return 0
-        except OSError as error:
-            findings["trouble"] = str(error)
-            _leave_note(start, findings)
-            time.sleep(0.2)
+
+    def failed(trouble: str) -> None:
+        _leave_note(start, {**findings, "trouble": trouble})
+
+    report(start, findings, time.monotonic() + wait_seconds(), failed)
     return 0
 
 
@@ -120,31 +139,6 @@ def _leave_note(start: Start, findings: dict[str, Any]) -> None:
     """Write the findings to the disk, which a node that can't connect may still reach."""
     with contextlib.suppress(OSError):
         write_whole(Path(start.folder) / f"{findings['node']}.check.json", json.dumps(findings))
-
-
-def _listen(start: Start) -> dict[str, dict[str, Any]]:
-    """Return the findings of the other nodes, of as many as answer in time."""
-    heard: dict[str, dict[str, Any]] = {}
-    links = []
-    deadline = time.monotonic() + 0.8 * wait_seconds()
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("", start.master_port))
-        server.listen(len(start.nodes))
-        while len(heard) < len(start.nodes) - 1 and time.monotonic() < deadline:
-            server.settimeout(max(0.1, deadline - time.monotonic()))
-            try:
-                link, _ = server.accept()
-                link.settimeout(5)
-                with link.makefile("r", encoding="utf-8") as lines:
-                    findings = json.loads(lines.readline(65536))
-                heard[str(findings["node"])] = findings
-                links.append(link)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # a connection that is not from a node of this job
-    for link in links:
-        link.close()
-    return heard
 
 
 def judge(start: Start, heard: dict[str, dict[str, Any]]) -> list[str]:
@@ -166,6 +160,30 @@ def judge(start: Start, heard: dict[str, dict[str, Any]]) -> list[str]:
     if start.gpus_per_node and len(set(counts.values())) > 1:
         told = ", ".join(f"{node} has {count}" for node, count in counts.items())
         problems.append(f"GPUs per node: {told}. Fix: ask for --gpus-per-node=N rather than --gpus=N.")
+    if not is_loopback(start.master_addr):
+        problems += _judge_network({node: findings["gloo"] for node, findings in heard.items() if "gloo" in findings})
+    return problems
+
+
+def _judge_network(gloo: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a message for each way in which ranks of different nodes could not connect over gloo."""
+    problems = []
+    fix = "Fix: name the interface that all nodes share, RM_SCALE_INTERFACE in slurm/site.env"
+    for node, seen in gloo.items():
+        has = f"{node} has {', '.join(seen['present']) or 'none'}"
+        if not seen["address"]:
+            problems.append(
+                f"GLOO_SOCKET_IFNAME={seen['interface']}: {node} has no such interface with an address that others "
+                f"reach. {fix}; {has}."
+            )
+        elif not is_usable(seen["address"]):
+            problems.append(
+                f"{node}: its host name stands for {seen['address']}, where others don't reach it. {fix}; {has}."
+            )
+    families = {node: "IPv6" if is_ipv6(seen["address"]) else "IPv4" for node, seen in gloo.items()}
+    if not problems and len(set(families.values())) > 1:
+        told = ", ".join(f"{node} has {family} ({gloo[node]['address']})" for node, family in families.items())
+        problems.append(f"addresses for gloo: {told}; ranks of both don't connect. {fix} with addresses of one kind.")
     return problems
 
 
