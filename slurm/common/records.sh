@@ -14,8 +14,8 @@ rm_scale_job() {
 # One line of what Slurm knows of this job; empty where Slurm does not answer.
 rm_scale_show_job() { timeout 30 scontrol --oneliner show job "$RM_SCALE_JOB" 2>/dev/null || :; }
 
-# A full disk of the job's log must not end the job.
-rm_scale_say() { printf 'rm_scale: %s\n' "$*" || :; }
+# A full disk of the job's log must not end the job, nor make a message the reason for it.
+rm_scale_say() { printf 'rm_scale: %s\n' "$*" 2>/dev/null || :; }
 rm_scale_fail() {
     printf 'rm_scale: %s\n' "$*" >&2
     exit 2

@@ -67,17 +67,34 @@ rm_scale_check() {
     return "$code"
 }
 
+# Passes lines on to the job's log. A full disk costs lines, and neither the job nor the lines after them.
+rm_scale_copy() {
+    local line lost=0 missing='rm_scale: %s lines are missing here: they could not be written\n'
+    trap '' USR1 TERM # it ends when srun does
+    while IFS= read -r line || [[ -n $line ]]; do
+        # shellcheck disable=SC2059 # the format is the text above
+        if ((lost > 0)) && printf "$missing" "$lost" 2>/dev/null; then lost=0; fi
+        printf '%s\n' "$line" 2>/dev/null || lost=$((lost + 1))
+    done
+}
+
 # Sets RM_SCALE_CODE, the exit code of srun.
 rm_scale_train() {
     rm_scale_on_all_nodes --kill-on-bad-exit=1 -m rm_scale.slurm.node "$RM_SCALE_ATTEMPT_DIR/start.json"
-    "${RM_SCALE_COMMAND[@]}" &
+    # Not straight into the job's log: at the first full disk srun gives a file up for good.
+    local log copier
+    exec {log}> >(rm_scale_copy)
+    copier=$!
+    "${RM_SCALE_COMMAND[@]}" >&"$log" 2>&1 &
     RM_SCALE_SRUN_PID=$!
+    exec {log}>&-
     [[ -z $RM_SCALE_STOP ]] || rm_scale_tell_ranks # the signal came a moment before
     # bash's wait returns whenever a signal comes; the training has ended when srun is gone.
     while kill -0 "$RM_SCALE_SRUN_PID" 2>/dev/null; do wait "$RM_SCALE_SRUN_PID" || :; done
     # shellcheck disable=SC2034 # slurm/common.sh reads it
     wait "$RM_SCALE_SRUN_PID" && RM_SCALE_CODE=0 || RM_SCALE_CODE=$?
     RM_SCALE_SRUN_PID=
+    wait "$copier" || :
     if [[ -n $RM_SCALE_REPEATER ]]; then
         kill "$RM_SCALE_REPEATER" 2>/dev/null || :
         wait "$RM_SCALE_REPEATER" 2>/dev/null || : # else bash reports its end in the log

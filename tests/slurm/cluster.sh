@@ -8,7 +8,10 @@
 #   fault NODE power|slurmd|link    power loss / dead daemon / network partition
 #   fault head slurmctld            a dead controller
 #   heal NODE     undo any of these
-#   hide NODE DIR show NODE an empty DIR of its own, as on a disk that nodes don't share (until it is powered off)
+#   hide NODE DIR [SIZE]   show NODE an empty DIR of its own, as on a disk that nodes don't share, or on a small one
+#                 (until it is powered off, or shown)
+#   show NODE DIR undo that
+#   in NODE CMD...  run CMD on a node
 #   can           can it be brought up here? Says why not.
 #
 # Mode netns (default, needs root): every node is its own network, UTS, PID and mount
@@ -331,10 +334,14 @@ cmd_heal() {
   if ! alive "$1"; then start_node "$1"
   elif netns; then (close_inherited; in_node "$1" sh -c "kill -0 \$(cat $RUN/spool/$1.pid) 2>/dev/null || slurmd -N $1"); fi
 }
-cmd_hide() { # NODE DIR
+cmd_hide() { # NODE DIR [SIZE]
   netns || die "netns mode only"
-  in_node "$1" mount -t tmpfs none "$2"
+  in_node "$1" mount -t tmpfs ${3:+-o "size=$3"} none "$2"
 }
+cmd_show() { # NODE DIR
+  in_node "$1" umount --lazy "$2"
+}
+cmd_in() { in_node "$@"; }
 cmd_can() {
   local missing=()
   [ "$(id -u)" = 0 ] || die "can't: not root"
@@ -344,9 +351,9 @@ cmd_can() {
 }
 
 case ${1:-} in
-  up | down | fault | heal | hide) mkdir -p "$RUN"; exec 9>"$RUN/.lock"; flock -w 120 9 || die "locked" ;;
-  env | exec | can | _node_init | _head_init) ;;
-  *) sed -n '2,19s/^# \{0,1\}//p' "$SELF"; exit 2 ;;
+  up | down | fault | heal | hide | show) mkdir -p "$RUN"; exec 9>"$RUN/.lock"; flock -w 120 9 || die "locked" ;;
+  env | exec | in | can | _node_init | _head_init) ;;
+  *) sed -n '2,23s/^# \{0,1\}//p' "$SELF"; exit 2 ;;
 esac
 c=$1; shift
 "cmd_$c" "$@"

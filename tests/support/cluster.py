@@ -130,6 +130,13 @@ class Cluster:
         done = subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
+    def inside(self, node: str, code: str) -> str:
+        """What shell code prints on a node."""
+        done = subprocess.run(
+            [str(SCRIPT), "in", node, "bash", "-c", code], env=self.env, capture_output=True, check=False
+        )
+        return done.stdout.decode(errors="replace")
+
     def wait_until_idle(self, seconds: float = 900) -> None:
         """Wait until all nodes can take jobs again."""
 

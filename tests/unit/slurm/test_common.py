@@ -359,6 +359,24 @@ def test_codes_that_bash_and_python_share() -> None:
     assert f"rm_scale_end {NO_RANKS};" in text
 
 
+def test_a_full_disk_of_the_jobs_log_ends_no_job(tmp_path: Path) -> None:
+    """srun would give the file up for good, and a message that fails end the script."""
+    stand_in(tmp_path, "srun", "for line in {1..2000}; do echo $line; done; exit 85")
+    code = """
+        RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=()
+        exec >/dev/full
+        rm_scale_say "a message"; rm_scale_train; echo "code $RM_SCALE_CODE" >"$RM_SCALE_JOB_DIR/code"
+    """
+    done = bash(code, tmp_path)
+    assert (tmp_path / "code").read_text() == "code 85\n", done.stderr
+
+
+def test_the_last_lines_of_srun_come_before_what_follows(tmp_path: Path) -> None:
+    stand_in(tmp_path, "srun", "for line in {1..2000}; do echo $line; done; echo error >&2; printf 'no line end'")
+    done = bash("RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=(); rm_scale_train; echo after", tmp_path)
+    assert done.stdout.splitlines() == [*map(str, range(1, 2001)), "error", "no line end", "after"]
+
+
 def test_a_signal_is_repeated_until_srun_ends(tmp_path: Path) -> None:
     """And the wait goes on, though bash's own returns at each signal."""
     stand_in(tmp_path, "scancel", "exit 0")
