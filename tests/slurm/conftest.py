@@ -38,6 +38,14 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(work, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def jobs_of_this_test_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End what a failed test left running: the next one would wait for its nodes."""
+    yield
+    if "cluster" in request.fixturenames or "own_cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").end_jobs()
+
+
 @pytest.fixture(scope="session")
 def own_cluster(cluster: Cluster) -> Cluster:
     """A cluster that may be broken."""

@@ -108,6 +108,7 @@ class Cluster:
             numbers = ",".join(self.jobs)
             self.run("scancel", "--quiet", *self.jobs)
             left = ["squeue", "--noheader", "--jobs", numbers, "--format", "%i"]
+            self.jobs.clear()
             until(
                 lambda: not re.search(r"^\d", self.run(*left).output, re.M), 60, lambda: self.run("squeue").output, 0.5
             )
