@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from rm_scale.config_parsing import ParsedConfig
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.files import read_json_lines, write_whole
-from rm_scale.launch.deepspeed_command import launch_command
+from rm_scale.launch.deepspeed_command import launch_command, run_command
 from rm_scale.launch.machine import Machine
 from rm_scale.logs import get_logger
 from rm_scale.planning.plan import Plan
@@ -110,7 +109,7 @@ def _trial(settings: Sequence[str], machine: Machine, folder: Path, tokens: int)
     extra = ["--max_tokens_per_device", str(tokens), "--max_steps", str(TRIAL_STEPS), "--output_dir", str(folder)]
     extra += ["--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "true"]
     command, environment = launch_command(machine, [*settings, *extra, "--sample_scores", "0"])
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    done = run_command(command, environment, capture_output=True)
     metrics = folder / "run" / "metrics.jsonl"
     if not metrics.is_file():
         if done.returncode and not _is_memory(done.stdout + done.stderr, done.returncode):

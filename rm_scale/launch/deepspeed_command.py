@@ -1,11 +1,13 @@
-"""The command line that starts a run's ranks with DeepSpeed's launcher."""
+"""The command line that starts a run's ranks with DeepSpeed's launcher, and its start."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rm_scale.errors import ConfigError
@@ -13,8 +15,10 @@ from rm_scale.files import free_port
 from rm_scale.launch.hostfile import read_hostfile
 from rm_scale.launch.machine import Machine
 from rm_scale.launch.ranks import device_flags
+from rm_scale.meeting import EXIT_PORT_TAKEN, PORTS_TRIED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+_MAX_PORTS = 5
 
 
 def launch_command(machine: Machine, settings: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -33,6 +37,27 @@ def launch_command(machine: Machine, settings: Sequence[str]) -> tuple[list[str]
         launcher += device_flags(machine.per_node, not machine.device.is_cpu)
     launcher += ["--master_port", str(free_port())]
     return [*launcher, str(TRAIN), *settings], environment
+
+
+def run_command(
+    command: Sequence[str], environment: Mapping[str, str], capture_output: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run what `launch_command` returned to its end.
+
+    Where another program takes the port before rank 0 does, seconds after it was chosen, it is run again with another.
+    """
+    words = list(command)
+    for tried in range(1, _MAX_PORTS + 1):
+        env = {**os.environ, **environment, PORTS_TRIED: str(tried)}
+        if tried == _MAX_PORTS:
+            del env[PORTS_TRIED]  # rank 0 then says what to do about it
+        done = subprocess.run(words, env=env, capture_output=capture_output, text=True, check=False)
+        if done.returncode != EXIT_PORT_TAKEN:
+            break
+        place = words.index("--master_port") + 1
+        words[place] = str(free_port())
+        print(f"another program has taken the port: started again at {words[place]}", file=sys.stderr, flush=True)
+    return done
 
 
 # Characters that pdsh, ssh and the remote shell leave as they are. DeepSpeed quotes arguments with spaces only.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 
 from rm_scale.launch.auto_batch import auto_batch
-from rm_scale.launch.deepspeed_command import launch_command
+from rm_scale.launch.deepspeed_command import launch_command, run_command
 from rm_scale.launch.machine import find_machine
 from rm_scale.launch.planned_run import plan_run, refuse_another_size, refuse_what_does_not_fit
 
@@ -32,7 +30,7 @@ def start_run(options: argparse.Namespace, settings: list[str]) -> int:
     print(f"\n{_as_typed(command, environment)}", flush=True)
     if options.dry_run:
         return 0
-    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    return run_command(command, environment).returncode
 
 
 def _as_typed(command: Sequence[str], environment: dict[str, str]) -> str:
