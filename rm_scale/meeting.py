@@ -6,6 +6,7 @@ another program may take it, or another job, whose ranks ours would then talk to
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -81,7 +82,8 @@ def cannot_listen(launcher: str, error: BaseException) -> UserError:
     seen = (
         f"MASTER_PORT={os.environ['MASTER_PORT']}: rank 0 can't listen there on {socket.gethostname()} ({why.lower()})"
     )
-    if os.environ.get(PORTS_TRIED):
+    is_taken = not isinstance(error, OSError) or error.errno == errno.EADDRINUSE
+    if os.environ.get(PORTS_TRIED) and is_taken:
         again = UserError(f"{seen}: another program has taken the port. Fix: none needed, another one is tried.")
         again.exit_code = EXIT_PORT_TAKEN
         return again
