@@ -11,6 +11,7 @@
 
 RM_SCALE_REQUEUE=85 # exit code of ranks that have saved and stopped
 RM_SCALE_NOTHING_TO_START=64 # exit code of rm_scale.slurm.prepare after --dry_run
+RM_SCALE_PORT_TAKEN=86 # exit code of ranks and of the check where another program listens at their port
 RM_SCALE_ASK_SLURM=65 # exit code of rm_scale.slurm.prepare where it can't ask Slurm, inside a container
 
 RM_SCALE_COMMON=$(dirname -- "${BASH_SOURCE[0]}")/common

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rm_scale.distributed import EXIT_PORT_TAKEN
 from rm_scale.files import append_json_line, read_json_lines, read_json_object
+from rm_scale.meeting import EXIT_PORT_TAKEN
 from rm_scale.slurm.job_start import START_FILE, Start, read_start
 from rm_scale.slurm.node import EXIT_REPLACED, describe
 from rm_scale.training.attempts import read_attempts

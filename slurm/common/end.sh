@@ -25,7 +25,8 @@ rm_scale_end() { # SRUN_CODE, or none when no rank was started
     if [[ $action == requeue ]]; then
         [[ -z $node ]] || left_out=$(rm_scale_left_out "$node")
         if rm_scale_requeue; then
-            # Only a pending job can be told, and this script has seconds left from here on.
+            # Only a pending job can be told. Slurm ends this script in seconds, and its TERM would end scontrol at once.
+            trap '' USR1 TERM
             [[ -z $left_out ]] || scontrol update "JobId=$RM_SCALE_JOB" "ExcNodeList=$left_out" || :
             rm_scale_wait_for_slurm
         fi

@@ -40,6 +40,11 @@ rm_scale_prepare() { # SETTINGS...
     if ((code == RM_SCALE_NOTHING_TO_START)); then rm_scale_exit 0; fi
     if ((code != 0)); then rm_scale_exit "$code"; fi
     rm_scale_check || code=$?
+    if ((code == RM_SCALE_PORT_TAKEN && RM_SCALE_PORTS_TRIED < 4)); then
+        RM_SCALE_PORTS_TRIED=$((RM_SCALE_PORTS_TRIED + 1))
+        rm_scale_prepare "$@"
+        return
+    fi
     if ((code != 0)); then
         rm_scale_say "the check of the nodes failed (code $code): nothing was started" >&2
         rm_scale_exit 2

@@ -89,7 +89,7 @@ def test_a_crash_after_progress_is_retried_on_another_node(own_cluster: Cluster,
     bad = read_json(job.logs / "attempt-0" / "start.json")["nodes"][0]
     cluster.wait_for_text(job, f"{bad} is left out of the next attempts")
     until(lambda: len(events(output, "saved")) >= 2 and len(events(output, "first_step")) == 2, 900, job.output)
-    assert bad not in read_json(job.logs / "attempt-1" / "start.json")["nodes"]
+    assert bad not in read_json(job.logs / "attempt-1" / "start.json")["nodes"], job.output()
     os.kill(pid_of_rank(0, output), signal.SIGKILL)
     shown = cluster.wait(job)
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "137:0", "1"), "no retry is left"

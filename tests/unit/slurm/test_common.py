@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rm_scale.slurm.prepare import EXIT_NOTHING_TO_START
+from rm_scale.meeting import EXIT_PORT_TAKEN
+from rm_scale.slurm.prepare import EXIT_ASK_SLURM, EXIT_NOTHING_TO_START
 from rm_scale.slurm.requeue import NO_RANKS
 from rm_scale.training.preemption import EXIT_REQUEUE, NUM_ATTEMPT_SIGNALS, attempt_signal
 
@@ -356,6 +357,8 @@ def test_codes_that_bash_and_python_share() -> None:
     text = (REPOSITORY / "slurm" / "common.sh").read_text()
     assert f"RM_SCALE_NOTHING_TO_START={EXIT_NOTHING_TO_START} #" in text
     assert f"RM_SCALE_REQUEUE={EXIT_REQUEUE} #" in text
+    assert f"RM_SCALE_PORT_TAKEN={EXIT_PORT_TAKEN} #" in text
+    assert f"RM_SCALE_ASK_SLURM={EXIT_ASK_SLURM} #" in text
     assert f"rm_scale_end {NO_RANKS};" in text
 
 
