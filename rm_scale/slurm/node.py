@@ -22,9 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from rm_scale.files import write_whole
+from rm_scale.launch.kill_evidence import KILLED, LOOK_SECONDS, KillEvidence
+from rm_scale.meeting import EXIT_PORT_TAKEN
 from rm_scale.slurm.job_start import FENCE_SECONDS, Start, end_path, read_fence, read_start
-from rm_scale.slurm.kill_evidence import KillEvidence
-from rm_scale.slurm.rank_logs import RankOutput, log_file, standard_output
+from rm_scale.slurm.rank_logs import LAST_WORDS_SECONDS, RankOutput, log_file, standard_error, standard_output
 from rm_scale.texts import printable
 from rm_scale.training.preemption import EXIT_REQUEUE, attempt_signal, ignore_attempt_signals
 
@@ -32,16 +33,12 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REPEAT_SECONDS = 5.0
 """A rank ignores signals until training installs its handler, so a request to stop is repeated until all have ended."""
 EXIT_REPLACED = 3
-KILLED = 137
-"""Exit code of a rank that got signal 9."""
-
-MEMORY_SECONDS = 1.0
-"""Time between two looks at the node's memory."""
-
 END_BYTES = 4096
 """Room for the record of the node's end, taken at its start: the disk may be full by then."""
 
 _NUM_LAST_LINES = 8
+_DRAIN_SECONDS = 2.0
+"""How long messages are waited for that come from another disk or another stream."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,6 +87,7 @@ def describe(code: int) -> str:
         2: "refused the run (its message is in its log)",
         EXIT_REQUEUE: "saved and stopped, as asked",
         KILLED: "was killed (signal 9)",
+        EXIT_PORT_TAKEN: "found its port taken by another program",
         139: "crashed (signal 11, in compiled code)",
     }
     return known.get(code, f"was ended by signal {code - 128}" if code > 128 else f"ended with code {code}")
@@ -130,6 +128,7 @@ class Node:
         self.reason = ""
         self.failed_at: float | None = None
         self.evidence = KillEvidence()
+        self.messages = standard_error()
 
     def run(self) -> int:
         """Start the ranks, wait for them, write down how they ended; return this task's exit code.
@@ -143,18 +142,23 @@ class Node:
             signal.signal(number, signal.SIG_IGN)
         self._reserve_end()
         self.ranks = [self._spawn(local_rank) for local_rank in range(self.start.ranks_per_node)]
+        self.messages.begin()
         for rank in self.ranks:
             rank.output.begin()
         for wanted in (*STOP_SIGNALS, attempt_signal(self.start.attempt)):
             signal.signal(wanted, self._on_signal)
         self._wait()
-        self._finish_logs()
         code = self._judge()
-        self._write_end(code)
+        self._write_end(code)  # before the logs, which a disk may hold up until Slurm ends this task
+        self._finish_logs()
         return 0 if code == EXIT_REQUEUE else code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals.SIGTERM if number == signal.SIGTERM else signal.Signals.SIGUSR1
+
+    def _say(self, text: str) -> None:
+        """Tell the job's log. Never wait for it: it may lie on a full disk, or on one that hangs."""
+        self.messages.add(f"rm_scale {self.name}: {text}\n".encode())
 
     # --- Starting ----------------------------------------------------------------------------------------------------
 
@@ -170,9 +174,9 @@ class Node:
             preexec_fn=_end_with_parent,
         )
         assert process.stdout is not None
-        destinations = [log_file(log)]
+        destinations = [log_file(log, self._say)]
         if number == 0:  # its output is the job's
-            destinations.append(standard_output())
+            destinations.append(standard_output(self._say))
         return Rank(number, process, log, RankOutput(process.stdout.fileno(), destinations))
 
     # --- Waiting -----------------------------------------------------------------------------------------------------
@@ -189,10 +193,11 @@ class Node:
                 fenced = now
                 if self._is_replaced():
                     return
-            if now - looked >= MEMORY_SECONDS:
+            if now - looked >= LOOK_SECONDS:
                 looked = now
-                self.evidence.look()
+                self.evidence.look(rank.process.pid for rank in self.ranks)
             self._end_survivors()
+        self._end_survivors()  # ranks that had all ended by the first look, or since the last one
 
     def _send(self, number: signal.Signals) -> None:
         for rank in self.ranks:
@@ -219,33 +224,42 @@ class Node:
         now = time.time()
         if self.failed_at is None:
             self.failed_at = now
-            first = failed[0]
+            # A rank that was ended says nothing; one that missed it a moment later blames the connection.
+            first = max(failed, key=lambda rank: (rank.code == EXIT_PORT_TAKEN, (rank.code or 0) > 128))
             why = f" {self.evidence.text([first.process.pid])}" if first.code == KILLED else ""
             self.reason = f"rank {first.number} {describe(first.code or 0)}{why}"
             self._show_failure(first)
-        elif now - self.failed_at > self.kill_seconds:
-            self._send(signal.SIGKILL)
+        if now - self.failed_at > self.kill_seconds or EXIT_PORT_TAKEN in [rank.code for rank in failed]:
+            self._send(signal.SIGKILL)  # those that look for rank 0 at its port would find the other program
 
     def _show_failure(self, rank: Rank) -> None:
-        rank.output.drain()
-        print(f"rm_scale {self.name}: {self.reason}; log: {rank.log}", file=sys.stderr)
+        lines = rank.output.last_words(_NUM_LAST_LINES)
+        if rank.number == 0:  # its lines are in the job's log: let them come before this
+            rank.output.drain(_DRAIN_SECONDS)
+        self._say(f"{self.reason}; log: {rank.log}")
         if rank.number != 0:
-            with contextlib.suppress(OSError):
-                lines = rank.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_NUM_LAST_LINES:]
-                print("\n".join(f"  rank {rank.number}| {printable(line)}" for line in lines), file=sys.stderr)
-        sys.stderr.flush()
+            told = "".join(f"  rank {rank.number}| {printable(line)}\n" for line in lines)
+            self.messages.add(told.encode())
 
     # --- The end -----------------------------------------------------------------------------------------------------
 
     def _finish_logs(self) -> None:
         """Bring the ranks' last words to the disk, and say where that did not succeed."""
         for rank in self.ranks:
-            for name in rank.output.close():
-                print(f"rm_scale {self.name}: {name} lacks the last words of rank {rank.number}", file=sys.stderr)
+            rank.output.end()
+        end = time.monotonic() + LAST_WORDS_SECONDS
+        for rank in self.ranks:
+            for name in rank.output.close(end - time.monotonic()):
+                self._say(f"{name} lacks the last words of rank {rank.number}: they could not be written")
+        self.messages.close(max(_DRAIN_SECONDS, end - time.monotonic()))
 
     def _reserve_end(self) -> None:
-        """Take room for the record of the end; without it, a full disk would make this node count as lost."""
+        """Take room for the record of the end; without it, a full disk would make this node count as lost.
+
+        A record that is there is of ranks that found their port taken, earlier in this attempt.
+        """
         with contextlib.suppress(OSError):
+            end_path(self.folder, self.name).unlink(missing_ok=True)
             self._reserve.write_bytes(b" " * END_BYTES)
 
     @property
@@ -255,7 +269,7 @@ class Node:
     def _judge(self) -> int:
         codes = {rank.code or 0 for rank in self.ranks}
         if self.reason.startswith("the job's attempt"):
-            print(f"rm_scale {self.name}: {self.reason}", file=sys.stderr, flush=True)
+            self._say(self.reason)
             return EXIT_REPLACED
         if codes <= {0, EXIT_REQUEUE}:
             return EXIT_REQUEUE if EXIT_REQUEUE in codes else 0

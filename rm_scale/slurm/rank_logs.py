@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import sys
 import threading
 import time
 from collections import deque
@@ -27,6 +26,7 @@ LAST_WORDS_SECONDS = 10.0
 """How long a rank's last words are waited for, and then their way to the disk: something may keep the pipe open."""
 
 _BLOCK_BYTES = 65536
+_LAST_BYTES = 4096
 
 
 class Destination:
@@ -35,13 +35,13 @@ class Destination:
     Args:
         name: for messages.
         open_file: returns a file descriptor to write to; called again after an error.
-        say: what to do with a message; by default it goes to standard error.
+        say: what to do with a message. It must not wait.
     """
 
-    def __init__(self, name: str, open_file: Callable[[], int], say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, name: str, open_file: Callable[[], int], say: Callable[[str], None]) -> None:
         self.name = name
         self._open = open_file
-        self._say = say or _to_standard_error
+        self._say = say
         self._waiting: deque[bytes] = deque()
         self._num_bytes = 0
         self._lost_bytes = self._lost_lines = 0
@@ -141,19 +141,19 @@ def _clock() -> str:
     return time.strftime("%H:%M:%S")
 
 
-def _to_standard_error(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"rm_scale: {text}\n".encode())
-
-
-def log_file(path: Path) -> Destination:
+def log_file(path: Path, say: Callable[[str], None]) -> Destination:
     """Return a log as a destination; it is appended to."""
-    return Destination(str(path), lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    return Destination(str(path), lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), say)
 
 
-def standard_output() -> Destination:
+def standard_output(say: Callable[[str], None]) -> Destination:
     """Return this process's standard output, by which rank 0's lines reach the job's log."""
-    return Destination("the job's own log", sys.stdout.fileno)
+    return Destination("the job's own log", lambda: 1, say)
+
+
+def standard_error() -> Destination:
+    """Return this process's standard error: where it refuses, nobody can be told."""
+    return Destination("standard error", lambda: 2, lambda text: None)
 
 
 class RankOutput:
@@ -166,6 +166,7 @@ class RankOutput:
 
     def __init__(self, pipe: int, destinations: Sequence[Destination]) -> None:
         self._pipe = pipe
+        self._last = b""
         self.destinations = tuple(destinations)
         self._ended = threading.Event()  # of the rank; something else may keep the pipe open
         self._thread = threading.Thread(target=self._read_all, daemon=True)
@@ -189,20 +190,31 @@ class RankOutput:
                 return
             if not block:
                 return
+            self._last = (self._last + block)[-_LAST_BYTES:]
             for destination in self.destinations:
                 destination.add(block)
 
-    def drain(self, seconds: float = LAST_WORDS_SECONDS) -> None:
-        """Wait for the last words of a rank that has ended, and until they are written; at most so long."""
-        end = time.monotonic() + seconds
+    def end(self) -> None:
+        """Note that the rank has ended: what is still in the pipe is read, and nothing after that is waited for."""
         self._ended.set()
+
+    def last_words(self, num_lines: int, seconds: float = LAST_WORDS_SECONDS) -> list[str]:
+        """Return the last lines of a rank that has ended, whether or not they could be written."""
+        self.end()
+        self._thread.join(seconds)
+        return self._last.decode(errors="replace").splitlines()[-num_lines:]
+
+    def drain(self, seconds: float) -> None:
+        """Wait until what a rank that has ended said last is read and written; at most so long."""
+        end = time.monotonic() + seconds
+        self.end()
         self._thread.join(seconds)
         for destination in self.destinations:
             destination.drain(max(0.0, end - time.monotonic()))
 
-    def close(self, seconds: float = LAST_WORDS_SECONDS) -> list[str]:
+    def close(self, seconds: float) -> list[str]:
         """Write what is left; return the destinations that did not take all of it in time."""
         end = time.monotonic() + seconds
-        self._ended.set()
-        self._thread.join(seconds)
-        return [place.name for place in self.destinations if not place.close(max(0.1, end - time.monotonic()))]
+        self.end()
+        self._thread.join(max(0.0, seconds))
+        return [place.name for place in self.destinations if not place.close(max(0.0, end - time.monotonic()))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,15 +17,18 @@ from typing import Any
 import pytest
 
 from rm_scale.files import write_whole
-from rm_scale.slurm.job_start import Start, fence_path, read_fence, read_start
-from rm_scale.slurm.node import describe, exit_code, rank_environment
+from rm_scale.slurm.job_start import Start, end_path, fence_path, read_fence, read_start
+from rm_scale.slurm.node import Node, Rank, describe, exit_code, rank_environment
+from rm_scale.slurm.rank_logs import RankOutput
 from rm_scale.slurm.requeue import judge as judge_end
+from tests.support.small_disks import small_disk
 
 SCRIPT = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 what = dict(word.split("=") for word in sys.argv[1:])
 print("hello from", rank, "of", os.environ["WORLD_SIZE"], flush=True)
+print("x" * int(what.get("bytes", "0")), end="", flush=True)
 if what.get("slow_start"):
     time.sleep(float(what["slow_start"]))
 stopped = []
@@ -54,14 +58,16 @@ def start(tmp_path: Path) -> Start:
     return Start(**words, output_dir=str(tmp_path / "out"), folder=str(folder))
 
 
-def begin(start: Start, *settings: str, kill_seconds: float = 30, shell: str = "") -> subprocess.Popen[str]:
+def begin(
+    start: Start, *settings: str, kill_seconds: float = 30, shell: str = "", stderr: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """The node's task, as srun starts it."""
     path = replace(start, settings=settings).write()
     command = [sys.executable, "-m", "rm_scale.slurm.node", str(path)]
     if shell:
         command = ["bash", "-c", shell, "task", *command]
     env = {**os.environ, "SLURMD_NODENAME": "a", "RM_SCALE_KILL_SECONDS": str(kill_seconds)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def end_of(start: Start, node: str = "a") -> dict[str, Any]:
@@ -103,6 +109,84 @@ def test_a_killed_rank_is_told_as_a_shell_would(start: Start) -> None:
     task = begin(start, "fails=0", "signal=9")
     _, err = task.communicate(timeout=600)
     assert task.returncode == 137 and "rank 0 was killed (signal 9) by somebody, or by something that" in err
+
+
+def ended_ranks(start: Start, *codes: int) -> Node:
+    """A node whose ranks have all ended before it looks."""
+    node = Node(start, 0)
+    for number, code in enumerate(codes):
+        text = f"(( {code} < 128 )) || kill -9 $$; exit {code}"
+        process = subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE)
+        process.wait(600)
+        assert process.stdout is not None
+        output = RankOutput(process.stdout.fileno(), [])
+        output.begin()
+        node.ranks.append(Rank(number, process, Path(start.folder) / "log", output))
+    return node
+
+
+def test_a_rank_that_was_ended_counts_before_those_that_missed_it(start: Start) -> None:
+    """The others blame the connection."""
+    node = ended_ranks(start, 1, 137)
+    node._end_survivors()
+    assert node.reason.startswith("rank 1 was killed (signal 9) by ")
+
+
+def test_ranks_that_all_end_between_two_looks(start: Start) -> None:
+    """The task itself failed then, without a record of how they ended."""
+    node = ended_ranks(start, 0, 4)
+    node._wait()
+    assert node._judge() == 4 and node.reason == "rank 1 ended with code 4"
+
+
+def test_a_job_log_that_refuses_hides_no_end(start: Start) -> None:
+    """A message that could not be written ended the node's task without a record: the node counted as lost."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    task = begin(start, "fails=1", "code=4", "seconds=60", kill_seconds=0.2, stderr=full)
+    os.close(full)
+    task.communicate(timeout=600)
+    assert task.returncode == 4 and end_of(start)["codes"] == {"0": 137, "1": 4}
+
+
+def test_a_job_log_that_hangs_holds_nobody_up(start: Start) -> None:
+    """Nobody reads what the task says, as where srun waits for a network disk."""
+    task = begin(start, "fails=1", "code=4", "seconds=60", "bytes=300000", kill_seconds=0.2, stderr=subprocess.STDOUT)
+    assert task.wait(600) == 4 and end_of(start)["codes"] == {"0": 137, "1": 4}
+    assert (Path(start.folder) / "a.rank1.log").stat().st_size > 300_000
+    assert task.stdout is not None
+    task.stdout.close()
+
+
+def test_a_folder_of_logs_that_was_removed_ends_no_rank(start: Start) -> None:
+    task = begin(start, "seconds=60")
+    _until(lambda: (Path(start.folder) / "a.rank1.log").exists())
+    shutil.rmtree(start.folder)
+    task.send_signal(signal.SIGUSR1)
+    out, _ = task.communicate(timeout=600)
+    assert task.returncode == 0 and out == "hello from 0 of 2\n"
+
+
+def test_the_record_of_the_end_has_its_room_from_the_start(start: Start) -> None:
+    """A full disk must not turn a node that has saved into one that was lost."""
+    with small_disk(Path(start.folder) / "small", "64k") as disk:
+        start = replace(start, folder=str(disk.path))
+        task = begin(start, "seconds=60")
+        log = disk.path / "a.rank1.log"
+        _until(lambda: log.exists() and "hello" in log.read_text())
+        disk.fill(log)
+        task.send_signal(signal.SIGUSR1)
+        task.communicate(timeout=600)
+        assert task.returncode == 0 and end_of(start)["code"] == 85
+
+
+def test_a_record_of_an_earlier_try_is_not_taken_for_this_one(start: Start) -> None:
+    end_path(Path(start.folder), "a").write_text('{"node": "a", "code": 1, "time": 1}')
+    task = begin(start, "seconds=60")
+    log = Path(start.folder) / "a.rank1.log"
+    _until(log.exists)
+    assert not end_path(Path(start.folder), "a").exists()
+    task.kill()
+    task.communicate(timeout=600)
 
 
 def test_ranks_end_when_a_later_attempt_has_begun(start: Start) -> None:

@@ -72,7 +72,7 @@ def test_a_full_disk_holds_nobody_up_and_the_loss_is_said(tmp_path: Path) -> Non
 def test_one_disk_that_refuses_keeps_nothing_from_another(tmp_path: Path) -> None:
     disk, other = Disk(tmp_path / "full"), tmp_path / "other"
     reading, writing = os.pipe()
-    output = RankOutput(reading, [disk.log, log_file(other)])
+    output = RankOutput(reading, [disk.log, log_file(other, disk.said.append)])
     output.begin()
     read_all(output, writing, [b"hello\n"])
     os.close(writing)
@@ -80,12 +80,27 @@ def test_one_disk_that_refuses_keeps_nothing_from_another(tmp_path: Path) -> Non
     assert other.read_bytes() == b"hello\n"
 
 
+def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    """A pipe that nobody reads stands for it: to open it waits for ever, as on a network disk that is away."""
+    hung, other = tmp_path / "hung", tmp_path / "other"
+    os.mkfifo(hung)
+    reading, writing = os.pipe()
+    output = RankOutput(reading, [log_file(hung, print), log_file(other, print)])
+    output.begin()
+    read_all(output, writing, [b"x" * 65536] * 30 + [b"\nlast words\n"])
+    os.close(writing)
+    assert output.last_words(1, 600) == ["last words"]
+    assert output.close(0.5) == [str(hung)]
+    assert other.read_bytes().endswith(b"last words\n")
+    os.close(os.open(hung, os.O_RDONLY | os.O_NONBLOCK))  # lets the waiting thread go
+
+
 def test_last_words_are_not_lost_when_something_keeps_the_pipe_open(tmp_path: Path) -> None:
     """A process that the rank has started outlives it."""
     code = "import os,subprocess; subprocess.Popen(['sleep', '600']); print('x' * 300_000); print('last words')"
     rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert rank.stdout is not None
-    output = RankOutput(rank.stdout.fileno(), [log_file(tmp_path / "log")])
+    output = RankOutput(rank.stdout.fileno(), [log_file(tmp_path / "log", print)])
     output.begin()
     try:
         assert rank.wait(600) == 0
