@@ -101,6 +101,7 @@ def _start_ranks(num_ranks: int, device: str | None) -> int:
     """
     from rm_scale.files import free_port
     from rm_scale.launch.devices import num_gpus
+    from rm_scale.launch.kill_evidence import was_killed, watched
     from rm_scale.launch.ranks import device_flags, launcher_environment
 
     gpus = num_gpus()
@@ -114,10 +115,11 @@ def _start_ranks(num_ranks: int, device: str | None) -> int:
     del arguments[place : place + (1 if "=" in arguments[place] else 2)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *device_flags(num_ranks, gpus > 0)]
     launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "rm_scale.cli", *arguments]
-    code = subprocess.run(launcher, env=launcher_environment(), check=False).returncode
+    with watched() as evidence:
+        code = subprocess.run(launcher, env=launcher_environment(), check=False).returncode
     if code:
         # What the rank itself said is above; the launcher ends the others, and a killed rank says nothing.
-        killed = " (killed: out of memory?)" if code in {-9, 137} else ""
+        killed = f" (killed by signal 9, {evidence.text(fix='fewer --num_processes')})" if was_killed(code) else ""
         print(
             f"rm-scale score: a rank ended with code {code}{killed}, and the others with it. What has been scored is "
             "kept. Fix: see above; then the same command again, it goes on from there.",

@@ -12,6 +12,7 @@ from rm_scale.config_parsing import ParsedConfig
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.files import read_json_lines, write_whole
 from rm_scale.launch.deepspeed_command import launch_command, run_command
+from rm_scale.launch.kill_evidence import KillEvidence, was_killed, watched
 from rm_scale.launch.machine import Machine
 from rm_scale.logs import get_logger
 from rm_scale.planning.plan import Plan
@@ -21,6 +22,7 @@ logger = get_logger(__name__)
 
 TRIAL_STEPS = 2
 MAX_TRIALS = 6
+_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 
 
 def auto_batch(settings: Sequence[str], parsed: ParsedConfig, plan: Plan, machine: Machine) -> list[str]:
@@ -109,17 +111,27 @@ def _trial(settings: Sequence[str], machine: Machine, folder: Path, tokens: int)
     extra = ["--max_tokens_per_device", str(tokens), "--max_steps", str(TRIAL_STEPS), "--output_dir", str(folder)]
     extra += ["--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "true"]
     command, environment = launch_command(machine, [*settings, *extra, "--sample_scores", "0"])
-    done = run_command(command, environment, capture_output=True)
+    with watched() as evidence:
+        done = run_command(command, environment, capture_output=True)
+    if done.returncode:
+        _require_memory(done.stdout + done.stderr, done.returncode, evidence)
     metrics = folder / "run" / "metrics.jsonl"
-    if not metrics.is_file():
-        if done.returncode and not _is_memory(done.stdout + done.stderr, done.returncode):
-            raise UserError(f"auto_batch: a trial failed, and not for memory:\n{(done.stdout + done.stderr)[-2000:]}")
-        return False, ""
-    peaks = [line["peak_memory_bytes"] for line in read_json_lines(metrics) if "peak_memory_bytes" in line]
+    lines = read_json_lines(metrics) if metrics.is_file() else []
+    peaks = [line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line]
     limit = machine.device.memory_bytes * 0.97
     fits = done.returncode == 0 and bool(peaks) and max(peaks) <= limit
     return fits, f", {max(peaks) / 1e9:.1f} GB at most" if peaks else ""
 
 
-def _is_memory(output: str, code: int) -> bool:
-    return code in {-9, 137} or "out of memory" in output.lower() or "can't allocate memory" in output.lower()
+def _require_memory(output: str, code: int, evidence: KillEvidence) -> None:
+    """Let a failed trial pass as one whose rows were too large only where it says so, or the system does.
+
+    Raises:
+        UserError: it failed for something else.
+    """
+    if any(text in output.lower() for text in _MEMORY_TEXTS):
+        return
+    if not was_killed(code):
+        raise UserError(f"auto_batch: a trial failed, and not for memory:\n{output[-2000:]}")
+    if not evidence.is_memory():
+        raise UserError(f"auto_batch: a rank of a trial was killed (signal 9) {evidence.text()}")

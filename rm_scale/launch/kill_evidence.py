@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ _FULL_SHARE = 0.95
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_FIX = "compare the plan's host memory, ask for more of it (--mem)"
 
 
 def was_killed(code: int) -> bool:
@@ -51,12 +50,16 @@ class KillEvidence:
     Args:
         proc: where the kernel shows processes.
         cgroups: where it shows control groups.
+        kernel_log: its log, which often only root may read.
     """
 
-    def __init__(self, proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> None:
+    def __init__(
+        self, proc: Path = Path("/proc"), cgroups: Path = _CGROUPS, kernel_log: Path = Path("/dev/kmsg")
+    ) -> None:
         self._proc = proc
         self._folders = list(_cgroup_folders(proc, cgroups))
-        self._kernel_log = _open_kernel_log()
+        self._kernel_log = _open_at_its_end(kernel_log)
+        self._lines: dict[int, str] = {}
         self._held: dict[int, int] = {}
         self._looks: deque[_Look] = deque(maxlen=_LOOKS_KEPT)
         self.look()
@@ -97,11 +100,12 @@ class KillEvidence:
         """Return whether there is a sign that memory did not suffice."""
         return bool(self._sign(self._held))
 
-    def text(self, pids: Iterable[int] | None = None) -> str:
+    def text(self, pids: Iterable[int] | None = None, fix: str = "") -> str:
         """Say what is known of why a process got signal 9.
 
         Args:
             pids: of those that were killed; by default all that were looked at.
+            fix: what to do where memory did not suffice.
         """
         killed = list(self._held) if pids is None else list(pids)
         held = max((self._held.get(pid, 0) for pid in killed), default=0)
@@ -110,16 +114,17 @@ class KillEvidence:
         seen += f", of which it held {held / 1e9:.1f} GB" if seen and held and len(killed) == 1 else ""
         sign = self._sign(killed)
         if sign:
-            return f"{sign}{seen}. Fix: {_FIX}"
+            return f"{sign}{seen}" + (f". Fix: {fix}" if fix else "")
         return (
             "by somebody, or by something that left no sign of itself; there is none of the out-of-memory killer"
             f"{seen}. Look: dmesg, and under Slurm sacct -j JOB -o State,MaxRSS"
         )
 
     def _sign(self, pids: Iterable[int]) -> str:
-        line = self._line_of(set(pids))
-        if line:
-            return f"by the kernel's out-of-memory killer ({line})"
+        self._read_kernel_log()
+        for pid in pids:
+            if pid in self._lines:
+                return f"by the kernel's out-of-memory killer ({self._lines[pid]})"
         before, now = self._looks[0].kills, self._num_kills()
         for is_own, words in (
             (True, "by the kernel's out-of-memory killer (its counter for this job rose)"),
@@ -131,36 +136,30 @@ class KillEvidence:
             return "most likely for want of memory"
         return ""
 
-    def _line_of(self, pids: set[int]) -> str:
-        """Return the kernel's line about the end of one of these processes; empty where there is none to be read."""
-        if self._kernel_log is None:
-            return ""
-        while True:
+    def _read_kernel_log(self) -> None:
+        """Note what the kernel has said of processes that it killed; each record can be read once."""
+        while self._kernel_log is not None:
             try:
                 record = os.read(self._kernel_log, 8192).decode(errors="replace")
             except BrokenPipeError:
                 continue  # older records were overwritten meanwhile
             except OSError:
-                return ""
+                return  # there is no more
             if not record:
-                return ""
+                return
             found = re.search(r"(Killed process (\d+) [^\n]{0,120})", record)
-            if found and int(found[2]) in pids:
-                return found[1]
+            if found:
+                self._lines[int(found[2])] = found[1]
 
 
 @contextlib.contextmanager
-def watched(pids: Callable[[], Iterable[int]]) -> Iterator[KillEvidence]:
-    """Look every second, in a thread.
-
-    Args:
-        pids: returns the processes that are watched now.
-    """
+def watched() -> Iterator[KillEvidence]:
+    """Look every second, in a thread, at this node and at all processes below this one."""
     evidence, ended = KillEvidence(), threading.Event()
 
     def look() -> None:
         while not ended.wait(LOOK_SECONDS):
-            evidence.look(pids())
+            evidence.look(_pids_below(os.getpid()))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -171,10 +170,17 @@ def watched(pids: Callable[[], Iterable[int]]) -> Iterator[KillEvidence]:
         thread.join()
 
 
-def _open_kernel_log() -> int | None:
+def _pids_below(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, _text(task).split()):
+            yield child
+            yield from _pids_below(child)
+
+
+def _open_at_its_end(kernel_log: Path) -> int | None:
     """Return the kernel's log, from now on; `None` where it may not be read."""
     try:
-        handle = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(kernel_log, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return None
     with contextlib.suppress(OSError):

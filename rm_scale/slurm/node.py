@@ -37,6 +37,7 @@ END_BYTES = 4096
 """Room for the record of the node's end, taken at its start: the disk may be full by then."""
 
 _NUM_LAST_LINES = 8
+_MEMORY_FIX = "compare the plan's host memory (rm-scale plan), ask for more of it (--mem)"
 _DRAIN_SECONDS = 2.0
 """How long messages are waited for that come from another disk or another stream."""
 
@@ -226,7 +227,7 @@ class Node:
             self.failed_at = now
             # A rank that was ended says nothing; one that missed it a moment later blames the connection.
             first = max(failed, key=lambda rank: (rank.code == EXIT_PORT_TAKEN, (rank.code or 0) > 128))
-            why = f" {self.evidence.text([first.process.pid])}" if first.code == KILLED else ""
+            why = f" {self.evidence.text([first.process.pid], _MEMORY_FIX)}" if first.code == KILLED else ""
             self.reason = f"rank {first.number} {describe(first.code or 0)}{why}"
             self._show_failure(first)
         if now - self.failed_at > self.kill_seconds or EXIT_PORT_TAKEN in [rank.code for rank in failed]:

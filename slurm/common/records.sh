@@ -17,7 +17,7 @@ rm_scale_show_job() { timeout 30 scontrol --oneliner show job "$RM_SCALE_JOB" 2>
 # A full disk of the job's log must not end the job, nor make a message the reason for it.
 rm_scale_say() { printf 'rm_scale: %s\n' "$*" 2>/dev/null || :; }
 rm_scale_fail() {
-    printf 'rm_scale: %s\n' "$*" >&2
+    printf 'rm_scale: %s\n' "$*" >&2 || :
     exit 2
 }
 

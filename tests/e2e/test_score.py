@@ -117,6 +117,7 @@ def test_two_ranks_end_when_one_dies_and_go_on_to_the_same_file(
     ranks["1"].kill()
     said, _ = process.communicate(timeout=600)
     assert process.returncode != 0 and "a rank ended with code" in said, said
+    assert "(killed by signal 9, by somebody, or by something that left no sign of itself" in said, said
     assert "the same command again, it goes on from there" in said
     assert not output.exists() and not any(child.is_running() for child in ranks.values()), "none is left behind"
     done = run(command)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,19 @@ def test_the_limit_of_the_job_counts_as_well(tmp_path: Path, version: int) -> No
     assert evidence.is_memory() and "9.9 of 10.0 GB that may be used here" in evidence.text([1])
 
 
+def test_the_kernel_names_the_process(tmp_path: Path) -> None:
+    machine, log = Machine(tmp_path, "0::/job_7\n"), tmp_path / "kmsg"
+    record = "3,1,2,-;Memory cgroup out of memory: Killed process {} (python) total-vm:9kB, anon-rss:8kB\n"
+    log.write_text(record.format(77))
+    evidence = KillEvidence(machine.proc, machine.cgroups, log)
+    with log.open("a") as file:
+        file.write(record.format(78))
+    assert "no sign" in evidence.text([1]) and "no sign" in evidence.text([77]), "another process, and one before"
+    text = evidence.text([78], "less")
+    assert text.startswith("by the kernel's out-of-memory killer (Killed process 78 (python) total-vm:9kB")
+    assert text.endswith(". Fix: less")
+
+
 def test_no_cgroup_that_can_be_read(tmp_path: Path) -> None:
     assert num_oom_kills(tmp_path / "nowhere") == 0
 
@@ -134,14 +149,16 @@ def test_exit_codes_that_tell_of_signal_9() -> None:
     assert [was_killed(code) for code in (-9, 137, 247, 0, 1, -15, 143, 85)] == [True] * 3 + [False] * 5
 
 
-def test_watching_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_what_a_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what that starts: ranks lie below their launcher."""
     monkeypatch.setattr("rm_scale.launch.kill_evidence.LOOK_SECONDS", 0.01)
-    asked = threading.Event()
-
-    def pids() -> list[int]:
-        asked.set()
-        return [os.getpid()]
-
-    with watched(pids) as evidence:
-        assert asked.wait(600)
-    assert "of which it held" in evidence.text()
+    with subprocess.Popen(["bash", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        with watched() as evidence:
+            end = time.monotonic() + 600
+            while not {launcher.pid, rank} <= set(evidence._held):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        os.kill(rank, signal.SIGKILL)
+    assert "no sign" in evidence.text()
