@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,41 @@ def test_ranks_that_all_end_between_two_looks(start: Start) -> None:
     node = ended_ranks(start, 0, 4)
     node._wait()
     assert node._judge() == 4 and node.reason == "rank 1 ended with code 4"
+
+
+@contextmanager
+def small_memory_group(num_bytes: int) -> Iterator[Path]:
+    """A control group as Slurm makes one for a job, with a limit; the test is skipped where none can be made."""
+    for root, name in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        if (root / "cgroup.procs").exists():
+            break
+    folder = root / f"job_{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not (folder / name).exists():
+            pytest.skip("control groups have no limit of memory here")
+        (folder / name).write_text(str(num_bytes))
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def test_the_kernels_own_killer_is_named(start: Start) -> None:
+    """A rank that needs more than its job may have. Only processes of that control group can be hit."""
+    grows = "blocks = []\nwhile rank == 1:\n    blocks.append(os.urandom(1 << 20))\n"
+    Path(start.train).write_text(SCRIPT.replace("stopped = []", grows + "stopped = []"))
+    with small_memory_group(300 << 20) as group:
+        task = begin(start, "seconds=60", kill_seconds=0.2, shell=f'echo $$ >"{group}/cgroup.procs"; exec "$@"')
+        _, err = task.communicate(timeout=600)
+    assert task.returncode == 137 and "rank 1 was killed (signal 9) by the kernel's out-of-memory killer (" in err, err
+    assert "of 0.3 GB that may be used here were in use when last looked" in err and "--mem" in err
+    assert end_of(start)["codes"] == {"0": 137, "1": 137}
 
 
 def test_a_job_log_that_refuses_hides_no_end(start: Start) -> None:
