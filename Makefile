@@ -57,7 +57,7 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 gpu-proof: ## Prove and measure on a machine with CUDA in 12 minutes (ARGS="--help"; PYTHON=...; .wheels/)
 	@$(or $(PYTHON),$(firstword $(wildcard $(PY)) python3)) -m benchmarks.gpu_proof $(ARGS)
 
-test-slurm: $(STAMP) ## Run the tests on a Slurm cluster, by default one of 4 nodes made here (RM_SCALE_SLURM_CLUSTER)
+test-slurm: $(STAMP) ## Run the tests on a Slurm cluster, by default two of 4 nodes made here (RM_SCALE_SLURM_CLUSTER)
 	@tests/slurm/run.sh $(PYTEST)
 
 quality: $(STAMP) ## Lint, check formatting, types, declared dependencies and shell scripts

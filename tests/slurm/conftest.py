@@ -23,10 +23,12 @@ SITE = """
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """The cluster that RM_SCALE_SLURM_CLUSTER names; `make test-slurm` makes one."""
-    name = os.environ.get("RM_SCALE_SLURM_CLUSTER")
-    if not name:
+    """The cluster that RM_SCALE_SLURM_CLUSTER names; `make test-slurm` makes one for each of its processes."""
+    names = os.environ.get("RM_SCALE_SLURM_CLUSTER", "").split()
+    if not names:
         pytest.skip("RM_SCALE_SLURM_CLUSTER is not set: make test-slurm makes a cluster and sets it")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    name = names[int(worker) % len(names)]
     # On a real cluster the repository is on the shared disk and /tmp is not.
     base = Path(name) if (Path(name) / "slurm.conf").is_file() else REPOSITORY / "outputs"
     base.mkdir(parents=True, exist_ok=True)
