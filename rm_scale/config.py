@@ -248,6 +248,11 @@ class RunConfig(BaseModel):
     lora_alpha: int = _setting(Group.LORA, 32, "LoRA alpha; updates are scaled by alpha / r.", ge=1, le=MANY)
     lora_dropout: float = _setting(Group.LORA, 0.05, "Dropout on the LoRA input.", ge=0, lt=1)
     lora_target_modules: list[str] | None = _setting(Group.LORA, None, "Modules to adapt. Default: all linear layers.")
+    lora_target_parameters: list[str] | None = _setting(
+        Group.LORA,
+        None,
+        "Tensors of experts to adapt beside them, as experts.gate_up_proj and experts.down_proj; without dropout.",
+    )
     lora_modules_to_save: list[str] | None = _setting(
         Group.LORA, None, "Further modules trained in full; the head always is."
     )
@@ -371,6 +376,7 @@ RESUME_FACTS = (
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
+    "lora_target_parameters",
     "lora_modules_to_save",
     "use_rslora",
     "use_dora",

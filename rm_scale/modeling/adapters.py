@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import transformers_weight_conversion
 from transformers import PreTrainedModel
 
 from rm_scale.config import RunConfig
 from rm_scale.errors import ModelError
+from rm_scale.logs import get_logger
+from rm_scale.modeling.experts import expert_tensors, num_weights, routers
 from rm_scale.modeling.head import HEAD_NAMES, check_head_trainable
-from rm_scale.texts import first_line, one_line
+from rm_scale.texts import first_line, large_number, one_line
+
+logger = get_logger(__name__)
 
 _ABOUT_TARGETS = ("Target module", "target_modules", "No modules were targeted")
 """One of these is in PEFT's errors about `lora_target_modules`; its `ValueError`s have many other causes."""
+_NAME = "default"
 
 
-def lora_config(config: RunConfig) -> LoraConfig:
+def lora_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
     """Return PEFT's configuration. The task type is always SEQ_CLS, the only one that trains and saves the head."""
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
+        # PEFT refuses dropout for all when a single target is a tensor of experts; `_set_dropout` gives it to the rest.
+        lora_dropout=0.0 if expert_tensors(model) else config.lora_dropout,
+        target_modules=config.lora_target_modules or _linear_layers(model),
+        target_parameters=config.lora_target_parameters,
         modules_to_save=config.lora_modules_to_save,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         bias="none",
     )
+
+
+def _linear_layers(model: PreTrainedModel) -> str | list[str]:
+    """Return the default targets: all linear layers but the head; of a mixture of experts, by name.
+
+    There PEFT reads "all-linear", and names like `down_proj`, as the experts and the router, as which such names stood
+    in the files of older versions. So layers of these names are left out: shared experts, and MLPs of dense layers.
+    """
+    if not expert_tensors(model):
+        return "all-linear"
+    left_out = {*HEAD_NAMES, *_read_as_experts(model)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.rpartition(".")[2] not in left_out
+        and name not in routers(model)  # some are linear layers
+    ]
+
+
+def _read_as_experts(model: PreTrainedModel) -> set[str]:
+    """Return the names of modules that PEFT takes for experts or routers of this kind of model."""
+    kinds = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN
+    return set(transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING.get(kinds.get(model.config.model_type), ()))
 
 
 def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) -> PeftModel:
@@ -39,19 +76,139 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
         keep_dtype: leave adapters in the backbone's type, which ZeRO-3 needs (TRL#6089); else they are fp32.
 
     Raises:
-        ModelError: a target module does not exist, or the head would be frozen.
+        ModelError: a target module or parameter does not exist, or the head would be frozen.
     """
+    _refuse_unknown_parameters(model, config)
     try:
-        adapted = get_peft_model(model, lora_config(config), autocast_adapter_dtype=not keep_dtype)
+        adapted = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=not keep_dtype)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise ModelError(_refused(error, model, config)) from error
+    _set_dropout(adapted, config.lora_dropout)
     check_head_trainable(adapted)
+    logger.info(describe_adapters(adapted))
     return adapted
 
 
+def _refuse_unknown_parameters(model: PreTrainedModel, config: RunConfig) -> None:
+    """Refuse target parameters that no parameter of the model ends in; PEFT would only warn.
+
+    Raises:
+        ModelError: there is one.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    wrong = [
+        target
+        for target in config.lora_target_parameters or []
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if wrong:
+        known = _short_names(_matrices(model))
+        fix = f"choose among {', '.join(known)}" if known else "leave it out: this model has no experts"
+        raise ModelError(
+            f"lora_target_parameters={config.lora_target_parameters}: {type(model).__name__} has no parameter that "
+            f"ends in {wrong[0]}. Fix: {fix}."
+        )
+
+
+def _short_names(names: Iterable[str]) -> list[str]:
+    """Return experts' tensors as `lora_target_parameters` takes them, each once."""
+    return sorted({f"experts.{name.rpartition('.')[2]}" for name in names})
+
+
+def _matrices(model: torch.nn.Module) -> list[str]:
+    """Return the names of the experts' 3-D tensors."""
+    return [name for name, p in expert_tensors(model).items() if len(getattr(p, "ds_shape", p.shape)) == 3]
+
+
+def _lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _set_dropout(adapted: PeftModel, share: float) -> None:
+    """Give linear layers the dropout that PEFT was not told of. Tensors of experts can't have any.
+
+    Without such tensors the saved configuration names it as well; PEFT would refuse it for those.
+    """
+    settings = adapted.peft_config[_NAME]
+    if settings.lora_dropout == share:
+        return
+    layers = _lora_layers(adapted).values()
+    for layer in layers:
+        if not isinstance(layer, ParamWrapper):
+            layer.lora_dropout[_NAME] = torch.nn.Dropout(share)
+    if not any(isinstance(layer, ParamWrapper) for layer in layers):
+        settings.lora_dropout = share
+
+
+def describe_adapters(adapted: PeftModel) -> str:
+    """Say which weights have adapters and, of a mixture of experts, which have none."""
+    layers = _lora_layers(adapted)
+    linear = [name.rpartition(".")[2] for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+    tensors = [layer.parameter_name for layer in layers.values() if isinstance(layer, ParamWrapper)]
+    text = f"LoRA adapts {len(linear)} linear layers ({_listed(linear)})"
+    if tensors:
+        text += f" and {len(tensors)} tensors of experts and routers ({_listed(tensors)}; these without dropout)"
+    bare = _without_adapter(adapted)
+    experts = expert_tensors(adapted)
+    if not experts:
+        return text
+    if bare:
+        text += f"; not {_listed(bare)}"
+    frozen = _frozen_experts(adapted)
+    if frozen:
+        text += (
+            f"; not the experts ({large_number(num_weights(frozen.values()))} weights), which lora_target_parameters: "
+            f"[{', '.join(_short_names(frozen))}] would adapt too"
+        )
+    return text
+
+
+def _without_adapter(adapted: PeftModel) -> list[str]:
+    """Return the last names of linear layers that stay as they are, the head left out."""
+    inside = tuple(f"{name}." for name in _lora_layers(adapted))
+    return [
+        ".".join(name.split(".")[-2:])
+        for name, module in adapted.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not name.startswith(inside)
+        and not isinstance(module, LoraLayer)
+        and not set(HEAD_NAMES) & set(name.split("."))
+    ]
+
+
+def _frozen_experts(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return the experts' matrices without an adapter, by name."""
+    wrapped = defaultdict(set)
+    for layer in _lora_layers(adapted).values():
+        if isinstance(layer, ParamWrapper):
+            wrapped[layer.get_base_layer()].add(layer.parameter_name)
+    modules = dict(adapted.named_modules())
+    return {
+        name: parameter
+        for name, parameter in expert_tensors(adapted).items()
+        if name.rpartition(".")[2] not in wrapped[modules[name.rpartition(".")[0]]]
+        and len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+    }
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted(set(names)))
+
+
 def _refused(error: Exception, model: PreTrainedModel, config: RunConfig) -> str:
-    """Return what PEFT refused; with a fix only where target modules are the cause, since other fixes would mislead."""
+    """Return what PEFT refused; with a fix only where the cause is known, since other fixes would mislead."""
     text = one_line(error, 400)
+    if "because they are fused into" in text:
+        return (
+            f"lora_target_modules={config.lora_target_modules}: of {type(model).__name__} PEFT reads these names as "
+            f"experts, whose tensors it can't adapt in part ({text}). Fix: name both, or leave them out and name the "
+            "experts by lora_target_parameters."
+        )
+    if ParamWrapper.__name__ in text and config.use_dora:
+        return (
+            f"use_dora=True: tensors of experts can't have it ({text}). Fix: set use_dora: false, or adapt linear "
+            "layers alone (leave lora_target_parameters out; name the layers in lora_target_modules)."
+        )
     if not any(word in text for word in _ABOUT_TARGETS):
         return f"use_peft=True: LoRA layers can't be added to {type(model).__name__} ({type(error).__name__}: {text})"
     names = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})

@@ -6,10 +6,18 @@ windows shorter than the rows that tests make, more experts than are chosen.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 WINDOW = 6
 SIZES: dict[str, Any] = {
@@ -122,12 +130,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each family needs beside `SIZES`, by transformers' model type."""
 
+_HEADS = ("head_dim", "num_key_value_heads")
+_NOT_KNOWN_TO = {
+    "bloom": (*_HEADS, "intermediate_size"),
+    "falcon": (*_HEADS, "intermediate_size"),
+    "gpt2": (*_HEADS, "intermediate_size"),
+    "gpt_neox": _HEADS,
+}
+"""Sizes that follow from others in older families."""
+
 
 def tiny_config(model_type: str, **extra: Any) -> PreTrainedConfig:
     """Return the config of a tiny model of this family; `extra` changes single values."""
     values = {**SIZES, **FAMILIES.get(model_type, {}), **extra}
-    if model_type == "falcon":
-        del values["head_dim"]  # which follows from the others there
+    for name in _NOT_KNOWN_TO.get(model_type, ()):
+        values.pop(name, None)
     return AutoConfig.for_model(model_type, **values)
 
 
@@ -135,3 +152,15 @@ def tiny_classifier(model_type: str, **extra: Any) -> PreTrainedModel:
     """Return a tiny classifier of this family with random fp32 weights, always the same."""
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(tiny_config(model_type, **extra), dtype=torch.float32)
+
+
+def write_causal_model(folder: Path, model_type: str, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> Path:
+    """Write a tiny causal language model of this family with a tokenizer, as a user would bring it; fp32, no head."""
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    # At this width the libraries' 0.02 would let a layer hardly change its input.
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "initializer_range": 0.14, "num_labels": 2}
+    config = tiny_config(model_type, **{**ids, **sizes, **extra})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForSequenceClassification
 
 from rm_scale.config_parsing import config_from_dict
 from rm_scale.errors import ModelError
 from rm_scale.modeling import adapters
-from rm_scale.modeling.adapters import add_adapters
+from rm_scale.modeling.adapter_tensors import put_adapter_on
+from rm_scale.modeling.adapters import add_adapters, describe_adapters
 from rm_scale.modeling.head import install_scalar_head
+from tests.support.families import tiny_classifier
 
 
 def _add(folder: Path, **settings: Any) -> None:
@@ -43,3 +46,73 @@ def test_another_refusal_stands_alone(error: Exception, tiny_model: Path, monkey
         _add(tiny_model)
     assert f"({type(error).__name__}: {error})" in str(caught.value)
     assert "lora_target_modules" not in str(caught.value) and "Fix" not in str(caught.value)
+
+
+MIXTURES = ["deepseek_v3", "gpt_oss", "jamba", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def _adapted(model_type: str, **settings: Any) -> PeftModel:
+    model = tiny_classifier(model_type)
+    install_scalar_head(model)
+    values = {"model_name_or_path": "tiny", "dataset_path": "none", "use_peft": True, **settings}
+    return add_adapters(model, config_from_dict(values).config, keep_dtype=False)
+
+
+def _adapter_names(model: PeftModel) -> set[str]:
+    return {name.partition(".lora_")[0] for name in get_peft_model_state_dict(model) if ".lora_" in name}
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_mixture_of_experts_just_starts_with_its_linear_layers(model_type: str) -> None:
+    model = _adapted(model_type)
+    names = _adapter_names(model)
+    assert any("self_attn" in name for name in names)
+    assert not any("experts.base_layer" in name or name.endswith((".experts", ".gate", ".router")) for name in names)
+    dropouts = {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")}
+    assert dropouts == {0.05}
+    assert model.peft_config["default"].lora_dropout == 0.05
+    assert "not the experts" in describe_adapters(model)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_are_adapted_by_name(model_type: str, tmp_path: Path) -> None:
+    """In training mode: linear layers have dropout beside experts without."""
+    model = _adapted(model_type, lora_target_parameters=EXPERTS)
+    experts = [name for name in _adapter_names(model) if ".experts" in name]
+    assert experts and any("self_attn" in name for name in _adapter_names(model))
+    dropouts = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+    assert {getattr(module, "p", None) for module in dropouts} == {0.05, None}
+    tokens = {"input_ids": torch.arange(3, 23).view(2, 10)}
+    model.train()
+    model(**tokens).logits.sum().backward()
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and ".experts" in name]
+    assert trained and all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    expected = model.eval()(**tokens).logits
+    model.save_pretrained(tmp_path)
+    again = tiny_classifier(model_type)
+    before = again(**tokens).logits
+    install_scalar_head(again)
+    found = put_adapter_on(again, tmp_path).eval()(**tokens).logits
+    assert torch.equal(found, expected) and not torch.allclose(found, before, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_target_parameters": ["experts.w1"]}, r"Fix: choose among experts.down_proj, experts.gate_up_proj"),
+        ({"lora_target_parameters": EXPERTS, "use_dora": True}, r"use_dora=True: .*Fix: set use_dora: false"),
+        ({"lora_target_modules": ["q_proj", "gate_proj"]}, r"gate_proj.*Fix: name both, or"),
+    ],
+)
+def test_what_experts_can_not_have_is_refused_with_a_fix(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        _adapted("qwen3_moe", **settings)
+
+
+def test_a_model_without_experts_has_no_tensors_to_name() -> None:
+    with pytest.raises(ModelError, match=r"has no parameter that ends in experts.*Fix: leave it out"):
+        _adapted("llama", lora_target_parameters=EXPERTS)

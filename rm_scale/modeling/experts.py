@@ -1,0 +1,49 @@
+"""What of a model are its experts and routers, by name: transformers holds all experts of a layer as 3-D tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+_EXPERTS = "experts"
+
+
+def expert_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the weights of routed experts by name, matrices `(experts, rows, columns)` and biases `(experts, rows)`.
+
+    Shared experts, through which every token goes, are plain linear layers and not among them; nor are adapters.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if _EXPERTS in name.split(".") and ".lora_" not in name
+    }
+
+
+def num_weights(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Return the number of weights, whole where ZeRO-3 has sharded a parameter or 4 bits share an element."""
+    return sum(_numel(parameter) for parameter in parameters)
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return int(torch.Size(state.shape).numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the modules that choose experts for each token, by name and in the order of the layers.
+
+    Each gives `(logits, weights, indices)`: `(tokens, experts)`, `(tokens, top_k)` and `(tokens, top_k)`. They are
+    those from which transformers records `router_logits`.
+    """
+    classes = set()
+    for module in model.modules():
+        recorder = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits")
+        for one in recorder if isinstance(recorder, list) else [recorder]:
+            found = getattr(one, "target_class", one)
+            if isinstance(found, type):
+                classes.add(found)
+    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(classes))}
