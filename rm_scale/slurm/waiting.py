@@ -22,11 +22,6 @@ _FORMAT = "%T|%P|%D|%l|%r"
 
 _NEVER = (
     ("PartitionConfig", "no node of the partition has the cores, GPUs or memory that it asks of one", ""),
-    (
-        "PartitionNodeLimit",
-        "the partition does not give so many nodes to one job, or they are down (sinfo -R)",
-        "--nodes",
-    ),
     ("PartitionTimeLimit", "its time limit is longer than the partition allows", "--time"),
     ("BadConstraints", "no nodes have what --constraint, --nodelist or the requests ask for together", ""),
     ("InvalidAccount", "there is no such account, or it may not be used here", "--account"),
@@ -39,7 +34,6 @@ _NEVER = (
     ("ReservationDeleted", "its reservation is gone", "--reservation"),
     ("Assoc(iation)?TimeLimit", "its time limit is longer than the account allows", "--time"),
     ("QOSTimeLimit", "its time limit is longer than the quality of service allows", "--time"),
-    ("QOSUsageThreshold", "the account's usage is above what the quality of service takes", "--qos"),
     (r"(Assoc|QOS)Max\w*Wall\w*", "its time limit is longer than {whose} allows", "--time"),
     (r"(Assoc|QOS)Max\w*NodePerJob\w*", "it asks for more nodes than {whose} allows", "--nodes"),
     (r"(Assoc|QOS)Max(?!Jobs|Submit)\w*Per(Job|Node)\w*", "one job of {whose} may not have so much", ""),
@@ -56,7 +50,10 @@ _SOMEBODY = (
     ("FrontEndDown", "the front end is down"),
     ("BadNodeState|Nodes required for job are DOWN.*", "nodes that it needs are down or drained: sinfo -R"),
     (r"ReqNodeNotAvail,\s*UnavailableNodes:.*", "nodes that it needs are down or drained: sinfo -R"),
-    (r"(Assoc|QOS)Grp\w*(Minutes|RunMins)\w*", "{whose} has no time left: sshare, or sreport, says how much was used"),
+    # Its own limits were not broken, so Slurm means nodes that it does not have now.
+    ("PartitionNodeLimit", "the partition {partition} lacks nodes for it, some may be down or drained: sinfo -R"),
+    # Not RunMinutes: what running jobs have left of their limits is given back as they go on.
+    (r"(Assoc|QOS)Grp(?!\w*Run)\w*Minutes\w*", "{whose} has no time left: sshare, or sreport, says how much was used"),
     ("AccountingPolicy|AssociationResourceLimit", "the account has reached a limit"),
 )
 

@@ -45,6 +45,8 @@ SOMEBODY = "is pending, and will not start by itself: "
         ("ReqNodeNotAvail, UnavailableNodes:node[1-2]", f"{SOMEBODY}nodes that it needs are down"),
         ("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions", SOMEBODY),
         ("AssocGrpBillingMinutes", f"{SOMEBODY}the account has no time left"),
+        ("AssocGrpCPUMinutesLimit", f"{SOMEBODY}the account has no time left"),
+        ("AssocGrpMemMinutes", f"{SOMEBODY}the account has no time left"),
         ("QOSGrpCPUMinutesLimit", f"{SOMEBODY}the quality of service has no time left"),
         ("launch failed requeued held", SOMEBODY),
     ],
@@ -70,6 +72,9 @@ def test_what_will_not_start(reason: str, told: str) -> None:
         ),
         *("AssocGrpGRES", "QOSGrpNodeLimit", "QOSMaxJobsPerUserLimit", "QOSMaxGRESPerUser", "AssocMaxJobsLimit"),
         *("QOSMaxNodePerUserLimit", "ReqNodeNotAvail", "SomethingNew"),
+        # Running jobs use these up as they go on, and an account's usage decays.
+        *("AssocGrpCPURunMinutesLimit", "QOSGrpMemRunMinutes", "AssocGrpGRESRunMinutes", "AssocGrpBillingRunMinutes"),
+        "QOSUsageThreshold",
     ],
 )
 def test_what_waits(reason: str) -> None:
@@ -81,6 +86,12 @@ def test_a_job_may_start_in_another_partition() -> None:
     assert "has 4 nodes, and it asks for 9. Fix: --nodes 4; the partition" in outlook("12", seen, ask)
     wide = {"gpu": PARTITION, "small": PARTITION.replace("TotalNodes=4", "TotalNodes=90")}
     assert "has 4 nodes" not in outlook("12", seen, lambda command: wide[command[-1]])
+
+
+def test_a_partition_whose_limits_were_kept_lacks_nodes_for_now() -> None:
+    """Slurm gives this reason for drained nodes, too, which come back."""
+    text = outlook("12", Seen("PENDING", "gpu", 2, "1:00:00", "PartitionNodeLimit"), ask)
+    assert text.startswith(f"{SOMEBODY}the partition gpu lacks nodes for it, some may be down or drained: sinfo -R (")
 
 
 def test_the_first_look_is_waited_for() -> None:
