@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rm_scale.planning.layer_parts import LayerKind
 from rm_scale.planning.parameters import Tensor
 from rm_scale.planning.shape import ModelShape
 
@@ -60,6 +61,14 @@ RESIDUALS = Moved(12, 12)
 JOINED_GRADIENTS = 12.0
 """Gradients of queries, keys and values with respect to their common input, added up; gate and up: half of it."""
 
+ROUTED = Moved(20, 26)
+"""Per token and chosen expert: gathered by expert 4, weighted 4, put back in order 4, summed 2, the rest indices and
+copies; backwards the same in reverse with scatters into zeros (transformers' grouped_mm)."""
+
+DELTA_NET = Moved(40, 60)
+"""Queries, keys, values and gates around a chunked delta rule: convolution and SiLU 8, norms of queries and keys in
+fp32 16, cut into chunks and put together again 16; backwards half as much again. Not measured on a device."""
+
 ADAPTER_INPUT = Moved(2, 10)
 """Read for the low-rank product; backwards its gradient written and added to the other one's, the input read again."""
 
@@ -74,24 +83,46 @@ DROPOUT = Moved(5, 5)
 """In, out, and a mask of one byte."""
 
 
-def layer_bytes(shape: ModelShape, fused: bool) -> Moved:
-    """Return the bytes that one layer moves per token.
+def layers_bytes(shape: ModelShape, fused: bool) -> Moved:
+    """Return the bytes that all layers together move per token.
 
     Args:
         shape: the model's sizes.
         fused: operations are merged into few kernels, by torch.compile, Liger or Transformer Engine.
     """
+    return _sum([layer_bytes(shape, kind, fused).times(count) for kind, count in shape.layer_counts.items()])
+
+
+def layer_bytes(shape: ModelShape, kind: LayerKind, fused: bool) -> Moved:
+    """Return the bytes that one layer of this kind moves per token."""
     style, hidden = shape.style, shape.hidden_size
     one_kernel = fused or style.norm_bias or shape.model_type == "mpt"
     parts = [
         (FUSED_NORM if one_kernel else RMS_NORM).times(style.num_norms * hidden),
         RESIDUALS.times(hidden),
         Moved(0, JOINED_GRADIENTS * (1.5 if style.gated_mlp else 1.0) * hidden),
-        _activation(shape, fused).times(shape.intermediate_size),
+        *_feed_forward(shape, kind, fused),
     ]
-    if not style.learned_positions and shape.model_type != "bloom":
+    if kind.mixer == "delta" and shape.delta is not None:
+        parts.append(DELTA_NET.times(2 * shape.delta.key_size + 2 * shape.delta.value_size))
+    elif kind.mixer == "mamba" and shape.mamba is not None:
+        parts.append(DELTA_NET.times(2 * shape.mamba.inner))
+    elif kind.mixer == "latent" and shape.latent is not None:
+        widths = shape.num_heads * (2 * shape.latent.head_dim + shape.latent.value_dim)
+        parts.append((FUSED_ROPE if fused else ROPE).times(widths))  # heads are cut, turned and put together again
+    elif not style.learned_positions and shape.model_type not in {"bloom", "mpt"}:
         parts.append((FUSED_ROPE if fused else ROPE).times(shape.query_size + shape.kv_size))
     return _sum(parts)
+
+
+def _feed_forward(shape: ModelShape, kind: LayerKind, fused: bool) -> list[Moved]:
+    activation, experts = _activation(shape, fused), shape.experts
+    if kind.feed_forward != "experts" or experts is None:
+        return [activation.times(shape.intermediate_size)]
+    return [
+        activation.times(experts.chosen * experts.width + experts.shared_width),
+        ROUTED.times(experts.chosen * shape.hidden_size),
+    ]
 
 
 def _activation(shape: ModelShape, fused: bool) -> Moved:

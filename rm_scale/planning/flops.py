@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rm_scale.planning.parameters import Tensor, layer_tensors
+from rm_scale.planning.layer_parts import LayerKind
+from rm_scale.planning.parameters import Tensor, active_share, layer_tensors
 from rm_scale.planning.shape import ModelShape
 
 
@@ -31,11 +32,80 @@ class StepFlops:
         return self.per_token * num_tokens + self.per_square * squared_lengths
 
 
+_MULTIPLIED = ("linear", "experts", "router")
+
+
 def linear_parameters(shape: ModelShape) -> int:
-    """Count the weights of all linear layers, without embedding and head."""
-    attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
-    mlp = (3 if shape.style.gated_mlp else 2) * shape.hidden_size * shape.intermediate_size
-    return shape.num_layers * (attention + mlp)
+    """Count the weights that a token is multiplied with in all layers, without embedding and head.
+
+    Of experts those count that are chosen for it.
+    """
+    return sum(count * _multiplied(shape, layer_tensors(shape, kind)) for kind, count in shape.layer_counts.items())
+
+
+def _multiplied(shape: ModelShape, tensors: Sequence[Tensor]) -> int:
+    return round(sum(t.numel * active_share(shape, t) for t in tensors if t.role in _MULTIPLIED))
+
+
+def read_parameters(shape: ModelShape, tokens: float) -> int:
+    """Count the weights that the layers read for so many tokens: of experts those that any of them goes through."""
+    return sum(count * _read(shape, layer_tensors(shape, kind), tokens) for kind, count in shape.layer_counts.items())
+
+
+def _read(shape: ModelShape, tensors: Sequence[Tensor], tokens: float) -> int:
+    def share(tensor: Tensor) -> float:
+        return 1.0 - (1.0 - active_share(shape, tensor)) ** max(1.0, tokens)
+
+    return round(sum(t.numel * share(t) for t in tensors if t.role in _MULTIPLIED))
+
+
+def quantised_parameters(shape: ModelShape) -> int:
+    """Count the weights of the layers' linear modules, which are what bitsandbytes keeps in 4 bits."""
+    return sum(
+        count * tensor.numel
+        for kind, count in shape.layer_counts.items()
+        for tensor in layer_tensors(shape, kind)
+        if tensor.role == "linear"
+    )
+
+
+def attention_width(shape: ModelShape, kind: LayerKind) -> int:
+    """Return what a query and a key cost, in multiplications: half of the two products' widths together.
+
+    A layer that carries a state costs nothing by the square of the length.
+    """
+    if kind.mixer == "latent" and shape.latent is not None:
+        return shape.num_heads * (shape.latent.head_dim + shape.latent.value_dim) // 2
+    return shape.query_size if kind.mixer == "attention" else 0
+
+
+def attention_widths(shape: ModelShape) -> int:
+    """Add up `attention_width` over all layers."""
+    return sum(count * attention_width(shape, kind) for kind, count in shape.layer_counts.items())
+
+
+def state_flops_per_token(shape: ModelShape) -> float:
+    """Return what layers that carry a state cost per token beside their projections, in one forward pass.
+
+    A gated delta net by the chunked rule with chunks of 64 (arXiv 2412.06464): per head the state is read, corrected
+    and written (three products of key by value width), and within a chunk four products of half the chunk. Mamba: six
+    operations per inner channel and state. Convolutions: two per channel and tap.
+    """
+    total = 0.0
+    for kind, count in shape.layer_counts.items():
+        if kind.mixer == "delta" and shape.delta is not None:
+            delta = shape.delta
+            state = 3 * delta.key_dim * delta.value_dim
+            chunk = _CHUNK / 2 * (2 * delta.key_dim + 2 * delta.value_dim)
+            convolution = delta.kernel * (2 * delta.key_size + delta.value_size)
+            total += count * 2.0 * (delta.num_value_heads * (state + chunk) + convolution)
+        if kind.mixer == "mamba" and shape.mamba is not None:
+            mamba = shape.mamba
+            total += count * mamba.inner * (6.0 * mamba.state + 2.0 * mamba.kernel)
+    return total
+
+
+_CHUNK = 64
 
 
 def step_flops(shape: ModelShape, trainable: int, frozen: int) -> StepFlops:
@@ -48,10 +118,9 @@ def step_flops(shape: ModelShape, trainable: int, frozen: int) -> StepFlops:
             weight takes part in two (forward, input gradient); the adapters come on top by their share.
     """
     passes = 3.0 if frozen == 0 else 2.0 + trainable / frozen
-    width = shape.num_heads * shape.head_dim
     return StepFlops(
-        per_token=2.0 * linear_parameters(shape) * passes,
-        per_square=3.0 * shape.num_layers * 2.0 * width,
+        per_token=2.0 * linear_parameters(shape) * passes + 3.0 * state_flops_per_token(shape),
+        per_square=3.0 * 2.0 * attention_widths(shape),
     )
 
 
@@ -88,35 +157,47 @@ def executed_flops(
         lora_targets: adapted modules; `None` for all linear layers.
         backward_attention: see `BACKWARD_ATTENTION`.
     """
-    layers, is_full = shape.num_layers, lora_rank is None
-    linear = [tensor for tensor in layer_tensors(shape) if tensor.role == "linear"]
-    adapted = [] if is_full else [t for t in linear if lora_targets is None or t.module in lora_targets]
-    base = 2.0 * tokens * sum(tensor.numel for tensor in linear)
-    adapters = 2.0 * tokens * (lora_rank or 0) * sum(sum(tensor.shape) for tensor in adapted)
-    total = layers * (base * (3 if is_full else 2) + adapters * 3)
-    attention = 4.0 * shape.query_size * pairs * layers
-    total += attention * (1 + backward_attention)
-    if checkpointing:
-        total += layers * (
-            base + adapters - (0 if use_reentrant else _not_recomputed(shape, tokens, lora_rank, adapted))
-        )
-        total += attention
-    elif not is_full:
-        # Nothing before the first layer is trained, so its first products need no gradient of their input.
-        first = [tensor for tensor in linear if tensor.module in {"q_proj", "k_proj", "v_proj", "qkv_proj"}]
-        total -= 2.0 * tokens * sum(tensor.numel for tensor in first)
-        total -= 2.0 * tokens * (lora_rank or 0) * sum(tensor.shape[1] for tensor in first if tensor in adapted)
-    return total
+    is_full = lora_rank is None
+    total = 0.0
+    for place, kind in enumerate(shape.layers):
+        linear = [tensor for tensor in layer_tensors(shape, kind) if tensor.role in _MULTIPLIED]
+        adapted = [] if is_full else [t for t in linear if _takes_adapter(t, lora_targets)]
+        base = 2.0 * tokens * _multiplied(shape, linear)
+        adapters = 2.0 * tokens * (lora_rank or 0) * sum(sum(tensor.shape) for tensor in adapted)
+        attention = 4.0 * attention_width(shape, kind) * pairs
+        total += base * (3 if is_full else 2) + adapters * 3 + attention * (1 + backward_attention)
+        if checkpointing:
+            left_out = 0.0 if use_reentrant else _not_recomputed(shape, kind, tokens, lora_rank, adapted)
+            total += base + adapters - left_out + attention
+        elif not is_full and place == 0:
+            # Nothing before the first layer is trained, so its first products need no gradient of their input.
+            first = [tensor for tensor in linear if tensor.module in _FIRST_PRODUCTS]
+            total -= 2.0 * tokens * sum(tensor.numel for tensor in first)
+            total -= 2.0 * tokens * (lora_rank or 0) * sum(t.shape[1] for t in first if t in adapted)
+    passes = 4 if checkpointing else 3
+    return total + passes * tokens * state_flops_per_token(shape)
 
 
-def _not_recomputed(shape: ModelShape, tokens: float, lora_rank: int | None, adapted: Sequence[Tensor]) -> float:
+_FIRST_PRODUCTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "in_proj"} | {
+    *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+}
+
+
+def _takes_adapter(tensor: Tensor, targets: Sequence[str] | None) -> bool:
+    return tensor.role == "linear" and (targets is None or tensor.module in targets)
+
+
+def _not_recomputed(
+    shape: ModelShape, kind: LayerKind, tokens: float, lora_rank: int | None, adapted: Sequence[Tensor]
+) -> float:
     """Return the operations of a layer's last product, which recomputation leaves out.
 
-    With an adapter there it is the adapter's second product. A norm behind it needs the result, so nothing is left out.
+    With an adapter there it is the adapter's second product. A norm behind it needs the result, so nothing is left out;
+    nor with experts, whose results are weighted after the last product.
     """
-    last = [tensor for tensor in layer_tensors(shape) if tensor.role == "linear"][-1]
-    if shape.style.num_norms == 4 or shape.model_type == "olmo2":
+    if shape.style.num_norms == 4 or shape.style.norms_follow or kind.feed_forward == "experts":
         return 0.0
+    last = [tensor for tensor in layer_tensors(shape, kind) if tensor.role == "linear"][-1]
     if last in adapted:
         return 2.0 * tokens * (lora_rank or 0) * last.shape[0]
     return 2.0 * tokens * last.numel

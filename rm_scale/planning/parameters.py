@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, Mamba
 from rm_scale.planning.shape import ModelShape
 
-Role = Literal["embedding", "linear", "vector", "head", "adapter"]
+Role = Literal["embedding", "linear", "experts", "router", "other", "vector", "head", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Tensor:
     Attributes:
         name: last parts of its name, such as "q_proj.weight".
         shape: its sizes; a linear layer's are (outputs, inputs).
-        role: embedding, linear (could carry an adapter, could be quantised), vector (norms, biases), head or adapter.
+        role: embedding, linear (could carry an adapter, could be quantised), experts (all of a layer, in three
+            dimensions), router, other (convolutions and the like, with weight decay), vector (norms and biases, without
+            weight decay), head or adapter.
         count: how many there are: one per layer, mostly.
     """
 
@@ -53,8 +56,10 @@ def backbone_tensors(shape: ModelShape) -> list[Tensor]:
         # OPT's table begins at position 2.
         rows = shape.max_positions + (2 if shape.model_type == "opt" else 0)
         tensors.append(Tensor("embed_positions.weight", (rows, hidden), "embedding"))
-    tensors += [_times(tensor, shape.num_layers) for tensor in layer_tensors(shape)]
-    tensors += _norm("norm", hidden, style.norm_bias)
+    for kind, count in shape.layer_counts.items():
+        tensors += [_times(tensor, count) for tensor in layer_tensors(shape, kind)]
+    if style.norm_weights:
+        tensors += _norm("norm", hidden, style.norm_bias)
     if shape.model_type == "bloom":
         tensors += _norm("word_embeddings_layernorm", hidden, bias=True)
     return tensors
@@ -65,9 +70,34 @@ def count_parameters(shape: ModelShape) -> int:
     return total(backbone_tensors(shape))
 
 
-def layer_tensors(shape: ModelShape) -> list[Tensor]:
-    """Return the parameters of one decoder layer."""
-    return [*_attention(shape), *_mlp(shape), *_layer_norms(shape)]
+def active_parameters(shape: ModelShape) -> int:
+    """Return the parameters that one token goes through: of experts only those that are chosen for it."""
+    tensors = backbone_tensors(shape)
+    return sum(round(tensor.count * tensor.numel * active_share(shape, tensor)) for tensor in tensors)
+
+
+def active_share(shape: ModelShape, tensor: Tensor) -> float:
+    """Return the share of a tensor that one token is multiplied with."""
+    if shape.experts is None or len(tensor.shape) < 2 or "experts" not in tensor.name:
+        return 1.0
+    return shape.experts.chosen / shape.experts.num
+
+
+def layer_tensors(shape: ModelShape, kind: LayerKind) -> list[Tensor]:
+    """Return the parameters of one decoder layer of this kind."""
+    if kind.mixer == "latent" and shape.latent is not None:
+        mixer = _latent_attention(shape, shape.latent)
+    elif kind.mixer == "delta" and shape.delta is not None:
+        mixer = _delta_net(shape, shape.delta)
+    elif kind.mixer == "mamba" and shape.mamba is not None:
+        mixer = _mamba(shape, shape.mamba)
+    else:
+        mixer = _attention(shape)
+    if kind.feed_forward == "experts" and shape.experts is not None:
+        feed_forward = _experts(shape, shape.experts)
+    else:
+        feed_forward = _mlp(shape, shape.intermediate_size)
+    return [*mixer, *feed_forward, *_layer_norms(shape)]
 
 
 def head_tensor(shape: ModelShape) -> Tensor:
@@ -130,7 +160,7 @@ def _attention(shape: ModelShape) -> list[Tensor]:
         tensors = _linear("qkv_proj", query + 2 * kv, hidden, style.qkv_bias)
     else:
         tensors = [
-            *_linear("q_proj", query, hidden, style.qkv_bias),
+            *_linear("q_proj", 2 * query if style.output_gate else query, hidden, style.qkv_bias),
             *_linear("k_proj", kv, hidden, style.qkv_bias),
             *_linear("v_proj", kv, hidden, style.qkv_bias),
         ]
@@ -139,11 +169,93 @@ def _attention(shape: ModelShape) -> list[Tensor]:
         by_head = style.qk_norm == "head"
         tensors += _norm("q_norm", shape.head_dim if by_head else query, bias=False)
         tensors += _norm("k_norm", shape.head_dim if by_head else kv, bias=False)
+    if style.sinks:
+        tensors.append(Tensor("sinks", (shape.num_heads,), "other"))
     return tensors
 
 
-def _mlp(shape: ModelShape) -> list[Tensor]:
-    hidden, width, style = shape.hidden_size, shape.intermediate_size, shape.style
+def _latent_attention(shape: ModelShape, latent: LatentAttention) -> list[Tensor]:
+    hidden, heads, bias = shape.hidden_size, shape.num_heads, shape.style.qkv_bias
+    queries = heads * latent.head_dim
+    if latent.query_rank is None:
+        tensors = _linear("q_proj", queries, hidden, bias=False)
+    else:
+        tensors = [
+            *_linear("q_a_proj", latent.query_rank, hidden, bias),
+            *_norm("q_a_layernorm", latent.query_rank, bias=False),
+            *_linear("q_b_proj", queries, latent.query_rank, bias=False),
+        ]
+    return [
+        *tensors,
+        *_linear("kv_a_proj_with_mqa", latent.kv_rank + latent.rope_dim, hidden, bias),
+        *_norm("kv_a_layernorm", latent.kv_rank, bias=False),
+        *_linear("kv_b_proj", heads * (latent.nope_dim + latent.value_dim), latent.kv_rank, bias=False),
+        *_linear("o_proj", hidden, heads * latent.value_dim, shape.style.output_bias),
+    ]
+
+
+def _delta_net(shape: ModelShape, delta: DeltaNet) -> list[Tensor]:
+    hidden, heads = shape.hidden_size, delta.num_value_heads
+    channels = 2 * delta.key_size + delta.value_size
+    if delta.fused:
+        tensors = [
+            *_linear("in_proj_qkvz", channels + delta.value_size, hidden, bias=False),
+            *_linear("in_proj_ba", 2 * heads, hidden, bias=False),
+        ]
+    else:
+        tensors = [
+            *_linear("in_proj_qkv", channels, hidden, bias=False),
+            *_linear("in_proj_z", delta.value_size, hidden, bias=False),
+            *_linear("in_proj_b", heads, hidden, bias=False),
+            *_linear("in_proj_a", heads, hidden, bias=False),
+        ]
+    return [
+        *tensors,
+        Tensor("conv1d.weight", (channels, 1, delta.kernel), "other"),
+        Tensor("dt_bias", (heads,), "vector"),
+        Tensor("A_log", (heads,), "other"),
+        *_norm("norm", delta.value_dim, bias=False),
+        *_linear("out_proj", hidden, delta.value_size, bias=False),
+    ]
+
+
+def _mamba(shape: ModelShape, mamba: Mamba) -> list[Tensor]:
+    hidden, inner, bias = shape.hidden_size, mamba.inner, mamba.projection_bias
+    tensors = [
+        *_linear("in_proj", 2 * inner, hidden, bias),
+        Tensor("conv1d.weight", (inner, 1, mamba.kernel), "other"),
+        *_linear("x_proj", mamba.rank + 2 * mamba.state, inner, bias=False),
+        *_linear("dt_proj", inner, mamba.rank, bias=True),
+        Tensor("A_log", (inner, mamba.state), "other"),
+        Tensor("D", (inner,), "other"),
+        *_norm("dt_layernorm", mamba.rank, bias=False),
+        *_norm("b_layernorm", mamba.state, bias=False),
+        *_norm("c_layernorm", mamba.state, bias=False),
+        *_linear("out_proj", hidden, inner, bias),
+    ]
+    return [*tensors, Tensor("conv1d.bias", (inner,), "vector")] if mamba.conv_bias else tensors
+
+
+def _experts(shape: ModelShape, experts: Experts) -> list[Tensor]:
+    hidden, width, num = shape.hidden_size, experts.width, experts.num
+    first, second = (num, 2 * width, hidden), (num, hidden, width)
+    tensors = [Tensor("experts.gate_up_proj", first, "experts"), Tensor("experts.down_proj", second, "experts")]
+    tensors.append(Tensor("router.weight", (num, hidden), "router"))
+    if experts.biases:
+        tensors += [
+            Tensor("experts.gate_up_proj_bias", (num, 2 * width), "vector"),
+            Tensor("experts.down_proj_bias", (num, hidden), "vector"),
+            Tensor("router.bias", (num,), "vector"),
+        ]
+    if experts.shared_width:
+        tensors += _mlp(shape, experts.shared_width)
+    if experts.shared_gate:
+        tensors += _linear("shared_expert_gate", 1, hidden, bias=False)
+    return tensors
+
+
+def _mlp(shape: ModelShape, width: int) -> list[Tensor]:
+    hidden, style = shape.hidden_size, shape.style
     if not style.gated_mlp:
         inner = _linear("fc1", width, hidden, style.mlp_bias)
         return [*inner, *_linear("fc2", hidden, width, style.mlp_bias)]
@@ -161,6 +273,6 @@ def _layer_norms(shape: ModelShape) -> list[Tensor]:
     style = shape.style
     return [
         tensor
-        for number in range(style.num_norms)
+        for number in range(style.num_norms if style.norm_weights else 0)
         for tensor in _norm(f"layernorm_{number}", shape.hidden_size, style.norm_bias)
     ]

@@ -4,69 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from rm_scale.errors import ModelError
 from rm_scale.files import endless_model_file
 from rm_scale.json_values import OBJECT, Rule, broken_rule, parse_json, shown, whole
+from rm_scale.planning import families
+from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, LayerStyle, Mamba
 
-
-@dataclass(frozen=True)
-class LayerStyle:
-    """What a decoder layer is made of, beside its sizes.
-
-    Attributes:
-        gated_mlp: three MLP matrices (gate, up, down) rather than two.
-        qkv_bias: biases on query, key and value projections.
-        output_bias: a bias on attention's output projection.
-        mlp_bias: biases in the MLP.
-        num_norms: norms per layer, those on queries and keys left out.
-        norm_bias: norms have a bias (LayerNorm rather than RMSNorm).
-        qk_norm: norms on queries and keys: over each head, over the whole projection, or none.
-        fused_qkv: queries, keys and values are one matrix.
-        fused_mlp: gate and up are one matrix.
-        learned_positions: positions are an embedding.
-    """
-
-    gated_mlp: bool = True
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    num_norms: int = 2
-    norm_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"
-    fused_qkv: bool = False
-    fused_mlp: bool = False
-    learned_positions: bool = False
-
-
-_LAYER_NORM_STYLE = LayerStyle(gated_mlp=False, qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True)
-
-# transformers' classes; a test compares the parameters counted here with theirs. Everything else counts as Llama-like.
-LAYER_STYLES = {
-    "llama": LayerStyle(),
-    "mistral": LayerStyle(),
-    "gemma": LayerStyle(),
-    "smollm3": LayerStyle(),
-    "qwen2": LayerStyle(qkv_bias=True),
-    "qwen3": LayerStyle(qk_norm="head"),
-    "gemma2": LayerStyle(num_norms=4),
-    "gemma3_text": LayerStyle(num_norms=4, qk_norm="head"),
-    "olmo2": LayerStyle(qk_norm="full"),
-    "phi3": LayerStyle(fused_qkv=True, fused_mlp=True),
-    "phi": replace(_LAYER_NORM_STYLE, num_norms=1),
-    "starcoder2": _LAYER_NORM_STYLE,
-    "gpt_neox": replace(_LAYER_NORM_STYLE, fused_qkv=True),
-    "gpt2": replace(_LAYER_NORM_STYLE, fused_qkv=True, learned_positions=True),
-    "opt": replace(_LAYER_NORM_STYLE, learned_positions=True),
-    "mpt": LayerStyle(gated_mlp=False, fused_qkv=True, learned_positions=True),
-    "gptj": replace(_LAYER_NORM_STYLE, qkv_bias=False, output_bias=False, num_norms=1),
-    "bloom": replace(_LAYER_NORM_STYLE, fused_qkv=True),
-    "falcon": replace(_LAYER_NORM_STYLE, qkv_bias=False, output_bias=False, mlp_bias=False, fused_qkv=True),
-}
+_PLAIN = LayerStyle()
 
 
 @dataclass(frozen=True)
@@ -82,9 +33,11 @@ class ModelShape:
         head_dim: width of one head.
         intermediate_size: width of the MLP.
         vocab_size: rows of the embedding.
-        style: what a layer is made of.
+        style: what a plain layer is made of.
         max_positions: longest sequence the positions allow, `None` when there is no limit.
         quantization: method name when the checkpoint itself is quantised, else `None`.
+        kinds: which parts each layer has, in order; empty where all are plain.
+        experts, latent, delta, mamba: sizes of those parts, where a layer has them.
     """
 
     model_type: str
@@ -95,9 +48,24 @@ class ModelShape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    style: LayerStyle = LayerStyle()
+    style: LayerStyle = _PLAIN
     max_positions: int | None = None
     quantization: str | None = None
+    kinds: tuple[LayerKind, ...] = ()
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
+    delta: DeltaNet | None = None
+    mamba: Mamba | None = None
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, in order."""
+        return self.kinds[: self.num_layers] or (LayerKind(),) * self.num_layers
+
+    @cached_property
+    def layer_counts(self) -> dict[LayerKind, int]:
+        """How many layers there are of each kind, in the order in which kinds first come."""
+        return dict(Counter(self.layers))
 
     @property
     def query_size(self) -> int:
@@ -174,69 +142,79 @@ def _is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
+def text_config(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the part of `config.json` that describes the language model, and that model's type."""
+    text = config.get("text_config", config)
+    text = text if isinstance(text, dict) else {}
+    kind = str(text.get("model_type", config.get("model_type")))
+    return text, families.TEXT_TYPES.get(kind, kind)
+
+
+def is_known(config: dict[str, Any]) -> bool:
+    """Tell whether the formulas know this kind of model; else only its class can say what it holds."""
+    return text_config(config)[1] in families.LAYER_STYLES and "auto_map" not in config
+
+
 def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """Read the shape from the dictionary in `config.json`.
 
     Raises:
-        ModelError: a needed key is missing or its value impossible, so this is not a decoder-only transformer that we
-            know how to read.
+        ModelError: a needed key is missing or its value impossible, or this is a kind of model that the formulas don't
+            know.
     """
     check_sizes(config)
-    text = config.get("text_config", config)
-    text = text if isinstance(text, dict) else {}
-    kind = config.get("model_type")
+    text, kind = text_config(config)
+    named = config.get("model_type")
 
-    def optional(*names: str) -> int | None:
-        for name in names:
-            value = text.get(name)
-            if value and not isinstance(value, int | float):
-                raise ModelError(
-                    f"config.json of model type {kind!r}: {name}={str(value)[:80]}: must be a number. Fix: use a "
-                    "decoder-only language model in transformers' format."
-                )
-            if value:
-                return int(value)
-        return None
-
-    def need(*names: str) -> int:
-        for name in names:
-            if isinstance(text.get(name), int):
-                return int(text[name])
-        raise ModelError(
-            f"config.json of model type {kind!r} has none of {', '.join(names)}: its shape can't be read. Fix: use a "
-            "decoder-only language model in transformers' format."
+    def refuse(problem: str) -> ModelError:
+        return ModelError(
+            f"config.json of model type {named!r}: {problem}. Fix: use a decoder-only language model in transformers' "
+            "format."
         )
 
-    hidden = need("hidden_size", "n_embd", "d_model")
-    heads = need("num_attention_heads", "n_head", "n_heads")
+    numbers = families.Numbers(text, refuse)
+    hidden = numbers.need("hidden_size", "n_embd", "d_model")
+    heads = numbers.need("num_attention_heads", "n_head", "n_heads", "num_heads")
+    layers = numbers.need("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    vocabulary = numbers.need("vocab_size")
+    if kind not in families.LAYER_STYLES:
+        raise _unknown(named)
     quantization = config.get("quantization_config")
+    latent = families.latent_attention(kind, numbers)
+    plain_head = numbers.get("head_dim", default=max(1, hidden // heads))
     return ModelShape(
-        model_type=str(config.get("model_type", "unknown")),
+        model_type=kind,
         hidden_size=hidden,
-        num_layers=need("num_hidden_layers", "n_layer", "n_layers"),
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=optional("num_key_value_heads") or heads,
-        head_dim=optional("head_dim") or max(1, hidden // heads),
-        intermediate_size=optional("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
-        vocab_size=need("vocab_size"),
-        style=_style(text, str(text.get("model_type", config.get("model_type")))),
-        max_positions=optional("max_position_embeddings", "n_positions"),
+        num_kv_heads=families.key_heads(text, kind, heads, numbers),
+        head_dim=plain_head if latent is None else latent.head_dim,
+        intermediate_size=numbers.get(
+            "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=_mlp_width(text, hidden)
+        ),
+        vocab_size=vocabulary,
+        style=families.style_of(text, kind),
+        max_positions=numbers.get("max_position_embeddings", "n_positions") or None,
         quantization=quantization.get("quant_method") if isinstance(quantization, dict) else None,
+        kinds=families.layer_kinds(text, kind, layers, numbers),
+        experts=families.experts(kind, numbers),
+        latent=latent,
+        delta=families.delta_net(kind, numbers),
+        mamba=families.mamba(kind, numbers, hidden),
     )
 
 
-def _style(text: dict[str, Any], model_type: str) -> LayerStyle:
-    """Return the architecture's style, with the biases that its config.json turns on or off."""
-    style = LAYER_STYLES.get(model_type, LayerStyle())
-    if "attention_bias" in text and model_type not in {"gpt_neox"}:
-        on = bool(text["attention_bias"])
-        style = replace(style, qkv_bias=on, output_bias=on)
-    if "mlp_bias" in text:
-        style = replace(style, mlp_bias=bool(text["mlp_bias"]))
-    if "use_bias" in text and model_type == "starcoder2":
-        on = bool(text["use_bias"])
-        style = replace(style, qkv_bias=on, output_bias=on, mlp_bias=on)
-    return style
+def _mlp_width(text: dict[str, Any], hidden: int) -> int:
+    ratio = text.get("expansion_ratio")
+    return int((ratio if isinstance(ratio, int | float) and ratio else 4) * hidden)
+
+
+def _unknown(named: Any) -> ModelError:
+    return ModelError(
+        f"config.json of model type {named!r}: the planner's formulas don't know this kind of model, and an estimate "
+        "as of a plain one could be wrong many times over. Fix: plan with --exact, which asks the model's own class "
+        "(it imports torch)."
+    )
 
 
 def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:

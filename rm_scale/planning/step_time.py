@@ -9,8 +9,17 @@ import math
 from dataclasses import dataclass
 
 from rm_scale.planning import network
-from rm_scale.planning.elementwise import adapter_bytes, layer_bytes
-from rm_scale.planning.flops import BACKWARD_ATTENTION, StepFlops, linear_parameters, step_flops
+from rm_scale.planning.elementwise import adapter_bytes, layers_bytes
+from rm_scale.planning.flops import (
+    BACKWARD_ATTENTION,
+    StepFlops,
+    attention_widths,
+    linear_parameters,
+    quantised_parameters,
+    read_parameters,
+    state_flops_per_token,
+    step_flops,
+)
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 
@@ -143,7 +152,8 @@ def micro_step_flops(scenario: Scenario) -> MicroStepFlops:
     passes = products + (3.0 if scenario.method == "full" else 2.0)
     adapters = total(scenario.adapters) * (3.0 + recomputed)
     linear = 2.0 * load.tokens * (linear_parameters(shape) * passes + adapters)
-    attention = 2.0 * shape.num_layers * shape.query_size * load.squared * (1.0 + recomputed + BACKWARD_ATTENTION)
+    linear += load.tokens * state_flops_per_token(shape) * (3.0 + recomputed)
+    attention = 2.0 * attention_widths(shape) * load.squared * (1.0 + recomputed + BACKWARD_ATTENTION)
     head = 0.0
     if scenario.head != "score":
         head = 2.0 * load.tokens * shape.vocab_size * shape.hidden_size * (3.0 if scenario.method == "full" else 2.0)
@@ -186,7 +196,7 @@ def compute_parts(scenario: Scenario) -> dict[str, float]:
 def elementwise_bytes(scenario: Scenario) -> float:
     """Return the bytes that a micro-step's norms, activations, residuals and adapters move."""
     fused, recomputed = scenario.fused, scenario.checkpointing
-    layers = layer_bytes(scenario.shape, fused).times(scenario.shape.num_layers)
+    layers = layers_bytes(scenario.shape, fused)
     adapters = adapter_bytes(scenario.adapters, scenario.lora_dropout > 0, fused)
     return scenario.load.tokens * (
         layers.passes(recomputed or scenario.selective_checkpointing) + adapters.passes(recomputed)
@@ -196,7 +206,7 @@ def elementwise_bytes(scenario: Scenario) -> float:
 def weight_traffic(scenario: Scenario) -> float:
     """Return the bytes of weights read in each pass and of their gradients: with few tokens these take longest."""
     passes = _passes(scenario) + (2 if scenario.method == "full" else 0)
-    return linear_parameters(scenario.shape) * passes * scenario.product_bytes
+    return read_parameters(scenario.shape, scenario.load.tokens) * passes * scenario.product_bytes
 
 
 def head_traffic(scenario: Scenario) -> float:
@@ -242,7 +252,7 @@ def dequantise_seconds(scenario: Scenario) -> float:
     if scenario.method != "qlora":
         return 0.0
     moved = DEQUANTISE_BYTES.get(scenario.shape.quantization or "nf4", DEQUANTISE_BYTES["nf4"])
-    weights = linear_parameters(scenario.shape) * _passes(scenario)
+    weights = quantised_parameters(scenario.shape) * _passes(scenario)
     return weights * moved / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
 
 

@@ -99,7 +99,7 @@ def _layer(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
 
 def _sublayer(step: MicroStep, hidden: SizedTensor, name: str) -> SizedTensor:
     """Replay attention or MLP with its norms and its residual sum."""
-    before, after = step.shape.model_type != "olmo2", _norms_follow(step)
+    before, after = not step.shape.style.norms_follow, _norms_follow(step)
     inner = norm(step, f"{name} norm", hidden) if before else step.hold(hidden)
     output = attention(step, inner) if name == "attention" else mlp(step, inner, is_last=not after)
     step.free(inner)
@@ -114,7 +114,7 @@ def _sublayer(step: MicroStep, hidden: SizedTensor, name: str) -> SizedTensor:
 
 def _norms_follow(step: MicroStep) -> bool:
     """Tell whether norms stand behind attention and MLP: there only (OLMo 2), or there too (Gemma 2 and 3)."""
-    return step.shape.model_type == "olmo2" or step.shape.style.num_norms == 4
+    return step.shape.style.norms_follow or step.shape.style.num_norms == 4
 
 
 def _parallel_layer(step: MicroStep, hidden: SizedTensor) -> SizedTensor:

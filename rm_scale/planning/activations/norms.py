@@ -34,7 +34,7 @@ def _rms_norm(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
 
     Gemma's and OLMo 2's classes multiply with the weight in fp32 too and cast afterwards.
     """
-    weighs_wide = step.shape.model_type.startswith(("gemma", "olmo2"))
+    weighs_wide = step.shape.model_type.startswith(("gemma", "olmo2", "olmo3", "qwen3_next", "qwen3_5"))
     inputs = step.cast(f"{name} fp32 input", value, 4)
     root = _inverse_root(step, name, inputs)
     normal = _times_root(step, f"{name} fp32 output", inputs, root)

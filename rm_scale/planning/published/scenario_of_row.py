@@ -9,10 +9,11 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.hardware import GBIT, Device, known_devices
 from rm_scale.planning.parameters import layer_tensors
 from rm_scale.planning.scenario import Buckets, Head, Method, Precision, RowLoad, Scenario, default_buckets
-from rm_scale.planning.shape import LAYER_STYLES, ModelShape
+from rm_scale.planning.shape import ModelShape
 
 Row = dict[str, str]
 
@@ -386,5 +387,5 @@ def _buckets(row: Row, shape: ModelShape) -> Buckets:
     """Return the communication buffers: FSDP gathers a layer and the next one ahead, DeepSpeed has its defaults."""
     if "FSDP" not in row["sharding"]:
         return default_buckets(shape.hidden_size)
-    layer = sum(tensor.numel for tensor in layer_tensors(shape))
+    layer = sum(tensor.numel for tensor in layer_tensors(shape, shape.layers[0]))
     return Buckets(reduce=layer, prefetch=layer, persistent=0, live=layer, reuse=0, overlaps=True)

@@ -16,7 +16,8 @@ from benchmarks.activation_counts import measure, measure_allocator
 from benchmarks.activations import predict, predict_flops
 from rm_scale.planning.activations.activation_memory import activation_memory, activations_of
 from rm_scale.planning.activations.settings import Options, Row
-from rm_scale.planning.shape import LAYER_STYLES, shape_from_config
+from rm_scale.planning.families import LAYER_STYLES
+from rm_scale.planning.shape import shape_from_config
 
 SHARED = {"prompt": 1536, "response": 256, "shares": True}
 TRACKED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.parameters import adapter_tensors, backbone_tensors, count_parameters, each, head_tensor, total
-from rm_scale.planning.shape import LAYER_STYLES, shape_from_config
+from rm_scale.planning.shape import shape_from_config
 
 SIZES = {
     "hidden_size": 64,

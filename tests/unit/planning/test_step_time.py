@@ -8,10 +8,12 @@ import pytest
 
 from rm_scale.planning import step_time
 from rm_scale.planning.elementwise import DROPOUT, Moved, adapter_bytes, layer_bytes
+from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.hardware import known_devices
+from rm_scale.planning.layer_parts import LayerKind
 from rm_scale.planning.parameters import Tensor
 from rm_scale.planning.scenario import Scenario
-from rm_scale.planning.shape import LAYER_STYLES, ModelShape
+from rm_scale.planning.shape import ModelShape
 from tests.support.row_loads import uniform_rows
 
 LLAMA = ModelShape("llama", 1024, 16, 16, 4, 64, 4096, 32000)
@@ -26,10 +28,10 @@ def scenario(**changes: object) -> Scenario:
 
 def test_elementwise_bytes_of_a_layer() -> None:
     # Two fused norms, two residual sums, GELU at four times the width, RoPE on queries and keys.
-    found = layer_bytes(GPT, fused=False)
+    found = layer_bytes(GPT, LayerKind(), fused=False)
     assert found.forward == 2 * 4 * 1024 + 12 * 1024 + 4 * 4096 + 20 * 2 * 1024
     assert found.backward == 2 * 10 * 1024 + (12 + 12) * 1024 + 6 * 4096 + 30 * 2 * 1024
-    python, merged = layer_bytes(LLAMA, fused=False), layer_bytes(LLAMA, fused=True)
+    python, merged = layer_bytes(LLAMA, LayerKind(), fused=False), layer_bytes(LLAMA, LayerKind(), fused=True)
     assert python.forward == 2 * 36 * 1024 + 12 * 1024 + 10 * 4096 + 20 * (1024 + 256)
     assert merged.forward < python.forward / 2 and merged.backward < python.backward / 2
 
