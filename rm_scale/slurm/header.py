@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rm_scale.errors import ConfigError
-from rm_scale.slurm.job_options import SBATCH_OPTIONS
+from rm_scale.slurm.job_options import OF_ONE_COMMAND, SBATCH_OPTIONS, SHORT_OPTIONS
 
 _GROUPS = (
     ("gpus-per-node", "gres", "gpus", "gpus-per-task", "gpus-per-socket"),
@@ -23,8 +23,6 @@ _GROUPS = (
 )
 """Of each group one line at most: they say the same thing in different ways."""
 _OF_A_GPU = ("mem-per-gpu", "cpus-per-gpu")
-_SHORT = {"A": "account", "J": "job-name", "N": "nodes", "e": "error", "o": "output", "p": "partition", "q": "qos"}
-_SHORT |= {"t": "time", "D": "chdir", "G": "gpus", "c": "cpus-per-task", "C": "constraint", "n": "ntasks"}
 _OF_ENVIRONMENT = {
     **{f"SBATCH_{name.upper().replace('-', '_')}": name for group in _GROUPS for name in group},
     "SBATCH_MEM_PER_NODE": "mem",
@@ -46,13 +44,6 @@ _RULES = {
     "RM_SCALE_SBATCH_OPTIONS": (r"[^\n]*", "options such as --mail-type=END --licenses=a:1"),
 }
 _OPTION = re.compile(r"--([a-z][a-z-]{0,39})(=([A-Za-z0-9_./%@+=:,\[\]()&|*-]{1,1024}))?", re.ASCII)
-_OURS = frozenset(
-    (
-        *("array", "dependency", "export", "export-file", "get-user-env", "gid", "hold", "ntasks", "ntasks-per-node"),
-        *("open-mode", "parsable", "quiet", "test-only", "uid", "wait", "wrap"),
-    )
-)
-"""Options that the scripts depend on, that change what sbatch answers, or that belong to one job."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +85,18 @@ def _options_of_line(line: str) -> Iterator[tuple[str, str]]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             yield name, value if equals else following
-        elif re.fullmatch(r"-[A-Za-z].*", word) and word[1] in _SHORT:
-            yield _SHORT[word[1]], word[2:] or following
+        elif re.fullmatch(r"-[A-Za-z].*", word) and word[1] in SHORT_OPTIONS:
+            yield SHORT_OPTIONS[word[1]], word[2:] or following
 
 
 def environment_options(site: Mapping[str, str]) -> dict[str, str]:
     """Return the options that `SBATCH_` variables give; they count before a script's lines."""
     return {name: site[variable] for variable, name in _OF_ENVIRONMENT.items() if site.get(variable)}
+
+
+def options_before_script(site: Mapping[str, str], job: Mapping[str, str]) -> dict[str, str]:
+    """Return the options that count before a shipped script's lines: the site's, the environment's, then the job's."""
+    return {**_further(site), **environment_options(site), **job}
 
 
 # --- What a site asks for --------------------------------------------------------------------------------------------
@@ -126,7 +122,7 @@ def check_site(site: Mapping[str, str]) -> None:
     problems += [
         f"RM_SCALE_SBATCH_OPTIONS: {word!r} is set by rm_scale, or by each job. Fix: leave it out."
         for word in _words(site)
-        if word[2:].partition("=")[0] in _OURS
+        if word[2:].partition("=")[0] in OF_ONE_COMMAND
     ]
     if site.get("RM_SCALE_GPU_REQUEST") == "none":
         problems += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,20 @@ threads-per-core time time-min tmp tres-per-task uid use-min-nodes wait wait-all
 """
 SBATCH_OPTIONS = frozenset(_SBATCH_NAMES.split())
 """Long options of sbatch (22.05 to 24.11), by which words after a script are recognised as meant for it."""
-_SHORT_OPTIONS = "aAbBcCdDeFGHiJkLmMnNoOpqstwWxS"
+SHORT_OPTIONS = {
+    **{"a": "array", "A": "account", "b": "begin", "B": "extra-node-info", "c": "cpus-per-task", "C": "constraint"},
+    **{"d": "dependency", "D": "chdir", "e": "error", "F": "nodefile", "G": "gpus", "H": "hold", "i": "input"},
+    **{"J": "job-name", "k": "no-kill", "L": "licenses", "m": "distribution", "M": "clusters", "n": "ntasks"},
+    **{"N": "nodes", "o": "output", "O": "overcommit", "p": "partition", "q": "qos", "s": "oversubscribe"},
+    **{"S": "core-spec", "t": "time", "w": "nodelist", "W": "wait", "x": "exclude"},
+}
+OF_ONE_COMMAND = frozenset(
+    (
+        *("array", "dependency", "export", "export-file", "get-user-env", "gid", "hold", "ntasks", "ntasks-per-node"),
+        *("open-mode", "parsable", "quiet", "test-only", "uid", "wait", "wrap"),
+    )
+)
+"""Options that the scripts depend on, that change what sbatch answers, or that belong to one job."""
 
 _WORD_RULE = "letters, digits and . _ @ -, beginning with a letter or digit"
 JOB_OPTIONS = (
@@ -146,38 +160,60 @@ def _given(options: argparse.Namespace) -> Iterator[tuple[JobOption, str]]:
             yield option, str(value)
 
 
-def sbatch_options_among(words: Sequence[str]) -> list[str]:
-    """Return a sentence for each option of sbatch among the words after a script, where sbatch does not read it.
+def sbatch_options_among(words: Sequence[str], after_script: bool) -> list[str]:
+    """Return a sentence for each option of sbatch among the settings of a run, where sbatch does not read it.
 
     A name that is also a setting of a run is the setting.
 
     Args:
-        words: command line of `rm_scale/train.py`, as typed after the job script.
+        words: command line of `rm_scale/train.py`, as typed after the job script or after our own command.
+        after_script: they were typed after the job script, as sbatch's words.
     """
     from rm_scale.config import RunConfig
 
-    own = {option.name: option.flag for option in JOB_OPTIONS}
+    def flag_of(word: str) -> str:
+        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        return _FLAGS.get(name, "") if name not in RunConfig.model_fields else ""
+
     found = []
     for place, word in enumerate(words):
-        name, _, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
-        if name.replace("-", "_") in RunConfig.model_fields:
-            continue
-        before = words[place - 1] if place else ""
-        if name.replace("_", "-") in SBATCH_OPTIONS or own.get(name.replace("-", "_")):
-            flag = own.get(name.replace("-", "_"), name.replace("_", "-"))
-            value = f"B:USR1@{value}" if value.isdigit() and flag == "signal" else value
-            found.append(_misplaced(word, f"--{flag}" + (f"={value}" if value else "")))
-        elif re.fullmatch(rf"-[{_SHORT_OPTIONS}][\w:.,%-]*", word, re.ASCII) and not _takes_value(before):
-            found.append(_misplaced(word, word))
+        before, after = words[place - 1] if place else "", words[place + 1] if place + 1 < len(words) else ""
+        flag, value = flag_of(word), word.partition("=")[2]
+        is_value = before.startswith("--") and "=" not in before and not flag_of(before)
+        if re.fullmatch(r"-[A-Za-z][\w:.,%-]*", word, re.ASCII) and not is_value:
+            flag, value = SHORT_OPTIONS.get(word[1], ""), word[2:]
+        if flag:
+            value = value if value or after.startswith("-") else after
+            found.append(_misplaced(word, flag, value, after_script))
     return found
 
 
-def _takes_value(word: str) -> bool:
-    return word.startswith("--") and "=" not in word
+_FLAGS = {name.replace("-", "_"): name for name in SBATCH_OPTIONS}
+_FLAGS |= {option.name: option.flag for option in JOB_OPTIONS}
+"""sbatch's names of its options, by those that people type, with _ in the place of -."""
 
 
-def _misplaced(word: str, option: str) -> str:
-    return (
-        f"{one_line(word, 80)}: is an option of sbatch, which reads none after the script. Fix: write it before the "
-        f"script (sbatch {one_line(option, 80)} slurm/rm_1b.sh), or into RM_SCALE_SBATCH_OPTIONS of slurm/site.env."
-    )
+def _misplaced(word: str, flag: str, value: str, after_script: bool) -> str:
+    typed = one_line(word, 80)
+    seconds = re.search(r"\d+$", value)
+    if flag == "signal" and seconds is not None:
+        value = seconds[0] if not after_script else f"B:USR1@{seconds[0]}"
+    option = f"--{flag}" + (f"={value}" if value else "")
+    ours = next((option.name for option in JOB_OPTIONS if option.flag == flag), None)
+    if after_script:
+        problem = "is an option of sbatch, which reads none after the script"
+        fix = f"write it before the script (sbatch {_shell_word(option)} SCRIPT)"
+        fix += "" if flag in OF_ONE_COMMAND else ", or into RM_SCALE_SBATCH_OPTIONS of slurm/site.env"
+    else:
+        problem = "is an option of sbatch, and no setting of a run"
+        if ours is not None:
+            fix = f"--{ours} {_shell_word(value)}" if value else f"--{ours} VALUE"
+        elif flag in OF_ONE_COMMAND:
+            fix = "leave it out: rm_scale sets it, or it belongs to sbatch's own command"
+        else:
+            fix = f"RM_SCALE_SBATCH_OPTIONS={_shell_word(option)}, in the environment or slurm/site.env"
+    return f"{typed}: {problem}. Fix: {fix}."
+
+
+def _shell_word(text: str) -> str:
+    return shlex.quote(one_line(text, 80))

@@ -29,7 +29,7 @@ def submit_run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         if getattr(options, name):
             raise ConfigError([f"{name} with slurm: Slurm names the machines and starts the run. Fix: leave it out."])
     job = sbatch_options(options, without=("nodes", "gpus"))
-    misplaced = sbatch_options_among(settings)
+    misplaced = sbatch_options_among(settings, after_script=False)
     if misplaced:
         raise ConfigError(misplaced)
     machine, variables = find_machine(options)

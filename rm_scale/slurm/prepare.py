@@ -67,7 +67,7 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
     Raises:
         UserError: the allocation, the settings or the plan can't be used, or another run writes to the directory.
     """
-    misplaced = sbatch_options_among(asked)
+    misplaced = sbatch_options_among(asked, after_script=True)
     if misplaced:
         raise ConfigError(misplaced)
     allocation = read_allocation(environ)

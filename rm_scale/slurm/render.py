@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rm_scale.errors import UserError
 from rm_scale.files import replacing
-from rm_scale.slurm.header import environment_options, header_changes, read_header, with_header
+from rm_scale.slurm.header import header_changes, options_before_script, read_header, with_header
 from rm_scale.slurm.job_options import sbatch_options
 from rm_scale.slurm.settings_check import check_names
 from rm_scale.slurm.site import name_of_tier, script_of_tier, site_variables, variables_of_tier
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
     source = script_of_tier(options.tier)
     site = site_variables()
     header = read_header(source.read_text(encoding="utf-8"))
-    job |= fitting_grace({**environment_options(site), **job}, header)
+    job |= fitting_grace(options_before_script(site, job), header)
     text = render(source, job, variables_of_tier(options.tier), settings, site)
     if options.output is None:
         print(text, end="")

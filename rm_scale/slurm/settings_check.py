@@ -15,7 +15,7 @@ def check_names(settings: Sequence[str]) -> None:
     Raises:
         ConfigError: all of them. What is only missing may come from the script's configuration.
     """
-    misplaced = sbatch_options_among(settings)
+    misplaced = sbatch_options_among(settings, after_script=False)
     names = {message.partition(":")[0].partition("=")[0].lstrip("-").replace("-", "_") for message in misplaced}
     parsed = parse_config(settings)
     unreadable = ("no such setting", "expected a --flag", "can't be read", "not valid YAML")

@@ -15,7 +15,7 @@ from typing import Any
 
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.slurm import waiting
-from rm_scale.slurm.header import environment_options, gpu_options, header_changes, read_header
+from rm_scale.slurm.header import environment_options, gpu_options, header_changes, options_before_script, read_header
 from rm_scale.slurm.job_options import sbatch_options
 from rm_scale.slurm.render import render
 from rm_scale.slurm.settings_check import check_names
@@ -115,7 +115,7 @@ def fitted(
         ConfigError: what the site or the job asks for can't be used.
     """
     header = read_header(script.read_text(encoding="utf-8"))
-    job = {**job, **fitting_grace({**environment_options(site), **job}, header)}
+    job = {**job, **fitting_grace(options_before_script(site, job), header)}
     changes = header_changes(header, job, site)
     if not changes.of_site and not changes.dropped & set(header):
         return Submission(job, variables, script, tuple(settings))

@@ -174,8 +174,27 @@ def test_the_command_and_the_header_are_printed(
     assert {"--gres=gpu:4", "--time=4", "--signal=B:USR1@60"} < set(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("command", [["submit", "--dry_run"], ["render"]])
+def test_a_limit_of_the_site_has_a_short_grace_too(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever names the limit: the options of site.env, the environment over those, the command over both."""
+    words = ["slurm", *command, "--tier", "1b"]
+    monkeypatch.setenv("RM_SCALE_SBATCH_OPTIONS", "--time=10")
+    assert cli(words) == 0
+    told = capsys.readouterr().out
+    assert "\n#SBATCH --time=10\n" in told and "\n#SBATCH --signal=B:USR1@150\n" in told
+    for limit, over in (("20", []), ("4", ["--time", "4"])):
+        monkeypatch.setenv("SBATCH_TIMELIMIT", "20")
+        assert cli([*words, *over]) == 0
+        assert f"\n#SBATCH --signal=B:USR1@{max(60, int(limit) * 15)}\n" in capsys.readouterr().out
+    monkeypatch.setenv("RM_SCALE_SBATCH_OPTIONS", "--time=10 --signal=B:USR1@600")
+    monkeypatch.delenv("SBATCH_TIMELIMIT")
+    assert cli(words) == 2 and "grace=600: must be shorter than the time limit" in capsys.readouterr().err
+
+
 def test_options_of_sbatch_after_the_command_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["slurm", "submit", "--tier", "1b", "--dry_run", "--mem=0", "--mail-type", "END", "-N4"]) == 2
     told = capsys.readouterr().err
     assert "(3 problems)" in told and "no such setting" not in told
-    assert "--mem=0: is an option of sbatch, which reads none after the script. Fix: write it before the script" in told
+    assert "--mem=0: is an option of sbatch, and no setting of a run. Fix: RM_SCALE_SBATCH_OPTIONS=--mem=0, in" in told

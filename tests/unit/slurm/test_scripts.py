@@ -308,9 +308,27 @@ def test_the_folder_of_a_log(
     assert "log=a-%j/b.log: the folder must have no % pattern" in capsys.readouterr().err
 
 
+WORDS = ["--time=10", "--max_steps", "3", "-N", "4", "--run_name", "-N", "--job_name", "a b", "--mail-type", "END"]
+WORDS += ["--grace", "60", "--exclusive", "-H", "--wrap=x"]
+
+
 def test_options_of_sbatch_among_settings() -> None:
-    found = sbatch_options_among(["--time=10", "--max_steps", "3", "-N", "4", "--run_name", "-N", "--job_name", "a b"])
-    assert [message.split(":")[0] for message in found] == ["--time=10", "-N", "--job_name"]
-    assert "(sbatch --time=10 slurm/rm_1b.sh)" in found[0]
-    assert sbatch_options_among(["--output_dir", "x", "--seed=3", "--config", "a.yaml", "-1"]) == []
-    assert "(sbatch --signal=60 " not in sbatch_options_among(["--grace=60"])[0]
+    """What is told as the fix is taken by sbatch as it stands, values that were words of their own included."""
+    found = sbatch_options_among(WORDS, after_script=True)
+    heads, fixes = zip(*(message.split(": is an option of sbatch") for message in found), strict=True)
+    assert heads == ("--time=10", "-N", "--job_name", "--mail-type", "--grace", "--exclusive", "-H", "--wrap=x")
+    assert [fix.partition("(sbatch ")[2].partition(" SCRIPT)")[0] for fix in fixes] == [
+        *("--time=10", "--nodes=4", "'--job-name=a b'", "--mail-type=END", "--signal=B:USR1@60", "--exclusive"),
+        *("--hold", "--wrap=x"),
+    ]
+    assert sbatch_options_among(["--output_dir", "x", "--seed=3", "--config", "a.yaml", "-1"], after_script=True) == []
+
+
+def test_options_of_sbatch_among_the_words_of_our_own_commands() -> None:
+    """There is no script there to write them before."""
+    found = sbatch_options_among(WORDS, after_script=False)
+    assert [message.partition("Fix: ")[2].split(", in the")[0].split(":")[0].rstrip(".") for message in found] == [
+        *("--time 10", "--nodes 4", "--job_name 'a b'", "RM_SCALE_SBATCH_OPTIONS=--mail-type=END", "--grace 60"),
+        *("RM_SCALE_SBATCH_OPTIONS=--exclusive", "leave it out", "leave it out"),
+    ]
+    assert "script" not in "".join(found)
