@@ -90,9 +90,11 @@ def _quantise(model: Any) -> None:
 def _adapt(model: Any, options: Options, dtype: torch.dtype) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
+    from rm_scale.modeling.adapters import _linear_layers
+
     task = TaskType.CAUSAL_LM if options.head.startswith("lm") else TaskType.SEQ_CLS
     settings = LoraConfig(
-        task_type=task, r=options.lora_rank, lora_dropout=options.lora_dropout, target_modules="all-linear"
+        task_type=task, r=options.lora_rank, lora_dropout=options.lora_dropout, target_modules=_linear_layers(model)
     )
     model = get_peft_model(model, settings, low_cpu_mem_usage=True)
     trained_in = dtype if options.precision == "bf16" else torch.float32

@@ -67,6 +67,18 @@ LAYER_STYLES = {
 TEXT_TYPES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """Types with a vision tower, and the type of their text model, which is all that a reward model of texts needs."""
 
+_READ_AS_EXPERTS = frozenset(["gate_proj", "up_proj", "down_proj"])
+NOT_ADAPTED = {
+    "qwen2_moe": _READ_AS_EXPERTS,
+    "qwen3_moe": _READ_AS_EXPERTS,
+    "qwen3_next": _READ_AS_EXPERTS,
+    "deepseek_v2": _READ_AS_EXPERTS,
+    "deepseek_v3": _READ_AS_EXPERTS,
+    "jamba": frozenset(["dt_proj"]),
+}
+"""Linear layers without an adapter unless asked for, as `modeling/adapters.py` explains and a test compares: PEFT would
+read these names as the experts, and Jamba reads one weight past its layer."""
+
 Text = dict[str, Any]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rm_scale.planning.layer_parts import LayerKind
-from rm_scale.planning.parameters import Tensor, active_share, layer_tensors
+from rm_scale.planning.parameters import Tensor, active_share, is_adapted, layer_tensors
 from rm_scale.planning.shape import ModelShape
 
 
@@ -161,7 +161,7 @@ def executed_flops(
     total = 0.0
     for place, kind in enumerate(shape.layers):
         linear = [tensor for tensor in layer_tensors(shape, kind) if tensor.role in _MULTIPLIED]
-        adapted = [] if is_full else [t for t in linear if _takes_adapter(t, lora_targets)]
+        adapted = [] if is_full else [t for t in linear if is_adapted(t, lora_targets)]
         base = 2.0 * tokens * _multiplied(shape, linear)
         adapters = 2.0 * tokens * (lora_rank or 0) * sum(sum(tensor.shape) for tensor in adapted)
         attention = 4.0 * attention_width(shape, kind) * pairs
@@ -181,10 +181,6 @@ def executed_flops(
 _FIRST_PRODUCTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "in_proj"} | {
     *("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 }
-
-
-def _takes_adapter(tensor: Tensor, targets: Sequence[str] | None) -> bool:
-    return tensor.role == "linear" and (targets is None or tensor.module in targets)
 
 
 def _not_recomputed(

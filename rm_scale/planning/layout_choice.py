@@ -8,21 +8,56 @@ from rm_scale.config import RunConfig
 
 Packing = Literal["none", "padding_free", "prefix_shared"]
 
+TESTED_RECURRENT_TYPES = frozenset(["jamba", "qwen3_5_text", "qwen3_next", "zamba", "zamba2"])
+"""Tested architectures with layers that carry a state along a row (`rm_scale.modeling.recurrent_layers`)."""
+
 # Architectures whose packed rows a test compares with padded ones (tests/unit/modeling/test_packed_model.py).
 TESTED_MODEL_TYPES = frozenset(
     [
+        "arcee",
+        "axk1",
+        "biogpt",
+        "deepseek_v2",
+        "deepseek_v3",
+        "diffllama",
+        "exaone4",
         "gemma",
         "gemma2",
         "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "helium",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "jetmoe",
         "llama",
+        "minicpm3",
+        "ministral",
+        "ministral3",
         "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
         "olmo2",
+        "olmo3",
+        "opt",
+        "persimmon",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
+        "qwen2_moe",
         "qwen3",
+        "qwen3_moe",
+        "seed_oss",
         "smollm3",
+        "stablelm",
         "starcoder2",
+        *TESTED_RECURRENT_TYPES,
     ]
 )
 
@@ -31,11 +66,13 @@ REFUSED_MODEL_TYPES = {
     "bloom": "its attention adds a bias by distance in the row (ALiBi)",
     "mpt": "its attention adds a bias by distance in the row (ALiBi)",
     "falcon": "its attention does not go through transformers' attention interface",
-    "gpt_oss": "its attention has sinks, which packed rows don't know",
     "modernbert-decoder": "it has a layer between backbone and head that packed rows don't go through",
-    "phimoe": "its window is in its mask alone, which packed rows don't use",
     "doge": "its attention adds a bias of its own",
-    "opt": "it computes positions from a rectangular attention mask",
+    "gpt_neo": "its attention does not go through transformers' attention interface",
+    "gptj": "its attention does not go through transformers' attention interface",
+    "openai-gpt": "its attention does not go through transformers' attention interface",
+    "axk2": "an index chooses the keys that its attention sees, which packed rows don't know",
+    "minimax": "its linear attention carries a state along the row, which can't be told from the rest of the layer",
 }
 # A state or a convolution that runs along the row would carry one response into the next.
 _RECURRENT_WORDS = (
@@ -61,6 +98,8 @@ def refusal(model: dict[str, Any]) -> str | None:
     kind = _model_type(model)
     if kind in REFUSED_MODEL_TYPES:
         return f"{kind}: {REFUSED_MODEL_TYPES[kind]}"
+    if kind in TESTED_RECURRENT_TYPES:
+        return None
     if any(word in kind for word in _RECURRENT_WORDS):
         return f"{kind}: a state runs along the row and would carry one response into the next"
     layers = sorted(set(text.get("layer_types") or []) - {"full_attention", "sliding_attention"})

@@ -7,9 +7,10 @@ tensors are counted one by one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from rm_scale.planning.families import NOT_ADAPTED
 from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, Mamba
 from rm_scale.planning.shape import ModelShape
 
@@ -27,12 +28,14 @@ class Tensor:
             dimensions), router, other (convolutions and the like, with weight decay), vector (norms and biases, without
             weight decay), head or adapter.
         count: how many there are: one per layer, mostly.
+        takes_adapter: LoRA adapts it where no targets are named.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     count: int = 1
+    takes_adapter: bool = True
 
     @property
     def numel(self) -> int:
@@ -97,7 +100,9 @@ def layer_tensors(shape: ModelShape, kind: LayerKind) -> list[Tensor]:
         feed_forward = _experts(shape, shape.experts)
     else:
         feed_forward = _mlp(shape, shape.intermediate_size)
-    return [*mixer, *feed_forward, *_layer_norms(shape)]
+    bare = NOT_ADAPTED.get(shape.model_type, frozenset())
+    tensors = [*mixer, *feed_forward, *_layer_norms(shape)]
+    return [replace(tensor, takes_adapter=False) if tensor.module in bare else tensor for tensor in tensors]
 
 
 def head_tensor(shape: ModelShape) -> Tensor:
@@ -110,22 +115,34 @@ def lm_head_tensor(shape: ModelShape) -> Tensor:
     return Tensor("lm_head.weight", (shape.vocab_size, shape.hidden_size), "embedding")
 
 
-def adapter_tensors(tensors: Sequence[Tensor], rank: int, targets: Sequence[str] | None) -> list[Tensor]:
-    """Return the two LoRA matrices of each adapted linear layer.
+def adapter_tensors(
+    tensors: Sequence[Tensor], rank: int, targets: Sequence[str] | None, parameters: Sequence[str] = ()
+) -> list[Tensor]:
+    """Return the two LoRA matrices of each adapted linear layer, and of each adapted tensor of experts.
 
     Args:
         tensors: the backbone's.
         rank: LoRA rank.
         targets: module names, such as "q_proj"; `None` for all linear layers.
+        parameters: tensors of experts, such as "experts.gate_up_proj"; each expert has matrices of its own there.
     """
     adapters = []
     for tensor in tensors:
-        if tensor.role != "linear" or (targets is not None and tensor.module not in targets):
+        if tensor.role == "experts" and tensor.name in parameters:
+            num, outputs, inputs = tensor.shape
+            adapters.append(Tensor(f"{tensor.name}.lora_A", (rank * num, inputs), "adapter", tensor.count))
+            adapters.append(Tensor(f"{tensor.name}.lora_B", (outputs, rank * num), "adapter", tensor.count))
+        if not is_adapted(tensor, targets):
             continue
         outputs, inputs = tensor.shape
         adapters.append(Tensor(f"{tensor.module}.lora_A", (rank, inputs), "adapter", tensor.count))
         adapters.append(Tensor(f"{tensor.module}.lora_B", (outputs, rank), "adapter", tensor.count))
     return adapters
+
+
+def is_adapted(tensor: Tensor, targets: Sequence[str] | None) -> bool:
+    """Tell whether LoRA adapts this linear layer, by the names asked for or by default."""
+    return tensor.role == "linear" and (tensor.takes_adapter if targets is None else tensor.module in targets)
 
 
 def total(tensors: Sequence[Tensor]) -> int:
@@ -141,7 +158,7 @@ def each(tensors: Sequence[Tensor]) -> Iterator[int]:
 
 
 def _times(tensor: Tensor, count: int) -> Tensor:
-    return Tensor(tensor.name, tensor.shape, tensor.role, count)
+    return replace(tensor, count=count)
 
 
 def _linear(name: str, outputs: int, inputs: int, bias: bool) -> list[Tensor]:

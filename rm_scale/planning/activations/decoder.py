@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from rm_scale.planning.activations.attention import attention
+from rm_scale.planning.activations.experts import experts
 from rm_scale.planning.activations.heads import head
 from rm_scale.planning.activations.linear import is_adapted, leave_autocast
 from rm_scale.planning.activations.micro_step import MicroStep
 from rm_scale.planning.activations.mlp import mlp
 from rm_scale.planning.activations.norms import norm
 from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
+from rm_scale.planning.layer_parts import LayerKind
 
 
 def forward(step: MicroStep) -> SizedTensor:
@@ -18,8 +20,8 @@ def forward(step: MicroStep) -> SizedTensor:
     rotary = step.memory.allocate("rotary tables", tables, step.base_width)
     step.hold(embedded)  # a variable of the model's forward pass holds it to the end
     hidden = embedded
-    for _ in range(step.shape.num_layers):
-        after = _checkpointed(step, hidden) if step.options.checkpointing == "full" else _layer(step, hidden)
+    for kind in step.shape.layers:
+        after = _checkpointed(step, hidden, kind) if step.options.checkpointing == "full" else _layer(step, hidden, kind)
         step.free(hidden)
         hidden = after
     final = norm(step, "final norm", hidden)
@@ -45,11 +47,11 @@ def _embed(step: MicroStep) -> SizedTensor:
 # --- Checkpointing ----------------------------------------------------------------------------------------------------
 
 
-def _checkpointed(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
+def _checkpointed(step: MicroStep, hidden: SizedTensor, kind: LayerKind) -> SizedTensor:
     """Replay a layer that keeps nothing but its input and is recomputed backwards (torch/utils/checkpoint.py)."""
     graph = step.graph
     graph.is_recording = False
-    output = _layer(step, hidden)
+    output = _layer(step, hidden, kind)
     graph.is_recording = True
     output.needs_grad = hidden.needs_grad or step.is_full
     reentrant = step.options.use_reentrant
@@ -57,9 +59,9 @@ def _checkpointed(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
     def backward(gradient: Allocation) -> Gradients:
         outer, graph.nodes = graph.nodes, []
         again = step.view(hidden)
-        early = _gradients_before_recomputing(step)
+        early = _gradients_before_recomputing(step, kind)
         step.stops_early = not reentrant
-        result = _layer(step, again)
+        result = _layer(step, again, kind)
         step.stops_early = False
         leave_autocast(step)
         step.memory.release(*early)
@@ -72,7 +74,7 @@ def _checkpointed(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
     return graph.record(output, [hidden.allocation], backward, takes_gradient=not reentrant)
 
 
-def _gradients_before_recomputing(step: MicroStep) -> list[Allocation]:
+def _gradients_before_recomputing(step: MicroStep, kind: LayerKind) -> list[Allocation]:
     """Allocate gradients that exist before the layer is recomputed.
 
     The newer checkpointing recomputes when a saved tensor is first asked for. A cast or a sum at the layer's end needs
@@ -80,6 +82,8 @@ def _gradients_before_recomputing(step: MicroStep) -> list[Allocation]:
     """
     last = "down_proj" if step.shape.style.gated_mlp else "fc2"
     casts = step.base_width > step.product_width
+    if kind.feed_forward == "experts":
+        return []
     if step.options.use_reentrant or _norms_follow(step) or not (is_adapted(step, last) or casts):
         return []
     return [step.memory.allocate("gradient before recomputation", step.hidden, step.product_width)]
@@ -88,28 +92,38 @@ def _gradients_before_recomputing(step: MicroStep) -> list[Allocation]:
 # --- A layer ----------------------------------------------------------------------------------------------------------
 
 
-def _layer(step: MicroStep, hidden: SizedTensor) -> SizedTensor:
+def _layer(step: MicroStep, hidden: SizedTensor, kind: LayerKind) -> SizedTensor:
     if step.shape.style.num_norms == 1:
         return _parallel_layer(step, hidden)
-    middle = _sublayer(step, hidden, "attention")
-    output = _sublayer(step, middle, "mlp")
+    middle = _sublayer(step, hidden, "attention", kind)
+    output = _sublayer(step, middle, "mlp", kind)
     step.free(middle)
     return output
 
 
-def _sublayer(step: MicroStep, hidden: SizedTensor, name: str) -> SizedTensor:
+def _sublayer(step: MicroStep, hidden: SizedTensor, name: str, kind: LayerKind) -> SizedTensor:
     """Replay attention or MLP with its norms and its residual sum."""
     before, after = not step.shape.style.norms_follow, _norms_follow(step)
     inner = norm(step, f"{name} norm", hidden) if before else step.hold(hidden)
-    output = attention(step, inner) if name == "attention" else mlp(step, inner, is_last=not after)
+    output = _mix(step, inner, kind) if name == "attention" else _feed_forward(step, inner, kind, is_last=not after)
     step.free(inner)
     if after:
         plain, output = output, norm(step, f"{name} norm after", output)
         step.free(plain)
-    ends_layer = name == "mlp" and not after
+    ends_layer = name == "mlp" and not after and kind.feed_forward == "mlp"
     total = step.add("layer input", hidden, output, step.unless_stopped(step.hidden, ends_layer))
     step.free(output)
     return total
+
+
+def _mix(step: MicroStep, inner: SizedTensor, kind: LayerKind) -> SizedTensor:
+    return attention(step, inner)
+
+
+def _feed_forward(step: MicroStep, inner: SizedTensor, kind: LayerKind, is_last: bool) -> SizedTensor:
+    if kind.feed_forward == "experts" and step.shape.experts is not None:
+        return experts(step, inner, step.shape.experts)
+    return mlp(step, inner, is_last)
 
 
 def _norms_follow(step: MicroStep) -> bool:

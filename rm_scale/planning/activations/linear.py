@@ -24,7 +24,9 @@ def linear(step: MicroStep, name: str, value: SizedTensor, size: Size, is_last: 
 def is_adapted(step: MicroStep, name: str) -> bool:
     """Tell whether the linear layer of this name has an adapter."""
     targets = step.options.lora_targets
-    return not step.is_full and (targets is None or name in targets)
+    if step.is_full:
+        return False
+    return name in targets if targets is not None else name not in step.not_adapted
 
 
 def product(

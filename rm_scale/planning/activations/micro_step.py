@@ -11,6 +11,7 @@ from rm_scale.planning.activations.simulated_autograd import (
     Size,
     SizedTensor,
 )
+from rm_scale.planning.families import NOT_ADAPTED
 from rm_scale.planning.shape import ModelShape
 
 
@@ -33,6 +34,7 @@ class MicroStep:
         weight_copies: autocast's copies of fp32 weights, which it keeps until its context ends.
         stops_early: a layer is being recomputed by torch's newer checkpointing, which stops where nothing more is
             needed: before the layer's last product and the sum behind it.
+        not_adapted: linear layers without an adapter unless targets are named.
         has_masks: the matmul backend has made the row's masks, which all layers share.
         hidden, mlp, queries, kv, per_head, per_token: sizes of the usual tensors.
     """
@@ -49,6 +51,7 @@ class MicroStep:
         self.weight_copies: list[SizedTensor] = []
         self.stops_early = False
         self.has_masks = False
+        self.not_adapted = NOT_ADAPTED.get(shape.model_type, frozenset())
         tokens = row.tokens
         self.hidden = Size("tokens x hidden", tokens * shape.hidden_size)
         self.mlp = Size("tokens x mlp", tokens * shape.intermediate_size)

@@ -22,7 +22,12 @@ def mlp(step: MicroStep, inner: SizedTensor, is_last: bool) -> SizedTensor:
         output = linear(step, "fc2", product, step.hidden, is_last)
         step.free(product)
         return output
-    gate, up = _gate_and_up(step, inner)
+    return gated(step, inner, step.mlp, is_last)
+
+
+def gated(step: MicroStep, inner: SizedTensor, width: Size, is_last: bool = False) -> SizedTensor:
+    """Replay an MLP of three matrices whose inner width is `width` over all tokens."""
+    gate, up = _gate_and_up(step, inner, width)
     product = step.multiply("gate x up", gate, up)
     step.free(gate, up)
     output = linear(step, "down_proj", product, step.hidden, is_last)
@@ -30,19 +35,19 @@ def mlp(step: MicroStep, inner: SizedTensor, is_last: bool) -> SizedTensor:
     return output
 
 
-def _gate_and_up(step: MicroStep, inner: SizedTensor) -> tuple[SizedTensor, SizedTensor]:
+def _gate_and_up(step: MicroStep, inner: SizedTensor, width: Size) -> tuple[SizedTensor, SizedTensor]:
     """Return the gate after its activation, and what it is multiplied with."""
     if step.shape.style.fused_mlp:
-        fused = linear(step, "gate_up_proj", inner, Size("2 x tokens x mlp", 2 * step.mlp.elements))
-        gate, up = step.slice(fused, step.mlp), step.slice(fused, step.mlp)
+        fused = linear(step, "gate_up_proj", inner, Size(f"2 x {width.formula}", 2 * width.elements))
+        gate, up = step.slice(fused, width), step.slice(fused, width)
         step.free(fused)
         activated = _activate(step, gate)
         step.free(gate)
         return activated, up
-    gate = linear(step, "gate_proj", inner, step.mlp)
+    gate = linear(step, "gate_proj", inner, width)
     activated = _activate(step, gate)
     step.free(gate)
-    return activated, linear(step, "up_proj", inner, step.mlp)
+    return activated, linear(step, "up_proj", inner, width)
 
 
 def _activate(step: MicroStep, value: SizedTensor) -> SizedTensor:

@@ -1,0 +1,165 @@
+"""A mixture of experts: router, tokens sorted by expert, two grouped products, results put back in order.
+
+The replay is of transformers' `grouped_mm` (integrations/moe.py), which is what its models take by default.
+"""
+
+from __future__ import annotations
+
+from rm_scale.planning.activations.linear import linear
+from rm_scale.planning.activations.micro_step import MicroStep
+from rm_scale.planning.activations.mlp import gated
+from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
+from rm_scale.planning.layer_parts import Experts
+
+INDEX_BYTES = 8
+
+
+def experts(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
+    """Replay the experts of a layer; input and output are of tokens x hidden."""
+    weights = _route(step, inner, parts)
+    output = _through_experts(step, inner, weights, parts)
+    step.free(weights)
+    if not parts.shared_width:
+        return output
+    shared = gated(step, inner, Size("tokens x shared", step.row.tokens * parts.shared_width))
+    if parts.shared_gate:
+        gate = linear(step, "shared_expert_gate", inner, Size("tokens", step.row.tokens))
+        plain, shared = shared, step.multiply("shared expert x gate", shared, gate)
+        step.free(plain, gate)
+    total = step.add("experts and shared expert", output, shared, step.hidden)
+    step.free(output, shared)
+    return total
+
+
+def _route(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
+    """Replay the router: logits, fp32 probabilities, and the weights of the chosen experts."""
+    every = Size("tokens x experts", step.row.tokens * parts.num)
+    matrix = Size("experts x hidden", parts.num * step.shape.hidden_size)
+    logits = step.new("router logits", every, step.product_width, True)
+
+    def backward_of_logits(gradient: Allocation) -> Gradients:
+        results: Gradients = [(inner, step.memory.allocate("gradient of router input", inner.size, step.product_width))]
+        if step.is_full:
+            results.append((None, step.memory.allocate("gradient of router", matrix, step.product_width)))
+        return results
+
+    step.graph.record(logits, [inner.allocation] if step.is_full else [], backward_of_logits)
+    wide = step.cast("router logits, fp32", logits, 4)
+    shares = step.new("router probabilities", every, 4, True)
+
+    def backward_of_softmax(gradient: Allocation) -> Gradients:
+        return [(wide, step.memory.allocate("gradient of router logits", every, 4))]
+
+    step.graph.record(shares, [shares.allocation], backward_of_softmax)
+    step.free(logits, wide)
+    chosen = Size("tokens x chosen", step.row.tokens * parts.chosen)
+    best = step.gather("weights of chosen experts", shares, chosen)
+    indices = step.memory.allocate("chosen experts", chosen, INDEX_BYTES)
+    step.graph.nodes[-1].saved.append(step.memory.keep(indices)) if _is_recorded(step, best) else None
+    step.memory.release(indices)
+    step.free(shares)
+    narrow = step.cast("weights of chosen experts, narrow", best, step.product_width)
+    step.free(best)
+    return narrow
+
+
+def _is_recorded(step: MicroStep, value: SizedTensor) -> bool:
+    return step.graph.is_recording and value.needs_grad
+
+
+def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, parts: Experts) -> SizedTensor:
+    routed = step.row.tokens * parts.chosen
+    hidden = Size("tokens x chosen x hidden", routed * step.shape.hidden_size)
+    both = Size("tokens x chosen x 2 expert", 2 * routed * parts.width)
+    width = Size("tokens x chosen x expert", routed * parts.width)
+    order = Size("tokens x chosen", routed)
+    kept = [step.memory.allocate("order of tokens", order, INDEX_BYTES) for _ in range(3)]
+
+    selected = _gather_by(step, "tokens by expert", inner, hidden, kept[0])
+    chosen_weights = step.gather("weights by expert", weights, order)
+    first = _grouped(step, "experts' gate and up", selected, both, parts.num * 2 * parts.width)
+    product = _gate(step, first, width)
+    step.free(first)
+    second = _grouped(step, "experts' down", product, hidden, parts.num * parts.width)
+    step.free(product)
+    weighted = _weigh(step, second, chosen_weights)
+    ordered = _gather_by(step, "experts' results in order", weighted, hidden, kept[1])
+    step.free(weighted)
+    output = _sum_over_chosen(step, ordered, hidden)
+    step.free(ordered, selected, second, chosen_weights)
+    step.memory.release(*kept)
+    return output
+
+
+def _gather_by(step: MicroStep, name: str, value: SizedTensor, size: Size, index: Allocation) -> SizedTensor:
+    gathered = step.gather(name, value, size)
+    if _is_recorded(step, gathered):
+        step.graph.nodes[-1].saved.append(step.memory.keep(index))
+    return gathered
+
+
+def _grouped(step: MicroStep, name: str, value: SizedTensor, size: Size, columns: int) -> SizedTensor:
+    """Multiply each expert's tokens with its matrix; the gradient of a layer's experts is one tensor."""
+    inputs = value.size.elements // (step.row.tokens * _chosen(step))
+    weight = Size(f"all {name}", columns * (inputs if "gate" in name else step.shape.hidden_size))
+    output = step.new(name, size, step.product_width, value.needs_grad or step.is_full)
+
+    def backward(gradient: Allocation) -> Gradients:
+        results: Gradients = []
+        if value.needs_grad:
+            results.append((value, step.memory.allocate(f"gradient of input of {name}", value.size, value.width)))
+        if step.is_full:
+            results.append((None, step.memory.allocate(f"gradient of {name}", weight, step.product_width)))
+        return results
+
+    return step.graph.record(output, [value.allocation] if step.is_full else [], backward)
+
+
+def _chosen(step: MicroStep) -> int:
+    assert step.shape.experts is not None
+    return step.shape.experts.chosen
+
+
+def _gate(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:
+    """Replay `act(gate) * up` on halves of one tensor, whose gradients are joined again."""
+    gate, up = step.view(value, size), step.view(value, size)
+
+    def join(gradient: Allocation) -> Gradients:
+        joined = step.memory.allocate("gradients of gate and up, joined", value.size, value.width)
+        if up.grad is not None:
+            step.memory.release(up.grad)
+        return [(value, joined)]
+
+    step.graph.record(gate, [], join)
+    activated = step.new("activation of experts", size, value.width, value.needs_grad)
+
+    def backward(gradient: Allocation) -> Gradients:
+        return [(gate, step.memory.allocate("gradient of activation of experts", size, value.width))]
+
+    step.graph.record(activated, [gate.allocation], backward)
+    product = step.multiply("experts' gate x up", activated, up)
+    step.free(gate, up, activated)
+    return product
+
+
+def _weigh(step: MicroStep, value: SizedTensor, weights: SizedTensor) -> SizedTensor:
+    """Multiply each result with its expert's weight; the weights' gradient is a sum over a tensor as large."""
+    output = step.new("experts' weighted results", value.size, value.width, value.needs_grad or weights.needs_grad)
+
+    def backward(gradient: Allocation) -> Gradients:
+        of_value = step.memory.allocate("gradient of experts' results", value.size, value.width)
+        whole = step.memory.allocate("gradient of weights before their sum", value.size, value.width)
+        of_weights = step.memory.allocate("gradient of weights", weights.size, weights.width)
+        step.memory.release(whole)
+        return [(value, of_value), (weights, of_weights)]
+
+    return step.graph.record(output, [value.allocation, weights.allocation], backward)
+
+
+def _sum_over_chosen(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:
+    output = step.new("experts' sum", step.hidden, value.width, value.needs_grad)
+
+    def backward(gradient: Allocation) -> Gradients:
+        return [(value, step.memory.allocate("gradient of experts' sum, repeated", size, value.width))]
+
+    return step.graph.record(output, [], backward)
