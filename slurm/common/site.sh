@@ -56,7 +56,7 @@ rm_scale_check_site() { # FILE
         [[ $line =~ ^[[:space:]]*# && $line != *$'\r' ]] || rm_scale_check_line "$1" "$number" "$line" || sound=no
         [[ $line != *$'\r'* ]] || break # the same holds for every line of such a file
     done
-    if [[ $sound == yes ]] && ! line=$(bash -n -- "$1" 2>&1); then
+    if [[ $sound == yes ]] && ! line=$(LC_ALL=C bash -n -- "$1" 2>&1); then
         number=$(rm_scale_open_line "$1" "$line")
         rm_scale_site_line "$1" "$number" "bash can't read it: $(sed -n '1s/^.*: line [0-9]*: //p' <<<"$line")" \
             "close the quote, brace or bracket that this line opens"
@@ -66,23 +66,39 @@ rm_scale_check_site() { # FILE
 }
 
 rm_scale_check_line() { # FILE NUMBER LINE
-    local mark=$'\xef\xbb\xbf' hard_space=$'\xc2\xa0' curly=$'\xe2\x80['$'\x98-\x9f'']'
-    local name='^[[:space:]]*(export[[:space:]]+|declare[[:space:]]+)?[A-Z_][A-Z0-9_]*' space='[[:space:]]+'
-    local before="$name$space"'=([^=~]|$)' after="$name=$space"'[^#[:space:]]'
+    local mark=$'\xef\xbb\xbf' hard_space=$'\xc2\xa0' curly=$'\xe2\x80['$'\x98-\x9f'']' code=$3 problem fix
+    local begin='^[[:space:]]*(export[[:space:]]+|declare[[:space:]]+)?' space='[[:space:]]+'
+    local before="${begin}[A-Z_][A-Z0-9_]*$space"'=([^=~]|$)'
+    # Of other names it is the environment of one command; and another assignment may follow.
+    local after="${begin}(RM_SCALE|SBATCH|SLURM)_[A-Z0-9_]*=$space"
+    if [[ $3 =~ $curly || $3 == *"$hard_space"* ]]; then code=$(rm_scale_bare_code "$3"); fi
     if [[ $3 == *$'\r'* ]]; then
-        rm_scale_site_line "$1" "$2" "ends like a line of Windows (CRLF), as do others" "sed -i 's/\\r\$//' '$1'"
+        problem="ends like a line of Windows (CRLF), as do others" fix="sed -i 's/\\r\$//' '$1'"
     elif [[ $3 == "$mark"* ]]; then
-        rm_scale_site_line "$1" "$2" "begins with a byte order mark" "sed -i '1s/^\\xef\\xbb\\xbf//' '$1'"
-    elif [[ $3 =~ $curly ]]; then
-        rm_scale_site_line "$1" "$2" "has the curly quotes of a word processor" "write \" or ' instead"
-    elif [[ $3 == *"$hard_space"* ]]; then
-        rm_scale_site_line "$1" "$2" "has a no-break space, which bash takes for a letter" "type the space again"
-    elif [[ $3 =~ $before || ($3 =~ $after && ! $3 =~ ^[[:space:]]*IFS=) ]]; then
-        rm_scale_site_line "$1" "$2" "has a space beside =" "NAME=value, without spaces"
+        problem="begins with a byte order mark" fix="sed -i '1s/^\\xef\\xbb\\xbf//' '$1'"
+    elif [[ $code =~ $curly ]]; then
+        problem="has the curly quotes of a word processor" fix="write \" or ' instead"
+    elif [[ $code == *"$hard_space"* ]]; then
+        problem="has a no-break space, which bash takes for a letter" fix="type the space again"
+    elif [[ $3 =~ $before || ($3 =~ ${after}[^#[:space:]] && ! $3 =~ ${after}[A-Za-z_][A-Za-z0-9_]*=) ]]; then
+        problem="has a space beside =" fix="NAME=value, without spaces"
     else
         return 0
     fi
+    ! rm_scale_is_text "$1" "$2" || return 0
+    rm_scale_site_line "$1" "$2" "$problem" "$fix"
     return 1
+}
+
+# Prints a line without its quoted words and its comment, which may hold anything.
+rm_scale_bare_code() { # LINE
+    LC_ALL=C sed -E "s/'[^']*'|\"([^\"\\\\]|\\\\.)*\"|(^|[[:space:]])#.*/ /g" <<<"$1"
+}
+
+# Is a line in the middle of a here-document or of a quoted word, by what bash says of the lines above?
+rm_scale_is_text() { # FILE NUMBER
+    (($2 > 1)) || return 1
+    [[ $(head -n "$(($2 - 1))" -- "$1" | LC_ALL=C bash -n 2>&1) == *@(here-document|"looking for matching")* ]]
 }
 
 # Prints the number of the line to look at: bash names the last quote when an earlier line forgot to close one.
@@ -118,6 +134,9 @@ rm_scale_check_values() {
     rm_scale_value RM_SCALE_LIMIT_SECONDS "$from_one" "whole seconds from 1" || sound=no
     rm_scale_value RM_SCALE_CHECK_SECONDS "$from_one" "whole seconds from 1" || sound=no
     rm_scale_value RM_SCALE_KILL_SECONDS "$from_one" "whole seconds from 1" || sound=no
+    rm_scale_value RM_SCALE_UNPACK_SECONDS "$from_one" "whole seconds from 1" || sound=no
+    rm_scale_value RM_SCALE_PACKED_DAYS "$number" "whole days" || sound=no
+    rm_scale_value RM_SCALE_RESUME '^(auto|none)$' "auto or none" || sound=no
     rm_scale_value RM_SCALE_CONTAINER_ENGINE '^(apptainer|pyxis)$' "apptainer or pyxis" || sound=no
     rm_scale_value RM_SCALE_FORCE '^plan$' "plan" || sound=no
     [[ $sound == yes ]]

@@ -25,6 +25,8 @@ FAULTS = [
     (b"\xef\xbb\xbfRM_SCALE_GPU=h100-80g\n", 1, "begins with a byte order mark. Fix: sed -i"),
     (b"\n\nRM_SCALE_GPU=\xe2\x80\x9ch100-80g\xe2\x80\x9d\n", 3, "has the curly quotes of a word processor"),
     (b"RM_SCALE_GPU=\xe2\x80\x98h100-80g\xe2\x80\x99\n", 1, "has the curly quotes of a word processor"),
+    (b"A='b' RM_SCALE_GPU=\xe2\x80\x9ch100 # x\n", 1, "has the curly quotes of a word processor"),
+    (b"cat <<END\nX = 3\nEND\nRM_SCALE_GPU = x\n", 4, "has a space beside ="),
     (b"export\xc2\xa0RM_SCALE_GPU=h100-80g\n", 1, "has a no-break space"),
     (b': "${RM_SCALE_GPU:=h100-80g}\nRM_SCALE_LOGS=logs\n', 1, "bash can't read it: unexpected EOF while looking"),
     (b'A=1\nRM_SCALE_GPU="h100\nRM_SCALE_LOGS="logs"\nB=2\n', 2, "close the quote"),
@@ -62,6 +64,12 @@ def test_a_bad_line_is_told(text: bytes, line: int, told: str, tmp_path: Path, m
     "text",
     [
         "# A = b in a comment, and it\u2019s \u201cfine\u201d\nRM_SCALE_GPU=x # = y\n",
+        "RM_SCALE_GPU=x # the site\u2019s own \u201cx\u201d, and\u00a0more\n",
+        "NOTE=\"the site\u2019s\" OTHER='\u201ca\u201d\u00a0b' # it's theirs\n",
+        "CUDA_VISIBLE_DEVICES= true\n",
+        "RM_SCALE_GPU= RM_SCALE_LOGS=logs\n",
+        "NOTE=$(cat <<'END'\nX = 3\nRM_SCALE_GPU= x\nthe site\u2019s\nEND\n)\nRM_SCALE_GPU=x\n",
+        "NOTE='\nX = 3\nthe site\u2019s\n'\n",
         "while IFS= read -r line; do :; done </dev/null\n",
         "[[ $HOME = /x ]] && RM_SCALE_GPU=x\n",
         'if [ "$HOME" = /x ]; then RM_SCALE_GPU=x; fi\n',
@@ -88,6 +96,7 @@ def test_all_values_that_the_job_could_not_use_are_told_at_once(
     own.write_text("RM_SCALE_CHECK_SECONDS=soon RM_SCALE_KILL_SECONDS=0\nRM_SCALE_GPU='a\nb'\n")
     bad = {"RM_SCALE_RANKS_PER_NODE": "eight", "RM_SCALE_MAX_RESTARTS": "-1", "RM_SCALE_DEVICE": "gpu"}
     bad |= {"RM_SCALE_CONTAINER_ENGINE": "docker", "RM_SCALE_RETRIES": "x", "RM_SCALE_FORCE": "all"}
+    bad |= {"RM_SCALE_UNPACK_SECONDS": "0", "RM_SCALE_PACKED_DAYS": "two", "RM_SCALE_RESUME": "yes"}
     for name, value in {**bad, "RM_SCALE_SITE_ENV": str(own)}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
