@@ -50,7 +50,8 @@ class Owner:
         boot: tells one boot of a machine from the next; empty where the system does not say.
         machine: tells machines of one name apart; empty where the system does not say.
         namespace: process ids of another one (a container's) mean nothing here.
-        job: Slurm's, `None` outside.
+        job: Slurm's number, `None` outside; of an array's task that of the task.
+        task: what Slurm's commands call an array's task, such as 100_2: that number may be the whole array's.
         attempt: how often Slurm has restarted the job.
         cluster: Slurm's name of its cluster.
         since: when it began to write, for people.
@@ -63,13 +64,19 @@ class Owner:
     machine: str = ""
     namespace: str = ""
     job: int | None = None
+    task: str = ""
     attempt: int = 0
     cluster: str = ""
     since: str = ""
 
+    @property
+    def job_name(self) -> str:
+        """What scancel and --dependency take for this job alone."""
+        return self.task or str(self.job)
+
     def text(self) -> str:
         """Say who it is."""
-        job = f", Slurm job {self.job}" if self.job is not None else ""
+        job = f", Slurm job {self.job_name}" if self.job is not None else ""
         since = f", since {self.since}" if self.since else ""
         return f"process {self.pid} on {self.host}{job}{since}"
 
@@ -85,6 +92,7 @@ def this_process(environ: Mapping[str, str] | None = None) -> Owner:
         machine=_content("/etc/machine-id"),
         namespace=_namespace(),
         job=_number(env.get("SLURM_JOB_ID")),
+        task=_array_task(env),
         attempt=_number(env.get("SLURM_RESTART_COUNT")) or 0,
         cluster=env.get("SLURM_CLUSTER_NAME", ""),
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -93,6 +101,11 @@ def this_process(environ: Mapping[str, str] | None = None) -> Owner:
 
 def _number(text: str | None) -> int | None:
     return int(text) if text is not None and re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def _array_task(environ: Mapping[str, str]) -> str:
+    array, task = (_number(environ.get(f"SLURM_ARRAY_{name}_ID")) for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array is not None and task is not None else ""
 
 
 def _content(path: str) -> str:
@@ -132,21 +145,22 @@ def may_run(owner: Owner, me: Owner) -> bool:
         return False  # the machine has been started anew since
     if owner.job is None or owner.cluster != me.cluster or owner.job == me.job:
         return True
-    return _job_may_run(owner.job)
+    return _job_may_run(owner)
 
 
-def _job_may_run(job: int) -> bool:
+def _job_may_run(owner: Owner) -> bool:
     if not can_ask_slurm():
-        return not has_ended(job, os.environ)
+        return not has_ended(owner, os.environ)
+    job = str(owner.job)
     # %A: the number of an array's task. Asked for that which started last, squeue answers for the whole array.
-    command = ["squeue", "--noheader", "--jobs", str(job), "--states", "RUNNING,COMPLETING,SUSPENDED", "--format", "%A"]
+    command = ["squeue", "--noheader", "--jobs", job, "--states", "RUNNING,COMPLETING,SUSPENDED", "--format", "%A"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SQUEUE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return True
     if answer.returncode:
         return "Invalid job id" not in answer.stderr  # Slurm has forgotten jobs that ended long ago
-    return str(job) in answer.stdout.split()
+    return job in answer.stdout.split()
 
 
 def can_ask_slurm() -> bool:
@@ -154,9 +168,17 @@ def can_ask_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
-def has_ended(job: int, environ: Mapping[str, str]) -> bool:
-    """Return whether Slurm, asked outside the container by the job's script, said that another job has ended."""
-    return environ.get("RM_SCALE_JOB_ASKED") == str(job) and environ.get("RM_SCALE_JOB_ENDED") == "1"
+def attempt_of(owner: Owner) -> str:
+    """Return the attempt of a job that an owner belongs to, in the form of `RM_SCALE_JOB_ASKED`."""
+    return f"{owner.job} {owner.attempt}"
+
+
+def has_ended(owner: Owner, environ: Mapping[str, str]) -> bool:
+    """Return whether Slurm, asked outside the container by the job's script, said that an owner's job does not run.
+
+    Of an attempt that says that it has ended; a later attempt of the same job may have begun since.
+    """
+    return environ.get("RM_SCALE_JOB_ASKED") == attempt_of(owner) and environ.get("RM_SCALE_JOB_ENDED") == "1"
 
 
 def running_owner(output_dir: str | Path, me: Owner | None = None) -> Owner | None:
@@ -179,8 +201,8 @@ def _read(path: Path) -> Owner | None:
     until = time.monotonic() + _HALF_WRITTEN_SECONDS
     while path.exists():
         found = read_json_object(path)
-        with suppress(KeyError, TypeError):
-            return Owner(**{name: found[name] for name in Owner.__dataclass_fields__})
+        with suppress(TypeError):
+            return Owner(**{name: found[name] for name in Owner.__dataclass_fields__ if name in found})
         if time.monotonic() > until:  # its owner writes it right after it has made it
             return Owner(host="an unknown machine", pid=0)
         time.sleep(0.05)
@@ -190,8 +212,8 @@ def _read(path: Path) -> Owner | None:
 def refuse(output_dir: str | Path, owner: Owner, setting: str = "output_dir") -> UserError:
     """Return the error that says who writes to a directory, and what to do; `setting` is what names the directory."""
     if owner.job is not None:
-        who = f"job {owner.job} is running and writes there ({owner.text()})"
-        stop = f"scancel {owner.job}, or --dependency=afterany:{owner.job}"
+        who = f"job {owner.job_name} is running and writes there ({owner.text()})"
+        stop = f"scancel {owner.job_name}, or --dependency=afterany:{owner.job_name}"
     elif owner.pid:
         who, stop = f"another run writes there ({owner.text()})", f"kill {owner.pid} on {owner.host}"
     else:
@@ -320,11 +342,11 @@ def _remove_stale(path: Path, me: Owner, setting: str) -> None:
     Raises:
         UserError: it may run.
     """
-    owner = me if path in _held else running_owner(path.parent, me)
-    if owner is not None:
-        raise refuse(path.parent, owner, setting)
     try:
-        seen = path.read_bytes()
+        seen = path.read_bytes()  # before its owner is looked for: a newer lock may come in between
+        owner = me if path in _held else running_owner(path.parent, me)
+        if owner is not None:
+            raise refuse(path.parent, owner, setting)
         aside = path.with_name(f"{LOCK_FILE}.{os.urandom(4).hex()}.ended")
         path.rename(aside)
     except FileNotFoundError:  # another process was faster

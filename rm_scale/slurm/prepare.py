@@ -23,7 +23,7 @@ from rm_scale.launch.machine import Machine, device_here, local_gpu_names
 from rm_scale.launch.planned_run import PlannedRun, plan_run, refuse_what_does_not_fit
 from rm_scale.logs import get_logger, setup_logging
 from rm_scale.meeting import PORTS_TRIED
-from rm_scale.output_lock import Owner, can_ask_slurm, refuse, running_owner, this_process
+from rm_scale.output_lock import Owner, attempt_of, can_ask_slurm, refuse, running_owner, this_process
 from rm_scale.planning.hardware import find_device, known_devices
 from rm_scale.slurm.allocation import Allocation, read_allocation
 from rm_scale.slurm.job_options import sbatch_options_among
@@ -74,7 +74,7 @@ def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:
     ranks = ranks_per_node(allocation, environ)
     arguments = [*default_settings(asked, allocation, environ), *asked]
     arguments = with_resume(with_array_output(arguments, allocation), allocation.attempt, environ)
-    unknown = job_to_ask_for(parse_config(arguments).config.output_dir, allocation, environ)
+    unknown = attempt_to_ask_for(parse_config(arguments).config.output_dir, allocation, environ)
     if unknown is not None:
         write_whole(folder / ASKED_FILE, f"{unknown}\n")
         return EXIT_ASK_SLURM
@@ -304,17 +304,17 @@ def other_owner(output_dir: str, job_id: int, attempt: int) -> Owner | None:
     return running_owner(output_dir, replace(this_process(), job=job_id, attempt=attempt))
 
 
-def job_to_ask_for(output_dir: str, allocation: Allocation, environ: Mapping[str, str]) -> int | None:
-    """Return the job that may still write to the output directory, where only Slurm, outside this container, can tell.
+def attempt_to_ask_for(output_dir: str, allocation: Allocation, environ: Mapping[str, str]) -> str | None:
+    """Return which attempt of a job may still write to the output directory, where only Slurm, not here, can tell.
 
     `None` where nobody is there, or where it was asked for already.
     """
     if can_ask_slurm() or not environ.get("RM_SCALE_CONTAINER"):
         return None
     owner = other_owner(output_dir, allocation.job_id, allocation.attempt)
-    if owner is None or environ.get("RM_SCALE_JOB_ASKED") == str(owner.job):
+    if owner is None or owner.job is None or environ.get("RM_SCALE_JOB_ASKED") == attempt_of(owner):
         return None
-    return owner.job
+    return attempt_of(owner)
 
 
 if __name__ == "__main__":

@@ -46,16 +46,19 @@ rm_scale_prepare() { # SETTINGS...
         return
     fi
     if ((code != 0)); then
-        rm_scale_say "the check of the nodes failed (code $code): nothing was started" >&2
+        rm_scale_say "the check of the nodes failed (code $code): nothing was started. Fix: as the lines above say; sinfo -R" \
+            "names nodes that are down" >&2
         rm_scale_exit 2
     fi
 }
 
-# Answers what a container can't ask: does the job that has left its lock in the output directory still run?
+# Answers what a container can't ask: does the job that has left its lock in the output directory still run? The answer
+# is for the attempt that has left it: when the job is requeued, a later one may begin.
 rm_scale_ask_slurm() {
-    local job seen
-    job=$(<"$RM_SCALE_ATTEMPT_DIR/asked_job")
-    export RM_SCALE_JOB_ASKED=$job RM_SCALE_JOB_ENDED=''
+    local asked job seen
+    asked=$(<"$RM_SCALE_ATTEMPT_DIR/asked_job") # JOB ATTEMPT
+    job=${asked%% *}
+    export RM_SCALE_JOB_ASKED=$asked RM_SCALE_JOB_ENDED=''
     if seen=$(timeout 60 squeue --noheader --jobs "$job" --states RUNNING,COMPLETING,SUSPENDED --format %A 2>&1); then
         grep -qx -- "$job" <<<"$seen" || RM_SCALE_JOB_ENDED=1
     elif [[ $seen == *"Invalid job id"* ]]; then
@@ -68,7 +71,8 @@ rm_scale_check() {
     local code=0
     rm_scale_on_all_nodes --wait=0 -m rm_scale.slurm.node --check "$RM_SCALE_ATTEMPT_DIR/start.json"
     timeout --foreground "$((RM_SCALE_CHECK_SECONDS + 30))" "${RM_SCALE_COMMAND[@]}" || code=$?
-    ((code != 124)) || rm_scale_say "srun could not start a task on every node in $((RM_SCALE_CHECK_SECONDS + 30)) s"
+    ((code != 124)) || rm_scale_say "srun could not start a task on every node in $((RM_SCALE_CHECK_SECONDS + 30)) s." \
+        "Fix: sinfo -R names nodes that are down; RM_SCALE_CHECK_SECONDS=180 gives slow ones time" >&2
     return "$code"
 }
 

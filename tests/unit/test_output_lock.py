@@ -88,7 +88,7 @@ def test_a_killed_run_s_lock_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_who_runs_as_far_as_one_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_lock, "_job_may_run", lambda job: job == 6)
+    monkeypatch.setattr(output_lock, "_job_may_run", lambda owner: owner.job == 6)
     assert may_run(PARENT, ME) and not may_run(replace(PARENT, started=1), ME)
     assert not may_run(replace(PARENT, boot="boot0"), ME), "the machine was started anew"
     assert may_run(replace(PARENT, boot="boot0", machine=""), ME), "or it is another one of that name"
@@ -118,9 +118,44 @@ def test_what_squeue_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         squeue.write_text(f"#!/bin/sh\n{script}\n")
         squeue.chmod(0o755)
-        assert output_lock._job_may_run(6) is runs, script
+        assert output_lock._job_may_run(replace(PARENT, job=6)) is runs, script
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert output_lock._job_may_run(6), "it can't be told"
+    assert output_lock._job_may_run(replace(PARENT, job=6)), "it can't be told"
+
+
+def test_what_was_asked_outside_the_container_holds_for_one_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that was pending when it was asked for may have been started again, and taken its lock anew."""
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("RM_SCALE_JOB_ASKED", "6 0")
+    monkeypatch.setenv("RM_SCALE_JOB_ENDED", "1")
+    theirs = other_run(host="elsewhere", job=6)
+    again = write_lock(tmp_path / "again", replace(theirs, attempt=1))
+    with pytest.raises(UserError, match="job 6 is running and writes there"), writing_alone(again.parent):
+        pass
+    assert again.exists()
+    with writing_alone(write_lock(tmp_path / "ended", theirs).parent):
+        pass
+
+
+def test_a_task_of_an_array_is_named_alone(tmp_path: Path) -> None:
+    """The task that starts last has the number of the whole array, which scancel would end."""
+    task = this_process({"SLURM_JOB_ID": "100", "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "2"})
+    assert (task.job, task.task) == (100, "100_2")
+    write_lock(tmp_path, replace(task, host="elsewhere", cluster="another"))
+    with pytest.raises(UserError) as caught, writing_alone(tmp_path):
+        pass
+    said = str(caught.value)
+    assert "job 100_2 is running" in said and ", Slurm job 100_2, " in said
+    assert "or scancel 100_2, or --dependency=afterany:100_2. If" in said
+
+
+def test_a_lock_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    written = asdict(other_run())
+    del written["task"]
+    (tmp_path / LOCK_FILE).write_text(json.dumps(written))
+    assert running_owner(tmp_path) == other_run(since=written["since"])
 
 
 def test_a_lock_that_can_not_be_read_counts_as_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +184,25 @@ def test_another_s_new_lock_is_put_back(tmp_path: Path, monkeypatch: pytest.Monk
         pass
     assert json.loads(path.read_text())["pid"] == os.getppid()
     assert [file.name for file in path.parent.iterdir()] == [LOCK_FILE]
+
+
+def test_a_lock_that_is_made_while_the_old_one_is_judged_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner gave the old one back in the seconds that Slurm took to answer, and another run has begun."""
+    path = write_lock(tmp_path / "out", other_run(started=1))
+    judge = may_run
+
+    def beaten(owner: Owner, me: Owner) -> bool:
+        answer = judge(owner, me)
+        if owner.started == 1:
+            write_lock(tmp_path / "out", other_run())
+        return answer
+
+    monkeypatch.setattr(output_lock, "may_run", beaten)
+    with pytest.raises(UserError, match="another run writes there"), writing_alone(tmp_path / "out"):
+        pass
+    assert json.loads(path.read_text())["pid"] == os.getppid()
 
 
 TAKES = """

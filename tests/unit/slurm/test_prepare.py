@@ -140,7 +140,7 @@ def test_what_can_not_work_is_refused(words: list[str], tmp_path: Path, monkeypa
     with pytest.raises(ConfigError, match=r"the plan needs .* GB per device, and there are"):
         prepare(folder, [*words, "--hardware", str(huge)], CPU)
     assert prepare(folder, [*words, "--hardware", str(huge)], {**CPU, "RM_SCALE_FORCE": "plan"}) == 0
-    monkeypatch.setattr(output_lock, "_job_may_run", lambda job: job == 6)
+    monkeypatch.setattr(output_lock, "_job_may_run", lambda owner: owner.job == 6)
     lock = tmp_path / "out" / output_lock.LOCK_FILE
     lock.parent.mkdir(exist_ok=True)
     theirs = replace(output_lock.this_process({}), host="elsewhere", job=6)
