@@ -178,6 +178,14 @@ class RunConfig(BaseModel):
         ge=0,
         le=MANY,
     )
+    router_aux_loss_coef: float | None = _setting(
+        Group.LOSS,
+        None,
+        "Mixtures of experts: weight of the routers' load-balancing loss (arXiv 2101.03961), e.g. 0.001. Default: the "
+        "model's own where its config.json says output_router_logits: true, else 0.",
+        ge=0,
+        le=MANY,
+    )
     tie_policy: Literal["half", "ignore"] = _setting(
         Group.LOSS, "half", "Pairs of equal rank: pull the rewards together (target 0.5), or leave them out."
     )
@@ -385,6 +393,7 @@ RESUME_FACTS = (
     "loss_type",
     "label_smoothing_factor",
     "center_rewards_coefficient",
+    "router_aux_loss_coef",
     "tie_policy",
     "learning_rate",
     "lr_scheduler_type",

@@ -64,6 +64,7 @@ from rm_scale.training.losses import LossSettings
 from rm_scale.training.pair_counts import EvaluationResult
 from rm_scale.training.plan_check import PlanCheck, out_of_memory_explained, predicted_memory
 from rm_scale.training.progress import Progress
+from rm_scale.training.routing import router_coefficient
 from rm_scale.training.run_warnings import begin_warnings, evaluation_warnings, read_warnings, warnings_kept
 from rm_scale.training.step_timing import load_record
 from rm_scale.training.trainer import RewardTrainer
@@ -328,7 +329,12 @@ def build_trainer(
     saves: SaveSettings | None = None,
 ) -> RewardTrainer:
     """Put model, data, loss and scoring contract together."""
-    settings = LossSettings(config.loss_type, config.label_smoothing_factor, config.center_rewards_coefficient or 0.0)
+    settings = LossSettings(
+        config.loss_type,
+        config.label_smoothing_factor,
+        config.center_rewards_coefficient or 0.0,
+        router_coefficient(config.router_aux_loss_coef, loaded.model),
+    )
     trainer = RewardTrainer(
         model=loaded.model,
         args=arguments,

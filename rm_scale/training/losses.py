@@ -22,11 +22,13 @@ class LossSettings:
         kind: Bradley-Terry on pairs, or Plackett-Luce on whole rankings.
         label_smoothing: assumed share of flipped labels, 0 <= e < 0.5 (Bradley-Terry only).
         center_coefficient: weight of `centering`'s mean over pairs.
+        router_coefficient: weight of the routers' load-balancing loss in training (see `rm_scale.training.routing`).
     """
 
     kind: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"
     label_smoothing: float = 0.0
     center_coefficient: float = 0.0
+    router_coefficient: float = 0.0
 
 
 def num_loss_terms(batch: Mapping[str, torch.Tensor], settings: LossSettings) -> int:

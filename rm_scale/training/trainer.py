@@ -41,6 +41,7 @@ from rm_scale.training.meters import StepMeter, device_peak_flops, flops_of_step
 from rm_scale.training.nonfinite_steps import NonFiniteSteps, read_numbers
 from rm_scale.training.pair_counts import EvaluationResult, evaluate_groups
 from rm_scale.training.records import write_waiting
+from rm_scale.training.routing import Routing
 from rm_scale.training.slow_ranks import name_slow_ranks
 from rm_scale.training.step_timing import StepTimes
 from rm_scale.training.watchdog import Watchdog, collective_failure
@@ -63,7 +64,7 @@ class RewardTrainer(trl.RewardTrainer):
         training_step: runs the micro-batches of a step, and reduces gradients with the last one.
         compute_loss: a share of the step's exact mean, whatever the micro-batches are.
         floating_point_ops: counts useful operations from our token counts; the base class's guess needs `input_ids`.
-        log: adds speed, rewards and slow ranks to a line of training.
+        log: adds speed, rewards, the load of experts and slow ranks to a line of training.
         evaluate: counts every pair once; the base class would average over batches.
         save_model: adds the scoring contract, loads the model again and compares its scores.
         create_model_card: does nothing; ours is written at the end, with the evaluation.
@@ -129,6 +130,7 @@ class RewardTrainer(trl.RewardTrainer):
                 callbacks=callbacks,
             )
         check_head_trainable(self.model)
+        self.routing = Routing(self.model, loss_settings.router_coefficient)
         self.meter.flops, self.meter.peak_flops = flops_of_steps(self.model), device_peak_flops()
         self._add_parts(saves or SaveSettings(), Path(args.output_dir) / "run", saved_head)
 
@@ -257,10 +259,12 @@ class RewardTrainer(trl.RewardTrainer):
         Engines average gradients over ranks, so the share is scaled by the number of ranks: what comes out is the mean
         over all terms of the step in the whole world, however it was cut up.
         """
-        rewards = batch_rewards(model, inputs)
+        with self.routing.watching(inputs):
+            rewards = batch_rewards(model, inputs)
         loss = preference_loss(rewards, inputs, self.loss_settings) / self._step_terms
         if self.loss_settings.center_coefficient:
             loss = loss + self.loss_settings.center_coefficient * centering(rewards, inputs) / self._step_pairs
+        loss = loss + self.routing.loss(inputs["pair_better"].numel(), self._step_pairs)
         loss = loss * self.args.world_size
         self.meter.add(rewards, inputs)
         self.nonfinite.add(rewards, inputs)
@@ -299,6 +303,7 @@ class RewardTrainer(trl.RewardTrainer):
         if "loss" in logs:
             seconds = self.meter.running_seconds()
             logs.update(self.meter.read())
+            logs.update(self.routing.read())
             logs.update(name_slow_ranks(self.watchdog, seconds))
         self.meter.pause()
         super().log(logs, start_time)

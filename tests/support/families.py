@@ -82,7 +82,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "gpt2": {},
     "gpt_neox": {},
-    "gpt_oss": {"num_local_experts": 4, "sliding_window": WINDOW, "layer_types": _FULL_AND_SLIDING},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "layer_types": _FULL_AND_SLIDING,
+    },
     "helium": {},
     "hunyuan_v1_dense": {},
     "jamba": {
@@ -130,6 +135,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each family needs beside `SIZES`, by transformers' model type."""
 
+RARE_FAMILIES: dict[str, dict[str, Any]] = {
+    "axk1": {**_LATENT_ATTENTION, **_ROUTED},
+    "minicpm3": _LATENT_ATTENTION,
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+        "head_dim": 16,
+        "mamba_d_state": 4,
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 4,
+    },
+}
+"""The same for some that only the tests of packed rows take."""
+
 _HEADS = ("head_dim", "num_key_value_heads")
 _NOT_KNOWN_TO = {
     "bloom": (*_HEADS, "intermediate_size"),
@@ -142,7 +161,7 @@ _NOT_KNOWN_TO = {
 
 def tiny_config(model_type: str, **extra: Any) -> PreTrainedConfig:
     """Return the config of a tiny model of this family; `extra` changes single values."""
-    values = {**SIZES, **FAMILIES.get(model_type, {}), **extra}
+    values = {**SIZES, **FAMILIES.get(model_type, RARE_FAMILIES.get(model_type, {})), **extra}
     for name in _NOT_KNOWN_TO.get(model_type, ()):
         values.pop(name, None)
     return AutoConfig.for_model(model_type, **values)
