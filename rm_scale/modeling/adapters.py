@@ -24,6 +24,8 @@ logger = get_logger(__name__)
 _ABOUT_TARGETS = ("Target module", "target_modules", "No modules were targeted")
 """One of these is in PEFT's errors about `lora_target_modules`; its `ValueError`s have many other causes."""
 _NAME = "default"
+_READ_AS_TENSORS = {"jamba": {"dt_proj"}, "zamba2": {"out_proj"}}
+"""Linear layers whose weight their model reads past the layer, by model type: an adapter there does nothing."""
 
 
 def lora_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
@@ -48,10 +50,12 @@ def _linear_layers(model: PreTrainedModel) -> str | list[str]:
 
     There PEFT reads "all-linear", and names like `down_proj`, as the experts and the router, as which such names stood
     in the files of older versions. So layers of these names are left out: shared experts, and MLPs of dense layers.
+    Layers that are never called, only read, are left out too.
     """
-    if not expert_tensors(model):
+    unread = _READ_AS_TENSORS.get(model.config.model_type, set())
+    if not expert_tensors(model) and not unread:
         return "all-linear"
-    left_out = {*HEAD_NAMES, *_read_as_experts(model)}
+    left_out = {*HEAD_NAMES, *unread, *_read_as_experts(model)}
     return [
         name
         for name, module in model.named_modules()
@@ -78,6 +82,7 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
     Raises:
         ModelError: a target module or parameter does not exist, or the head would be frozen.
     """
+    _refuse_unread_layers(model, config)
     _refuse_unknown_parameters(model, config)
     try:
         adapted = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=not keep_dtype)
@@ -87,6 +92,21 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
     check_head_trainable(adapted)
     logger.info(describe_adapters(adapted))
     return adapted
+
+
+def _refuse_unread_layers(model: PreTrainedModel, config: RunConfig) -> None:
+    """Refuse target modules on which an adapter would do nothing.
+
+    Raises:
+        ModelError: there is one.
+    """
+    unread = _READ_AS_TENSORS.get(model.config.model_type, set())
+    found = [name for name in config.lora_target_modules or [] if name.rpartition(".")[2] in unread]
+    if found:
+        raise ModelError(
+            f"lora_target_modules={config.lora_target_modules}: {model.config.model_type} models read the weight of "
+            f"{found[0]} without calling the layer, so an adapter there would do nothing. Fix: leave {found[0]} out."
+        )
 
 
 def _refuse_unknown_parameters(model: PreTrainedModel, config: RunConfig) -> None:
@@ -149,9 +169,6 @@ def describe_adapters(adapted: PeftModel) -> str:
     if tensors:
         text += f" and {len(tensors)} tensors of experts and routers ({_listed(tensors)}; these without dropout)"
     bare = _without_adapter(adapted)
-    experts = expert_tensors(adapted)
-    if not experts:
-        return text
     if bare:
         text += f"; not {_listed(bare)}"
     frozen = _frozen_experts(adapted)

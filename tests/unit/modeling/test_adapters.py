@@ -17,7 +17,7 @@ from rm_scale.modeling import adapters
 from rm_scale.modeling.adapter_tensors import put_adapter_on
 from rm_scale.modeling.adapters import add_adapters, describe_adapters
 from rm_scale.modeling.head import install_scalar_head
-from tests.support.families import tiny_classifier
+from tests.support.families import FAMILIES, tiny_classifier
 
 
 def _add(folder: Path, **settings: Any) -> None:
@@ -111,6 +111,23 @@ def test_experts_are_adapted_by_name(model_type: str, tmp_path: Path) -> None:
 def test_what_experts_can_not_have_is_refused_with_a_fix(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         _adapted("qwen3_moe", **settings)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_adapter_is_trained(model_type: str) -> None:
+    """One that is never called would stay as it is, and gradients averaged over ranks would wait for it."""
+    model = _adapted(model_type)
+    model.train()
+    model.enable_input_require_grads()
+    model(input_ids=torch.arange(3, 43).view(2, 20), use_cache=False).logits.sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize(("model_type", "layer"), [("jamba", "dt_proj"), ("zamba2", "out_proj")])
+def test_an_adapter_that_would_do_nothing_is_refused(model_type: str, layer: str) -> None:
+    with pytest.raises(ModelError, match=f"lora_target_modules=.*Fix: leave {layer} out"):
+        _adapted(model_type, lora_target_modules=["q_proj", layer])
+    assert layer not in {name.rpartition(".")[2] for name in _adapter_names(_adapted(model_type))}
 
 
 def test_a_model_without_experts_has_no_tensors_to_name() -> None:
