@@ -186,9 +186,7 @@ def test_another_s_new_lock_is_put_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert [file.name for file in path.parent.iterdir()] == [LOCK_FILE]
 
 
-def test_a_lock_that_is_made_while_the_old_one_is_judged_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_is_made_while_the_old_one_is_judged_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its owner gave the old one back in the seconds that Slurm took to answer, and another run has begun."""
     path = write_lock(tmp_path / "out", other_run(started=1))
     judge = may_run
