@@ -69,6 +69,22 @@ RULES = (
         lambda c: "merge_adapter=True with use_peft=False: there is no adapter to merge. Fix: leave merge_adapter out.",
     ),
     Rule(
+        "expert_adapters_need_adapters",
+        lambda c: bool(c.lora_target_parameters) and not c.use_peft,
+        lambda c: (
+            f"lora_target_parameters={c.lora_target_parameters} with use_peft=False: all experts are trained in full. "
+            "Fix: leave it out, or set use_peft: true."
+        ),
+    ),
+    Rule(
+        "no_dora_on_experts",
+        lambda c: bool(c.lora_target_parameters) and c.use_dora,
+        lambda c: (
+            f"use_dora=True with lora_target_parameters={c.lora_target_parameters}: adapters of experts can't have it. "
+            "Fix: set use_dora: false, or leave lora_target_parameters out."
+        ),
+    ),
+    Rule(
         "fp16_only_by_force",
         lambda c: c.fp16 and "fp16" not in c.force,
         lambda c: (

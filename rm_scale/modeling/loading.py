@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from rm_scale.batching.packed.backend_choice import choose_backend, head_size
@@ -32,6 +33,7 @@ from rm_scale.modeling.quantization import (
     copy_from_mapped_files,
     keep_4bit_layout_on_cpu,
     quantization_config,
+    report_4bit_size,
     saved_quantization_config,
 )
 from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from, refuse_model_and_adapter
@@ -43,6 +45,7 @@ from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
 
+_NO_CLASSIFIER = "Unrecognized configuration class"
 _RAW_SCORES = "torch.nn.modules.linear.Identity"
 
 
@@ -107,6 +110,8 @@ def load_for_training(config: RunConfig, plan: Plan, tokenizer: PreTrainedTokeni
         _compile_layers(model)
     if plan.packing != "none":
         _enable_packing(model, plan)
+    if config.load_in_4bit:
+        report_4bit_size(model)
     if config.use_peft:
         model = add_adapters(model, config, keep_dtype=plan.zero_stage == 3)
     if plan.deepspeed_config is None:
@@ -317,6 +322,8 @@ def _load_sequence_classifier(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise  # no fault of the model's; who asked for it may know a place with more
+        if _NO_CLASSIFIER in str(error):
+            raise ModelError(_no_classifier(name, kwargs)) from error
         raise ModelError(
             f"model_name_or_path={name!r}: can't be loaded as a reward model ({one_line(error, 240)}). "
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
@@ -338,6 +345,18 @@ def _load_sequence_classifier(
     if "quantization_config" in kwargs:
         copy_from_mapped_files(model)
     return model
+
+
+def _no_classifier(name: str, settings: dict[str, Any]) -> str:
+    """Say that transformers has no sequence classifier for this kind of model."""
+    known = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
+    kind = AutoConfig.from_pretrained(name, **known).model_type
+    return (
+        f"model_name_or_path={name!r}: transformers {transformers.__version__} has no sequence classifier for {kind} "
+        "models: it can't put a reward head on one, nor load one to score with. Fix: use a "
+        "model of a family that has one (Llama, Qwen, Gemma, Mistral, Mixtral, Phi, OLMo, SmolLM3, GPT-OSS, DeepSeek, "
+        "...), or a release of transformers that adds it."
+    )
 
 
 def _check_sizes(name: str, revision: str) -> None:

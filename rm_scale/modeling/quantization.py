@@ -8,7 +8,12 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rm_scale.config import RunConfig
+from rm_scale.logs import get_logger
+from rm_scale.modeling.experts import expert_tensors, num_weights
 from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.texts import large_number
+
+logger = get_logger(__name__)
 
 NEVER_QUANTIZED = (*HEAD_NAMES, "lm_head")
 """Modules that stay in full precision, by name. An explicit list replaces transformers' own, which misses heads with a
@@ -60,3 +65,35 @@ def copy_from_mapped_files(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu" and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.clone()
+
+
+def report_4bit_size(model: torch.nn.Module) -> None:
+    """Log what a 4-bit model takes; warn of experts, which bitsandbytes leaves as they are."""
+    parameters = list(model.parameters())
+    quantised = [parameter for parameter in parameters if getattr(parameter, "quant_state", None) is not None]
+    rest = [parameter for parameter in parameters if getattr(parameter, "quant_state", None) is None]
+    experts = [parameter for parameter in expert_tensors(model).values() if parameter in set(rest)]
+    text = (
+        f"4-bit backbone: {large_number(num_weights(quantised))} weights in {_gigabytes(quantised)}, "
+        f"{large_number(num_weights(rest))} that stay as they are in {_gigabytes(rest)}"
+    )
+    if not experts:
+        logger.info(text)
+        return
+    logger.warning(
+        f"[experts_not_quantised] {text}: of these {large_number(num_weights(experts))} in {_gigabytes(experts)} are "
+        "experts. bitsandbytes quantises linear layers, and transformers holds experts as 3-D tensors; so 4 bits save "
+        "little here, and memory must hold the experts whole. ZeRO-3 shards them over the GPUs."
+    )
+
+
+def _gigabytes(parameters: list[torch.nn.Parameter]) -> str:
+    """Return the bytes of parameters, with the constants of 4-bit ones."""
+    total = 0
+    for parameter in parameters:
+        total += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            nested = state.state2
+            total += state.absmax.nbytes + (nested.absmax.nbytes if nested is not None else 0)
+    return f"{total / 1e9:.3g} GB"

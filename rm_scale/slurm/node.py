@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,9 @@ EXIT_REPLACED = 3
 END_BYTES = 4096
 """Room for the record of the node's end, taken at its start: the disk may be full by then."""
 
-_NUM_LAST_LINES = 8
+_NUM_LAST_LINES, _NUM_SEARCHED_LINES = 8, 100
+_DEVICE_FAULT = re.compile(r"(CUDA|HIP) error: (?!device-side assert|out of memory|invalid )")
+"""In a rank's last words: an error of this node's device rather than of the program."""
 _MEMORY_FIX = "compare the plan's host memory (rm-scale plan), ask for more of it (--mem)"
 _DRAIN_SECONDS = 2.0
 """How long messages are waited for that come from another disk or another stream."""
@@ -128,6 +131,7 @@ class Node:
         self.ranks: list[Rank] = []
         self.reason = ""
         self.failed_at: float | None = None
+        self.blames_device = False
         self.evidence = KillEvidence()
         self.messages = standard_error()
 
@@ -234,7 +238,9 @@ class Node:
             self._send(signal.SIGKILL)  # those that look for rank 0 at its port would find the other program
 
     def _show_failure(self, rank: Rank) -> None:
-        lines = rank.output.last_words(_NUM_LAST_LINES)
+        words = rank.output.last_words(_NUM_SEARCHED_LINES)
+        self.blames_device = any(_DEVICE_FAULT.search(line) for line in words)
+        lines = words[-_NUM_LAST_LINES:]
         if rank.number == 0:  # its lines are in the job's log: let them come before this
             rank.output.drain(_DRAIN_SECONDS)
         self._say(f"{self.reason}; log: {rank.log}")
@@ -284,6 +290,7 @@ class Node:
             "codes": {str(rank.number): rank.code for rank in self.ranks},
             "reason": self.reason,
             "failed_at": self.failed_at,
+            "blames_device": self.blames_device,
             "asked": self.asked.name if self.asked is not None else None,
             "time": time.time(),
         }

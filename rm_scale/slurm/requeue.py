@@ -190,10 +190,15 @@ def judge(start: Start, ends: dict[str, dict[str, Any]], srun_code: int) -> tupl
 
 
 def failed_node(start: Start, ends: dict[str, dict[str, Any]]) -> str:
-    """Return the node that failed first, or that alone said nothing at its end; empty where none stands out."""
+    """Return the node that the next attempt is to keep off; empty where none is to blame.
+
+    It is that of the rank which failed first if a signal ended that rank or its device failed: a traceback is the
+    program's, on any node. Else it is the one that alone said nothing at its end.
+    """
     failed = [end for end in ends.values() if end["code"] not in (0, EXIT_REQUEUE, EXIT_REPLACED)]
     if failed:
-        return str(min(failed, key=lambda end: end["failed_at"] or end["time"])["node"])
+        first = min(failed, key=lambda end: end["failed_at"] or end["time"])
+        return str(first["node"]) if first["code"] > 128 or first.get("blames_device") else ""
     missing = [node for node in start.nodes if node not in ends]
     return missing[0] if len(missing) == 1 else ""
 

@@ -66,15 +66,27 @@ rm_scale_wait_for_slurm() {
     exit "$RM_SCALE_REQUEUE"
 }
 
-# Prints the nodes that the job's next attempts are to keep off, with one more; nothing where the partition has too few.
+# Prints the nodes that the job's next attempts are to keep off, with one more; nothing where what is left might not do for
+# the job. Only nodes like the one that failed are known to have what the job asks for: of the same GPUs, features, cores
+# and memory, neither drained nor down, nor kept for others.
 rm_scale_left_out() { # NODE
-    local nodes total
-    nodes=$(rm_scale_show_job | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    local shown nodes name state kind like='' left='' among="the nodes like it"
+    shown=$(rm_scale_show_job)
+    nodes=$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<<"$shown")
     nodes=${nodes/(null)/}
-    nodes=${nodes:+$nodes,}$1
-    total=$(sinfo --noheader --partition="$SLURM_JOB_PARTITION" --responding --format=%D 2>/dev/null | paste -sd+ || :)
-    if ((${total:-0} - $(scontrol show hostnames "$nodes" | sort -u | wc -l) < SLURM_JOB_NUM_NODES)); then
-        rm_scale_say "$1 is not left out: the partition has no other node for this job" >&2
+    nodes=$(scontrol show hostnames "${nodes:+$nodes,}$1" | sort -u | paste -sd,)
+    while IFS='|' read -r name state kind; do
+        [[ $name != "$1" ]] || like=$kind
+        if [[ $state =~ ^(idle|alloc|allocated|mix|comp|plnd)[-+~#%]?$ && ,$nodes, != *",$name,"* ]]; then
+            left+="$kind"$'\n'
+        fi
+    done < <(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N|%t|%G|%f|%b|%c|%m' 2>/dev/null | sort -u)
+    left=$(grep -cxF -- "$like" <<<"$left" || :)
+    if [[ $shown != *" ReqNodeList=(null) "* || $shown == *" Reservation="[!\ \(]* ]]; then
+        left=0 among="the nodes or the reservation that the job names"
+    fi
+    if [[ -z $like ]] || ((left < SLURM_JOB_NUM_NODES)); then
+        rm_scale_say "$1 is not left out: of $among no $SLURM_JOB_NUM_NODES others can be had" >&2
     else
         rm_scale_say "$1 is left out of the next attempts" >&2
         echo "$nodes"

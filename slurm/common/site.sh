@@ -123,7 +123,7 @@ rm_scale_check_values() {
     local name sound=yes
     local number='^[0-9]{1,9}$' from_one='^[1-9][0-9]{0,8}$'
     for name in ${!RM_SCALE_@}; do
-        [[ ${!name} != *[$'\r\n']* ]] || rm_scale_bad_value "$name" "one line" "close its quotes in the same line" ||
+        [[ ${!name-} != *[$'\r\n']* ]] || rm_scale_bad_value "$name" "one line" "close its quotes in the same line" ||
             sound=no
     done
     rm_scale_value RM_SCALE_DEVICE '^(auto|cpu)$' "auto or cpu" || sound=no

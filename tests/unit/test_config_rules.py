@@ -29,6 +29,16 @@ EVALUATED: dict[str, Any] = {"eval_split_size": 0.1}
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "four_bit_needs_adapters": ({"load_in_4bit": True}, "use_peft", "can't be trained in full"),
     "merging_needs_an_adapter": ({"merge_adapter": True}, "use_peft", "there is no adapter to merge"),
+    "expert_adapters_need_adapters": (
+        {"lora_target_parameters": ["experts.down_proj"]},
+        "use_peft",
+        "all experts are trained in full",
+    ),
+    "no_dora_on_experts": (
+        {"lora_target_parameters": ["experts.down_proj"], "use_peft": True, "use_dora": True},
+        "use_dora",
+        "adapters of experts can't have it",
+    ),
     "fp16_only_by_force": ({"fp16": True, "bf16": False}, "fp16", "rewards overflow at 65,504"),
     "one_compute_type": ({**FP16, "bf16": True}, "bf16", "fp16=True with bf16=True: choose one"),
     "fp16_weights_need_fp16": ({"dtype": "float16"}, "dtype", "weights in fp16 need fp16 training"),

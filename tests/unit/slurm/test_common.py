@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -308,16 +309,40 @@ def test_a_signal_at_the_very_beginning_is_postponed(
     assert seen == (["[]", "[USR1]"] if postponed else ["[USR1]", "[USR1]"]), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("total", "excluded"), [(4, True), (2, False)])
-def test_a_node_is_left_out_where_there_are_others(total: int, excluded: bool, tmp_path: Path) -> None:
-    slurm_shows(tmp_path, "RUNNING")
-    stand_in(tmp_path, "sinfo", f"echo {total}")
+LIKE = "|idle|gpu:8|(null)|(null)|64|512000"
+OTHERS = ("node2|mix|gpu:8|(null)|(null)|64|512000", f"node3{LIKE}", f"node4{LIKE}")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "more", "excluded"),
+    [
+        (("node1|alloc" + LIKE.removeprefix("|idle"), *OTHERS), "", True),
+        ((*OTHERS, "node1|down*" + LIKE.removeprefix("|idle")), "", True),
+        (OTHERS[:2], "", False),
+        ((*OTHERS[:2], f"node4{LIKE.replace('idle', 'drain')}", f"node5{LIKE.replace('idle', 'idle*')}"), "", False),
+        ((*OTHERS[:2], f"node4{LIKE.replace('idle', 'resv')}", f"node5{LIKE.replace('idle', 'maint')}"), "", False),
+        ((*OTHERS[:2], f"node4{LIKE.replace('gpu:8', 'gpu:4')}", f"node5{LIKE.replace('(null)', 'old')}"), "", False),
+        ((*OTHERS[:2], f"node1{LIKE}"), "", False),  # left out before
+        (OTHERS, "ReqNodeList=node[2-4]", False),
+        (OTHERS, "Reservation=ours", False),
+    ],
+)
+def test_a_node_is_left_out_where_others_do_for_the_job(
+    nodes: tuple[str, ...], more: str, excluded: bool, tmp_path: Path
+) -> None:
+    """Drained nodes and nodes without the job's features were counted, and the job could not start any more."""
+    facts = f"Reason=None Restarts=0 {more} ReqNodeList=(null)" if "ReqNode" not in more else f"Restarts=0 {more}"
+    slurm_shows(tmp_path, "RUNNING", more=facts)
+    shown = f'echo "JobId=7 JobState=RUNNING {facts} ExcNodeList=node1 "'
+    answers = f"case $1 in --oneliner) {shown};; show) echo $3 | tr , '\\n';; esac"
+    stand_in(tmp_path, "scontrol", answers)
+    stand_in(tmp_path, "sinfo", f"printf '%s\\n' {' '.join(map(shlex.quote, nodes))}")
     stand_in(tmp_path, "python3", "echo requeue 137 node2")
     code = "RM_SCALE_PYTHON=(python3) RM_SCALE_SRUN=(); rm_scale_end 137"
     done = bash(code, tmp_path, SLURM_JOB_PARTITION="main")
     assert done.returncode == 85, done.stderr
-    assert ("scontrol update JobId=7 ExcNodeList=node2" in called(tmp_path)) is excluded
-    assert ("is left out of the next attempts" in done.stderr) is excluded
+    assert ("scontrol update JobId=7 ExcNodeList=node1,node2" in called(tmp_path)) is excluded, done.stderr
+    assert ("node2 is left out of the next attempts" in done.stderr) is excluded
 
 
 @pytest.mark.parametrize(

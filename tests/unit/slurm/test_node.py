@@ -36,7 +36,7 @@ if what.get("slow_start"):
 stopped = []
 signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
 if str(rank) == what.get("fails"):
-    print("RuntimeError: something broke", flush=True)
+    print("RuntimeError:", what.get("says", "something_broke").replace("_", " "), *["\\nmore"] * 20, flush=True)
     os.kill(os.getpid(), int(what["signal"])) if "signal" in what else sys.exit(int(what["code"]))
 end = time.monotonic() + float(what.get("seconds", "0"))
 while time.monotonic() < end and not stopped:
@@ -103,8 +103,23 @@ def test_a_failed_rank_is_named_and_the_others_are_ended(start: Start) -> None:
     task = begin(start, "fails=1", "code=4", "seconds=60", kill_seconds=0.5)
     _, err = task.communicate(timeout=600)
     assert task.returncode == 4
-    assert "rm_scale a: rank 1 ended with code 4" in err and "rank 1| RuntimeError: something broke" in err
+    assert "rm_scale a: rank 1 ended with code 4" in err and "rank 1| more" in err
     assert end_of(start)["codes"] == {"0": 137, "1": 4} and end_of(start)["reason"].startswith("rank 1 ")
+    assert end_of(start)["blames_device"] is False
+
+
+@pytest.mark.parametrize(
+    ("says", "blames_device"),
+    [
+        ("CUDA_error:_uncorrectable_ECC_error_encountered", True),
+        ("CUDA_error:_device-side_assert_triggered", False),  # by the program
+        ("CUDA_out_of_memory._Tried_to_allocate_2_GiB", False),
+    ],
+)
+def test_a_device_that_failed_is_told_from_a_program(start: Start, says: str, blames_device: bool) -> None:
+    task = begin(start, "fails=1", "code=1", f"says={says}", kill_seconds=0.5)
+    task.communicate(timeout=600)
+    assert end_of(start)["blames_device"] is blames_device
 
 
 def test_a_killed_rank_is_told_as_a_shell_would(start: Start) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from rm_scale.files import read_json_lines
 from rm_scale.slurm.job_start import Start
-from rm_scale.slurm.requeue import Decision, Job, decide, judge, main
+from rm_scale.slurm.requeue import Decision, Job, decide, failed_node, judge, main
 
 
 @pytest.fixture
@@ -190,6 +190,22 @@ def test_retries_are_counted_and_the_failed_node_is_left_out(start: Start, capsy
     call(start, "137", retries="1")
     call(start, "137", retries="1")
     assert capsys.readouterr().out == "exit 137\nrequeue 137 a\nexit 137\n"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "left_out"),
+    [
+        ({"code": 134, "failed_at": 1.0}, {"code": 1, "failed_at": 2.0}, "a"),
+        ({"code": 1, "failed_at": 1.0}, {"code": 134, "failed_at": 2.0}, ""),  # a traceback comes on any node
+        ({"code": 1, "failed_at": 1.0, "blames_device": True}, {"code": 85}, "a"),
+        ({"code": 85}, None, "b"),
+    ],
+)
+def test_a_node_is_left_out_where_it_is_to_blame(
+    a: dict[str, Any], b: dict[str, Any] | None, left_out: str, start: Start
+) -> None:
+    ends = {name: {**ended(name, 0), **end} for name, end in (("a", a), ("b", b)) if end is not None}
+    assert failed_node(replace(start, nodes=("a", "b")), ends) == left_out
 
 
 def test_what_slurm_shows_of_the_job_decides(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
