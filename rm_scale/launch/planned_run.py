@@ -14,6 +14,7 @@ from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommen
 from rm_scale.planning.estimate import Estimate, estimate
 from rm_scale.planning.group_lengths import LengthMix, full_rows
 from rm_scale.planning.layout_choice import choose_packing
+from rm_scale.planning.parameters import count_parameters
 from rm_scale.planning.plan import Plan, make_plan
 from rm_scale.planning.run_estimate import scenario_of_run
 from rm_scale.planning.shape import read_model_config, shape_from_config
@@ -100,17 +101,39 @@ def refuse_another_size(tier: str | None, planned: PlannedRun) -> None:
     Raises:
         ConfigError: the settings name a model that is not of the tier.
     """
-    if tier is None:
+    refuse_size(tier, planned.parsed.config.model_name_or_path, planned.plan.num_parameters)
+
+
+def refuse_named_model_of_another_size(tier: str | None, settings: Sequence[str]) -> None:
+    """Refuse a tier beside a model of another size before anything is planned, where the model's config can be read.
+
+    Raises:
+        ConfigError: the settings name a model that is not of the tier.
+    """
+    parsed = parse_config(settings)
+    if tier is None or "model_name_or_path" not in parsed.given:
+        return  # the tier's own model, or that of its script's configuration
+    try:
+        shape = shape_from_config(read_model_config(parsed.config.model_name_or_path, parsed.config.model_revision))
+    except UserError:
+        return  # it may be readable where the run is started
+    refuse_size(tier, parsed.config.model_name_or_path, count_parameters(shape))
+
+
+def refuse_size(tier: str | None, model: str, num_parameters: int) -> None:
+    """Refuse a model that is not of the tier.
+
+    Raises:
+        ConfigError: it is of another one; the text names it.
+    """
+    if tier is None or (size := nearest_tier(num_parameters)) == model_tier(tier).name:
         return
-    size, asked = nearest_tier(planned.plan.num_parameters), model_tier(tier).name
-    if size != asked:
-        raise ConfigError(
-            [
-                f"tier={tier!r}: model_name_or_path={planned.parsed.config.model_name_or_path!r} has "
-                f"{planned.plan.num_parameters:,} parameters, a model of tier {size}. Fix: leave --tier out, or name "
-                "another model."
-            ]
-        )
+    raise ConfigError(
+        [
+            f"tier={tier!r}: model_name_or_path={model!r} has {num_parameters:,} parameters, a model of tier {size}. "
+            f"Fix: --tier {size}, or name another model."
+        ]
+    )
 
 
 def nearest_tier(num_parameters: int) -> str:

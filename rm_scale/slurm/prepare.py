@@ -20,7 +20,7 @@ from rm_scale.files import write_whole
 from rm_scale.guard import run_guarded
 from rm_scale.launch.deepspeed_command import TRAIN
 from rm_scale.launch.machine import Machine, device_here, local_gpu_names
-from rm_scale.launch.planned_run import PlannedRun, plan_run, refuse_what_does_not_fit
+from rm_scale.launch.planned_run import PlannedRun, nearest_tier, plan_run, refuse_what_does_not_fit
 from rm_scale.logs import get_logger, setup_logging
 from rm_scale.meeting import PORTS_TRIED
 from rm_scale.output_lock import Owner, attempt_of, can_ask_slurm, refuse, running_owner, this_process
@@ -255,8 +255,10 @@ def _plan(arguments: list[str], allocation: Allocation, ranks: int, environ: Map
     else:
         device = device_here(local_gpu_names(), hardware)
     machine = Machine(device, ranks, len(allocation.nodes), None)
-    planned = plan_run(environ.get("RM_SCALE_TIER") or None, arguments, machine, check_output=True)
+    tier = environ.get("RM_SCALE_TIER") or None
+    planned = plan_run(tier, arguments, machine, check_output=True)
     print(planned.lines(), flush=True)
+    _tell_another_size(tier, planned)
     config = planned.parsed.config
     if planned.plan.global_batch_size < machine.world_size:
         raise ConfigError(
@@ -269,6 +271,20 @@ def _plan(arguments: list[str], allocation: Allocation, ranks: int, environ: Map
     if config.save_strategy == "no":
         logger.warning("save_strategy=no: after a crash or a lost node it begins anew. Fix: --save_strategy steps.")
     return planned
+
+
+def _tell_another_size(tier: str | None, planned: PlannedRun) -> None:
+    """Warn where the settings name a model that the job's script was not written for.
+
+    Nobody has named the tier here: it is that of the script, whose model the settings may replace.
+    """
+    size = nearest_tier(planned.plan.num_parameters)
+    if tier is not None and size != tier:
+        model = planned.parsed.config.model_name_or_path
+        logger.warning(
+            f"model_name_or_path={model!r}: a model of tier {size}, and this job's script asks for what tier {tier} "
+            f"takes. Fix: rm-scale slurm submit --tier {size}, unless that was meant."
+        )
 
 
 # --- Earlier attempts ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rm_scale.errors import UserError
 from rm_scale.files import replacing
+from rm_scale.launch.planned_run import refuse_named_model_of_another_size
 from rm_scale.slurm.header import header_changes, options_before_script, read_header, with_header
 from rm_scale.slurm.job_options import sbatch_options
 from rm_scale.slurm.settings_check import check_names
@@ -27,6 +28,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """
     job = {**name_of_tier(options.tier), **sbatch_options(options)}
     check_names(settings)
+    refuse_named_model_of_another_size(options.tier, settings)
     source = script_of_tier(options.tier)
     site = site_variables()
     header = read_header(source.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.errors import ConfigError, UserError
+from rm_scale.launch.planned_run import refuse_named_model_of_another_size
 from rm_scale.slurm import waiting
 from rm_scale.slurm.header import environment_options, gpu_options, header_changes, options_before_script, read_header
 from rm_scale.slurm.job_options import sbatch_options
@@ -82,6 +83,7 @@ def from_options(options: argparse.Namespace, settings: Sequence[str]) -> Submis
     check_names(settings)
     if options.script is not None:
         return _of_script(Path(options.script), job, settings)
+    refuse_named_model_of_another_size(options.tier, settings)
     job = {**name_of_tier(options.tier), **job}
     return fitted(script_of_tier(options.tier), job, variables_of_tier(options.tier), settings, site_variables())
 

@@ -108,13 +108,13 @@ def test_rendered_script_with_hostile_words_is_submitted(cluster: Cluster, input
     output, script = cluster.work / "ren dered", cluster.work / "my run.sh"
     words = ["--run_name", name, "--max_steps", "1", "--output_dir", str(output)]
     done = cluster.run(
-        *CLI, "slurm", "render", "--tier", "3b", "--nodes", "1", "--output", str(script), *inputs, *words
+        *CLI, "slurm", "render", "--tier", "1b", "--nodes", "1", "--output", str(script), *inputs, *words
     )
     assert done.code == 0, done.output
     sent = cluster.run(*CLI, "slurm", "submit", "--script", str(script))
     assert sent.code == 0, sent.output
     shown = cluster.wait(Job(sent.output.split("rm-scale slurm status ")[1].split()[0], cluster.work))
-    assert (shown["JobState"], shown["NumNodes"], shown["JobName"]) == ("COMPLETED", "1", "rm_3b")
+    assert (shown["JobState"], shown["NumNodes"], shown["JobName"]) == ("COMPLETED", "1", "rm_1b")
     assert name in json.loads(json.dumps(_asked(output)))["run_name"]
     assert not list(Path(cluster.work).rglob("injected"))
 

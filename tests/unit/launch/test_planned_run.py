@@ -28,7 +28,7 @@ def test_the_model_of_a_configuration_file_wins_over_the_tiers(settings: list[st
     machine = Machine(known_devices()["cpu"], 1, 1, None)
     planned = plan_run("13b", settings, machine, check_output=False)
     assert planned.parsed.config.model_name_or_path == str(tiny_model)
-    with pytest.raises(ConfigError, match=r"tier='13b': model_name_or_path=.* a model of tier 1b\. Fix: leave"):
+    with pytest.raises(ConfigError, match=r"tier='13b': model_name_or_path=.* a model of tier 1b\. Fix: --tier 1b, or"):
         refuse_another_size("13b", planned)
     refuse_another_size("1b", planned)
     refuse_another_size(None, planned)
@@ -40,7 +40,7 @@ def test_launch_refuses_a_tier_of_another_size(
 ) -> None:
     monkeypatch.setenv("RM_SCALE_DEVICE", "cpu")
     assert main(["launch", "--dry_run", "--tier", "13b", *more, *settings]) == 2
-    assert "a model of tier 1b. Fix: leave --tier out" in capsys.readouterr().err
+    assert "a model of tier 1b. Fix: --tier 1b, or name another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", ["1025", "1" + 30 * "0"])

@@ -124,11 +124,34 @@ def test_an_attempt_is_written_down_and_the_next_has_its_settings(words: list[st
     assert read_fence(tmp_path / "logs" / "7") == 1 and again.master_port != start.master_port
 
 
+def test_a_model_that_the_script_is_not_for_is_told(
+    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The settings' model counts before the script's."""
+    for place, tier in enumerate(("1b", "13b")):
+        assert prepare(folder_of(tmp_path, place), [*words, "--dry_run"], {**CPU, "RM_SCALE_TIER": tier}) == 64
+        told = "a model of tier 1b, and this job's script asks for what tier 13b takes. Fix: " in caplog.text
+        assert told is (tier == "13b")
+
+
 def test_dry_run_writes_nothing(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path, 0)
     assert prepare(folder, [*words, "--dry_run"], CPU) == 64
     assert "would start 1 x 2 ranks" in capsys.readouterr().out
     assert not (tmp_path / "out").exists() and not list(folder.iterdir())
+
+
+def test_what_the_disk_refuses_is_not_refused_for_good(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script of a later attempt tries again on this code, and on 2 it ends the chain."""
+    for name, value in CPU.items():
+        monkeypatch.setenv(name, value)
+    folder = folder_of(tmp_path, 1)
+    (folder.parent / "current_attempt").mkdir()  # stands for a disk that does not take the file
+    assert prepare_module.main([str(folder), *words]) == prepare_module.EXIT_TRY_AGAIN
+    assert "current_attempt" in capsys.readouterr().err
+    assert prepare_module.main([str(folder), *words, "--max_length", "-4"]) == 2
 
 
 def test_what_can_not_work_is_refused(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,8 @@ def test_render_writes_over_its_own_files_only(tmp_path: Path, capsys: pytest.Ca
         write_script(path, "")
     with pytest.raises(UserError, match="can't be written"):
         write_script(tmp_path / "no" / "x.sh", "")
+    assert cli(["slurm", "render", "--tier", "3b"]) == 0
+    assert "#SBATCH --job-name=rm_3b\n" in capsys.readouterr().out, "written from the script of 7b"
     assert cli(["slurm", "render", "--tier", "13b", "--max_stepz", "3"]) == 2
     assert "did you mean max_steps?" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds a NUL character"):
@@ -206,6 +208,23 @@ def test_settings_are_checked_before_they_are_sent() -> None:
     check_names(["--max_steps", "3"])  # model and data may come from the script's configuration
     with pytest.raises(ConfigError, match=r"(?s)max_stepz.*learning_rate='quick'"):
         check_names(["--max_stepz", "3", "--learning_rate", "quick"])
+
+
+@pytest.mark.parametrize("command", [["submit", "--dry_run"], ["render"]])
+def test_a_tier_beside_a_model_of_another_size_is_refused(
+    command: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hours later, in the job, nobody would be there to read it."""
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model_name_or_path: {tiny_model}\n")
+    assert cli(["slurm", *command, "--tier", "13b", "--config", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert f"tier='13b': model_name_or_path={str(tiny_model)!r} has " in told
+    assert "a model of tier 1b. Fix: --tier 1b, or name another model." in told
+    assert cli(["slurm", *command, "--tier", "1b", "--config", str(config)]) == 0
+    missing = str(tmp_path / "on the compute nodes only")
+    assert cli(["slurm", *command, "--tier", "13b", "--model_name_or_path", missing]) == 0
+    assert cli(["slurm", *command, "--tier", "13b"]) == 0
 
 
 def test_variables_with_commas_are_refused() -> None:
