@@ -32,8 +32,9 @@ above() { # FOLDER...: each, and all folders above it
     done
 }
 installed() {
-    local python code='import os, rm_scale; print(os.path.dirname(os.path.abspath(rm_scale.__file__)))'
-    for python in "${RM_SCALE_VENV:-/nowhere}/bin/python" "$(dirname "$(command -v rm-scale)")/python" python3; do
+    local python command code='import os, rm_scale; print(os.path.dirname(os.path.abspath(rm_scale.__file__)))'
+    command=$(command -v rm-scale) || command=/nowhere/rm-scale
+    for python in "${RM_SCALE_VENV:-/nowhere}/bin/python" "${command%/*}/python" python3; do
         "$python" -c "$code" 2>/dev/null | sed 's:.*:&/shipped\n&/..:'
     done
 }

@@ -35,13 +35,19 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     """Return the allocation that this script runs in.
 
     Raises:
-        UserError: this is no Slurm job, or a variable of Slurm's does not hold what it should.
+        UserError: this is no Slurm job, it is one of several parts, or a variable of Slurm's does not hold what it
+            should.
     """
     job = environ.get("SLURM_JOB_ID", "")
     names = environ.get("SLURM_JOB_NODELIST", "")
     if not _NUMBER.fullmatch(job) or not names:
         raise UserError(
             "SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is no Slurm job. Fix: submit the script with sbatch."
+        )
+    if environ.get("SLURM_HET_SIZE"):
+        raise UserError(
+            f"SLURM_HET_SIZE={environ['SLURM_HET_SIZE']}: a heterogeneous job, and ranks are started on one kind of node "
+            "with one request. Fix: submit it without ':' between options of sbatch, and without #SBATCH hetjob lines."
         )
     # Inside a container there is no scontrol: the job's script has asked outside.
     written_out = environ.get("RM_SCALE_NODES", "").split()

@@ -37,6 +37,8 @@ def test_allocation_is_read_and_no_job_is_told() -> None:
     for bad in ({}, {"SLURM_JOB_ID": "x; rm", "SLURM_JOB_NODELIST": "a"}):
         with pytest.raises(UserError, match=r"this is no Slurm job. Fix: submit the script with sbatch"):
             read_allocation(bad)
+    with pytest.raises(UserError, match=r"SLURM_HET_SIZE=2: a heterogeneous job.*Fix: submit it without ':'"):
+        read_allocation({**env, "SLURM_HET_SIZE": "2"})
 
 
 def test_a_list_that_slurm_can_not_write_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,7 +294,9 @@ def test_a_script_finds_what_it_needs(stub: Path, tmp_path: Path, way: str) -> N
     (tools / "scontrol").write_text(f"#!/bin/sh\necho {shlex.quote(f'   Command={script} --run_name a b')}\n")
     if way != "installed":
         (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
-    for tool in tools.iterdir():
+    stray = tmp_path / "python"  # where the job runs: nobody has asked for this one
+    stray.write_text(f"#!/bin/sh\ntouch {shlex.quote(str(tmp_path / 'ran'))}\nexit 1\n")
+    for tool in (*tools.iterdir(), stray):
         tool.chmod(0o755)
     spool = tmp_path / "slurm_script"
     spool.write_text((REPOSITORY / "slurm" / "rm_1b.sh").read_text())
@@ -302,6 +304,7 @@ def test_a_script_finds_what_it_needs(stub: Path, tmp_path: Path, way: str) -> N
     done = subprocess.run(
         ["bash", str(spool), "--x"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
+    assert not (tmp_path / "ran").exists()
     if way == "nowhere":
         assert done.returncode == 2 and "slurm/common.sh was not found. Fix: submit from the repository" in done.stderr
     else:
