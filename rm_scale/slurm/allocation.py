@@ -46,8 +46,8 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
         )
     if environ.get("SLURM_HET_SIZE"):
         raise UserError(
-            f"SLURM_HET_SIZE={environ['SLURM_HET_SIZE']}: a heterogeneous job, and ranks are started on one kind of node "
-            "with one request. Fix: submit it without ':' between options of sbatch, and without #SBATCH hetjob lines."
+            f"SLURM_HET_SIZE={environ['SLURM_HET_SIZE']}: a heterogeneous job, and all nodes of a run are asked for in "
+            "one request. Fix: submit it without ':' between options of sbatch, and without #SBATCH hetjob lines."
         )
     # Inside a container there is no scontrol: the job's script has asked outside.
     written_out = environ.get("RM_SCALE_NODES", "").split()
