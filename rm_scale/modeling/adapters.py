@@ -36,7 +36,7 @@ def lora_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         # PEFT refuses dropout for all when a single target is a tensor of experts; `_set_dropout` gives it to the rest.
         lora_dropout=0.0 if expert_tensors(model) else config.lora_dropout,
-        target_modules=config.lora_target_modules or _linear_layers(model),
+        target_modules=config.lora_target_modules or default_targets(model),
         target_parameters=config.lora_target_parameters,
         modules_to_save=config.lora_modules_to_save,
         use_dora=config.use_dora,
@@ -45,7 +45,7 @@ def lora_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
     )
 
 
-def _linear_layers(model: PreTrainedModel) -> str | list[str]:
+def default_targets(model: PreTrainedModel) -> str | list[str]:
     """Return the default targets: all linear layers but the head; of a mixture of experts, by name.
 
     There PEFT reads "all-linear", and names like `down_proj`, as the experts and the router, as which such names stood
