@@ -76,7 +76,12 @@ def activation_memory(shape: ModelShape, row: Row, options: Options | None = Non
         shape: the model's sizes.
         row: the micro-step's tokens.
         options: how it is run.
+
+    Raises:
+        ModelError: of a kind of model that this file doesn't know, and its class can't be asked.
     """
+    if shape.exact is not None:
+        return shape.exact.micro_steps.activations(row, options or Options())
     step = MicroStep(shape, row, options or Options())
     memory = step.memory
     loss = forward(step)

@@ -15,25 +15,51 @@ FLASH_BLOCK = 128
 def attention(step: MicroStep, inner: SizedTensor) -> SizedTensor:
     """Replay attention with its projections; input and output are of tokens x hidden."""
     query, key, value = _projections(step, inner)
+    gate = None
+    if step.shape.style.output_gate:
+        query, gate = _split_gate(step, query)
     if step.shape.style.qk_norm != "none":
         plain = (query, key)
         query, key = norm(step, "query norm", query), norm(step, "key norm", key)
         step.free(*plain)
     if step.has_rope:
         plain = (query, key)
-        query, key = _rope(step, "query", query), _rope(step, "key", key)
+        query, key = rope(step, "query", query), rope(step, "key", key)
         step.free(*plain)
     out = _attend(step, query, key, value)
     step.free(query, key, value)
+    if gate is not None:
+        out = _times_gate(step, out, gate)
     output = linear(step, "o_proj", out, step.hidden)
     step.free(out)
+    if gate is not None:
+        step.free(gate)
     return output
+
+
+def _split_gate(step: MicroStep, both: SizedTensor) -> tuple[SizedTensor, SizedTensor]:
+    """Return queries and the output's gate, which lie head by head in one projection; the gate is copied out of it."""
+    query, view = step.split(both, [step.queries, step.queries])
+    gate = step.copy("attention gate", view)
+    step.free(both, view)
+    return query, gate
+
+
+def _times_gate(step: MicroStep, out: SizedTensor, gate: SizedTensor) -> SizedTensor:
+    """Multiply attention's output with the sigmoid of its gate; frees the output."""
+    opened = step.apply("sigmoid of attention gate", gate, saves_output=True)
+    product = step.multiply("attention output x gate", out, opened)
+    step.free(out, opened)
+    return product
 
 
 def _projections(step: MicroStep, inner: SizedTensor) -> tuple[SizedTensor, SizedTensor, SizedTensor]:
     """Return queries, keys and values."""
     if not step.shape.style.fused_qkv:
-        query = linear(step, "q_proj", inner, step.queries)
+        width = step.queries
+        if step.shape.style.output_gate:
+            width = Size("tokens x 2 queries", 2 * width.elements)
+        query = linear(step, "q_proj", inner, width)
         return query, linear(step, "k_proj", inner, step.kv), linear(step, "v_proj", inner, step.kv)
     width = step.queries.elements + 2 * step.kv.elements
     fused = linear(step, "qkv_proj", inner, Size("tokens x (queries + 2 kv)", width))
@@ -44,7 +70,20 @@ def _projections(step: MicroStep, inner: SizedTensor) -> tuple[SizedTensor, Size
     return query, key, value
 
 
-def _rope(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
+def rope(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
+    """Replay rotary positions, in some models of the first part of each head only."""
+    if step.rotary_share == 1:
+        return _rotate(step, name, value)
+    turned = Size(f"{value.size.formula} x share", int(value.size.elements * step.rotary_share))
+    rest = Size(f"{value.size.formula} x rest", value.size.elements - turned.elements)
+    first, second = step.slice(value, turned), step.slice(value, rest)
+    rotated = _rotate(step, f"part of {name}", first)
+    joined = step.join(f"{name} with positions", [rotated, second], value.size)
+    step.free(first, second, rotated)
+    return joined
+
+
+def _rotate(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     """Replay `x cos + rotate_half(x) sin`; of all this only the tables are saved, which are there anyway."""
     width = max(value.width, step.base_width)
     half = Size(f"{value.size.formula} / 2", value.size.elements // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rm_scale.planning.activations.attention import attention
+from rm_scale.planning.activations.delta_net import delta_net
 from rm_scale.planning.activations.experts import experts
 from rm_scale.planning.activations.heads import head
 from rm_scale.planning.activations.linear import is_adapted, leave_autocast
@@ -16,12 +17,15 @@ from rm_scale.planning.layer_parts import LayerKind
 def forward(step: MicroStep) -> SizedTensor:
     """Replay the forward pass and return the loss."""
     embedded = _embed(step)
-    tables = Size("2 x tokens x head_dim", 2 * step.row.tokens * step.shape.head_dim if step.has_rope else 0)
+    dims = int(step.shape.head_dim * step.rotary_share) if step.has_rope else 0
+    tables = Size("2 x tokens x rotated part of head_dim", 2 * step.row.tokens * dims)
     rotary = step.memory.allocate("rotary tables", tables, step.base_width)
     step.hold(embedded)  # a variable of the model's forward pass holds it to the end
     hidden = embedded
     for kind in step.shape.layers:
-        after = _checkpointed(step, hidden, kind) if step.options.checkpointing == "full" else _layer(step, hidden, kind)
+        after = (
+            _checkpointed(step, hidden, kind) if step.options.checkpointing == "full" else _layer(step, hidden, kind)
+        )
         step.free(hidden)
         hidden = after
     final = norm(step, "final norm", hidden)
@@ -117,6 +121,8 @@ def _sublayer(step: MicroStep, hidden: SizedTensor, name: str, kind: LayerKind) 
 
 
 def _mix(step: MicroStep, inner: SizedTensor, kind: LayerKind) -> SizedTensor:
+    if kind.mixer == "delta" and step.shape.delta is not None:
+        return delta_net(step, inner, step.shape.delta)
     return attention(step, inner)
 
 

@@ -82,7 +82,7 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
     step.free(first)
     second = _grouped(step, "experts' down", product, hidden, parts.num * parts.width)
     step.free(product)
-    weighted = _weigh(step, second, chosen_weights)
+    weighted = step.multiply_rows("experts' weighted results", second, chosen_weights)
     ordered = _gather_by(step, "experts' results in order", weighted, hidden, kept[1])
     step.free(weighted)
     output = _sum_over_chosen(step, ordered, hidden)
@@ -121,39 +121,12 @@ def _chosen(step: MicroStep) -> int:
 
 
 def _gate(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:
-    """Replay `act(gate) * up` on halves of one tensor, whose gradients are joined again."""
-    gate, up = step.view(value, size), step.view(value, size)
-
-    def join(gradient: Allocation) -> Gradients:
-        joined = step.memory.allocate("gradients of gate and up, joined", value.size, value.width)
-        if up.grad is not None:
-            step.memory.release(up.grad)
-        return [(value, joined)]
-
-    step.graph.record(gate, [], join)
-    activated = step.new("activation of experts", size, value.width, value.needs_grad)
-
-    def backward(gradient: Allocation) -> Gradients:
-        return [(gate, step.memory.allocate("gradient of activation of experts", size, value.width))]
-
-    step.graph.record(activated, [gate.allocation], backward)
+    """Replay `act(gate) * up` on halves of one tensor."""
+    gate, up = step.split(value, [size, size])
+    activated = step.apply("activation of experts", gate, saves_output=False)
     product = step.multiply("experts' gate x up", activated, up)
     step.free(gate, up, activated)
     return product
-
-
-def _weigh(step: MicroStep, value: SizedTensor, weights: SizedTensor) -> SizedTensor:
-    """Multiply each result with its expert's weight; the weights' gradient is a sum over a tensor as large."""
-    output = step.new("experts' weighted results", value.size, value.width, value.needs_grad or weights.needs_grad)
-
-    def backward(gradient: Allocation) -> Gradients:
-        of_value = step.memory.allocate("gradient of experts' results", value.size, value.width)
-        whole = step.memory.allocate("gradient of weights before their sum", value.size, value.width)
-        of_weights = step.memory.allocate("gradient of weights", weights.size, weights.width)
-        step.memory.release(whole)
-        return [(value, of_value), (weights, of_weights)]
-
-    return step.graph.record(output, [value.allocation, weights.allocation], backward)
 
 
 def _sum_over_chosen(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rm_scale.planning.activations.settings import Options, Row
 from rm_scale.planning.activations.simulated_autograd import (
     Allocation,
@@ -13,6 +15,9 @@ from rm_scale.planning.activations.simulated_autograd import (
 )
 from rm_scale.planning.families import NOT_ADAPTED
 from rm_scale.planning.shape import ModelShape
+
+_ROTARY_SHARES = {"qwen3_next": 0.25, "qwen3_5_text": 0.25}
+"""By type, where positions rotate part of each head only and the rest would be far off."""
 
 
 class MicroStep:
@@ -65,6 +70,11 @@ class MicroStep:
         """Queries and keys are rotated by their positions."""
         return not (self.shape.style.learned_positions or self.shape.model_type in {"bloom", "mpt"})
 
+    @property
+    def rotary_share(self) -> float:
+        """Share of a head's width that positions rotate."""
+        return _ROTARY_SHARES.get(self.shape.model_type, 1.0)
+
     # --- Tensors and references
 
     def new(self, name: str, size: Size, width: int, needs_grad: bool) -> SizedTensor:
@@ -98,6 +108,38 @@ class MicroStep:
             return [(value, self.memory.allocate("zeros around a gradient", value.size, part.width))]
 
         return self.graph.record(part, [], backward)
+
+    def split(self, value: SizedTensor, sizes: Sequence[Size]) -> list[SizedTensor]:
+        """Take a tensor apart into views, all of which must be used; backwards their gradients are joined."""
+        parts = [self.view(value, size) for size in sizes]
+
+        def backward(gradient: Allocation) -> Gradients:
+            joined = self.memory.allocate("gradients of parts, joined", value.size, value.width)
+            for part in parts[1:]:
+                if part.grad is not None:
+                    self.memory.release(part.grad)
+            return [(value, joined)]
+
+        self.graph.record(parts[0], [], backward)
+        return parts
+
+    def join(self, name: str, parts: Sequence[SizedTensor], size: Size) -> SizedTensor:
+        """Join tensors in a new one, whose gradient is taken apart into views."""
+        joined = self.new(name, size, max(part.width for part in parts), any(part.needs_grad for part in parts))
+
+        def backward(gradient: Allocation) -> Gradients:
+            return [(part, self.memory.keep(gradient)) for part in parts if part.needs_grad]
+
+        return self.graph.record(joined, [], backward)
+
+    def reorder(self, value: SizedTensor) -> SizedTensor:
+        """View a tensor with its elements in another order; backwards its gradient is copied into the first order."""
+        view = self.view(value)
+
+        def backward(gradient: Allocation) -> Gradients:
+            return [(value, self.memory.allocate("gradient in another order", value.size, value.width))]
+
+        return self.graph.record(view, [], backward)
 
     def copy(self, name: str, value: SizedTensor) -> SizedTensor:
         """Make a contiguous copy; its gradient is its source's."""
@@ -150,6 +192,33 @@ class MicroStep:
             return [(value, self.memory.allocate(f"gradient of {name}", value.size, width))]
 
         return self.graph.record(output, [], backward)
+
+    def apply(self, name: str, value: SizedTensor, saves_output: bool) -> SizedTensor:
+        """Apply a function to each element, which saves its output (sigmoid, exp, rsqrt) or its input (SiLU)."""
+        output = self.new(name, value.size, value.width, value.needs_grad)
+
+        def backward(gradient: Allocation) -> Gradients:
+            return [(value, self.memory.allocate(f"gradient of {name} input", value.size, value.width))]
+
+        return self.graph.record(output, [(output if saves_output else value).allocation], backward)
+
+    def multiply_rows(self, name: str, value: SizedTensor, factors: SizedTensor) -> SizedTensor:
+        """Multiply rows by a number each, whose gradient is a sum over a tensor as large as all rows."""
+        width = max(value.width, factors.width)
+        output = self.new(name, value.size, width, value.needs_grad or factors.needs_grad)
+        saved = [one.allocation for one, other in ((value, factors), (factors, value)) if other.needs_grad]
+
+        def backward(gradient: Allocation) -> Gradients:
+            results: Gradients = []
+            if value.needs_grad:
+                results.append((value, self.memory.allocate(f"gradient of {name}", value.size, width)))
+            if factors.needs_grad:
+                whole = self.memory.allocate(f"gradient of {name} before its sum", value.size, width)
+                results.append((factors, self.memory.allocate(f"gradient of factors of {name}", factors.size, width)))
+                self.memory.release(whole)
+            return results
+
+        return self.graph.record(output, saved, backward)
 
     def multiply(self, name: str, one: SizedTensor, other: SizedTensor) -> SizedTensor:
         """Multiply two tensors; each factor is saved for the other's gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rm_scale.planning.activations.linear import linear
 from rm_scale.planning.activations.micro_step import MicroStep
-from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
+from rm_scale.planning.activations.simulated_autograd import Size, SizedTensor
 
 
 def mlp(step: MicroStep, inner: SizedTensor, is_last: bool) -> SizedTensor:
@@ -17,7 +17,7 @@ def mlp(step: MicroStep, inner: SizedTensor, is_last: bool) -> SizedTensor:
     """
     if not step.shape.style.gated_mlp:
         first = linear(step, "fc1", inner, step.mlp)
-        product = _activate(step, first)
+        product = step.apply("activation", first, saves_output=False)
         step.free(first)
         output = linear(step, "fc2", product, step.hidden, is_last)
         step.free(product)
@@ -41,20 +41,10 @@ def _gate_and_up(step: MicroStep, inner: SizedTensor, width: Size) -> tuple[Size
         fused = linear(step, "gate_up_proj", inner, Size(f"2 x {width.formula}", 2 * width.elements))
         gate, up = step.slice(fused, width), step.slice(fused, width)
         step.free(fused)
-        activated = _activate(step, gate)
+        activated = step.apply("activation", gate, saves_output=False)
         step.free(gate)
         return activated, up
     gate = linear(step, "gate_proj", inner, width)
-    activated = _activate(step, gate)
+    activated = step.apply("activation", gate, saves_output=False)
     step.free(gate)
     return activated, linear(step, "up_proj", inner, width)
-
-
-def _activate(step: MicroStep, value: SizedTensor) -> SizedTensor:
-    """Apply SiLU or GELU, which save their input."""
-    output = step.new("activation", value.size, value.width, value.needs_grad)
-
-    def backward(gradient: Allocation) -> Gradients:
-        return [(value, step.memory.allocate("gradient of activation input", value.size, value.width))]
-
-    return step.graph.record(output, [value.allocation], backward)

@@ -48,7 +48,27 @@ def _rms_norm(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     return output
 
 
-def _inverse_root(step: MicroStep, name: str, inputs: SizedTensor) -> SizedTensor:
+def gated_norm(step: MicroStep, name: str, value: SizedTensor, gate: SizedTensor, groups: Size) -> SizedTensor:
+    """Replay the norm of a delta net's heads (`groups`, as many as there are), times SiLU of a gate, in fp32."""
+    inputs = step.cast(f"{name} fp32 input", value, 4)
+    root = _inverse_root(step, name, inputs, groups)
+    normal = _times_root(step, f"{name} fp32 output", inputs, root)
+    step.free(root)
+    narrow = step.cast(f"{name} before weight", normal, value.width)
+    step.free(inputs, normal)
+    weighed = _times_weight(step, f"{name} after weight", narrow, max(narrow.width, step.base_width))
+    step.free(narrow)
+    wide_gate = step.cast(f"{name} fp32 gate", gate, 4)
+    activated = step.apply(f"{name} activated gate", wide_gate, saves_output=False)
+    step.free(wide_gate)
+    product = step.multiply(f"{name} x gate", weighed, activated)
+    step.free(weighed, activated)
+    output = step.cast(name, product, value.width)
+    step.free(product)
+    return output
+
+
+def _inverse_root(step: MicroStep, name: str, inputs: SizedTensor, groups: Size | None = None) -> SizedTensor:
     """Replay `rsqrt(mean(x^2) + eps)`; backwards three temporaries: x^1, 2 x^1, and its product with the gradient."""
     square = step.new(f"{name} square", inputs.size, 4, inputs.needs_grad)
 
@@ -58,7 +78,7 @@ def _inverse_root(step: MicroStep, name: str, inputs: SizedTensor) -> SizedTenso
         return [(inputs, temporaries[2])]
 
     step.graph.record(square, [inputs.allocation], backward_of_power)
-    root = step.new(f"{name} inverse root", step.per_token, 4, inputs.needs_grad)
+    root = step.new(f"{name} inverse root", groups or step.per_token, 4, inputs.needs_grad)
 
     def backward_of_mean(gradient: Allocation) -> Gradients:
         return [(square, step.memory.allocate(f"gradient of {name} square", inputs.size, 4))]
