@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from rm_scale.batching.packed.backend_choice import choose_backend, head_size
+from rm_scale.batching.packed.backend_choice import choose_backend, has_sinks, head_size
 from rm_scale.config import RunConfig
 from rm_scale.distributed import giving_back_freed_memory
 from rm_scale.errors import ModelError
@@ -166,7 +166,12 @@ def _enable_packing(model: PreTrainedModel, plan: Plan) -> None:
     """Let the model take packed rows, with the backend asked for or the one that fits device and type."""
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     backend = choose_backend(
-        plan.packed_attention, plan.device, plan.compute_dtype, softcap is not None, head_size(model.config)
+        plan.packed_attention,
+        plan.device,
+        plan.compute_dtype,
+        softcap is not None,
+        head_size(model.config),
+        has_sinks(model),
     )
     enable_packed_rows(model, backend)
     logger.info(f"packed rows: {plan.packing}, attention {backend} ({plan.device}, {plan.compute_dtype})")

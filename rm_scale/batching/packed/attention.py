@@ -7,10 +7,10 @@ numbers; they differ in what they run on and how fast they are. Each has a modul
 
 | backend | runs on | how |
 |---|---|---|
-| matmul | CPU, GPU | batched matrix products per block of queries, hand-written backward pass; windows and soft caps |
-| sdpa | CPU, GPU | torch's scaled_dot_product_attention per prompt and response; windows |
+| matmul | CPU, GPU | matrix products per block of queries, hand-written backward pass; windows, soft caps, sinks |
+| sdpa | CPU, GPU | torch's scaled_dot_product_attention per prompt and response; windows, sinks |
 | varlen | CUDA, half precision | one flash-attention call for the row, keys with the prompt repeated; windows |
-| flex | CUDA; CPU for tests | FlexAttention with a block mask; windows and soft caps |
+| flex | CUDA; CPU for tests | FlexAttention with a block mask; windows, soft caps, sinks |
 """
 
 from __future__ import annotations
@@ -82,16 +82,19 @@ def _as_attention_function(backend: Backend) -> Callable[..., tuple[torch.Tensor
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         packed_layout: RowLayout | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        packed_layout = packed_layout if packed_layout is not None else getattr(module, "packed_layout", None)
+        sliding_window = sliding_window if sliding_window is not None else getattr(module, "packed_window", None)
         if packed_layout is None and attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
             raise ModelError(
                 f"{type(module).__name__} was given a packed row without its layout: the model does not hand unknown "
                 "arguments on to its attention. Fix: set packing: none."
             )
-        if packed_layout is None and softcap is not None:
-            return _padded_with_softcap(query, key, value, attention_mask, scaling, softcap), None
+        if packed_layout is None and (softcap is not None or s_aux is not None):
+            return _padded_by_hand(query, key, value, attention_mask, scaling, softcap, s_aux), None
         if packed_layout is None:
             padded: tuple[torch.Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -100,7 +103,7 @@ def _as_attention_function(backend: Backend) -> Callable[..., tuple[torch.Tensor
         assert not dropout, "attention dropout is refused before training"
         assert query.shape[0] == 1, "a packed batch is one row"
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        rules = AttentionRules(scale, sliding_window, softcap)
+        rules = AttentionRules(scale, sliding_window, softcap, s_aux)
         dtype = _compute_dtype(query)
         query, key, value = (tensor[0].to(dtype) for tensor in (query, key, value))
         return backend(query, key, value, packed_layout, rules).transpose(0, 1)[None], None
@@ -110,34 +113,38 @@ def _as_attention_function(backend: Backend) -> Callable[..., tuple[torch.Tensor
     return untraced
 
 
-def _padded_with_softcap(
+def _padded_by_hand(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend over a padded batch with a soft cap on the scores, which torch's sdpa lacks.
+    """Attend over a padded batch with a soft cap on the scores or with sinks, which torch's sdpa lacks.
 
     Args:
         query, key, value: `(batch, heads, width, head_dim)`; fewer heads of keys and values under grouped queries.
         mask: True where seen, broadcast to `(batch, heads, width, width)`; `None` for causal attention alone.
         scaling: factor on the scores; `None` for `head_dim ** -0.5`.
-        softcap: scores become `softcap * tanh(score / softcap)`.
+        softcap, sinks: see `AttentionRules`.
 
     Returns:
-        `(batch, width, heads, head_dim)`.
+        `(batch, width, heads, value_dim)`.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     seen = causal_mask(query.shape[2], key.shape[2], None, query.device) if mask is None else mask
     # Not -inf: padding far behind the text sees nothing in a window, and must not become NaN.
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].to(scores).expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).transpose(1, 2)
+    return (weights[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

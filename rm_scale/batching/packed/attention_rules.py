@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,11 +18,14 @@ class AttentionRules:
         scaling: factor on the scores.
         window: a token sees itself and at most `window - 1` positions before it; `None` for all.
         softcap: scores become `softcap * tanh(score / softcap)`; `None` for no cap.
+        sinks: `(heads,)` score of a key that every token sees and that has no value, so that weights add up to less
+            than 1 (as in GPT-OSS); `None` for none.
     """
 
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = field(default=None, compare=False)
 
 
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowLayout, AttentionRules], torch.Tensor]

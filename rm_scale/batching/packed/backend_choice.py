@@ -8,7 +8,9 @@ from transformers import PreTrainedConfig
 from rm_scale.errors import ConfigError
 
 
-def choose_backend(asked: str, device: str, dtype: str, has_softcap: bool, head_dim: int | None = None) -> str:
+def choose_backend(
+    asked: str, device: str, dtype: str, has_softcap: bool, head_dim: int | None = None, has_sinks: bool = False
+) -> str:
     """Return the backend for packed rows: the one asked for if it can do the job; for "auto" by device and type.
 
     Args:
@@ -17,6 +19,7 @@ def choose_backend(asked: str, device: str, dtype: str, has_softcap: bool, head_
         dtype: compute type, such as "bfloat16".
         has_softcap: the model caps its attention scores.
         head_dim: size of its attention heads; `None` where it is not known.
+        has_sinks: its attention has sinks (`has_sinks`).
 
     Raises:
         ConfigError: the backend asked for can't run there, or can't do what the model needs.
@@ -24,19 +27,23 @@ def choose_backend(asked: str, device: str, dtype: str, has_softcap: bool, head_
     if asked == "auto":
         if device == "cpu":
             return "matmul"
-        best = ("flex",) if has_softcap else ("varlen", "sdpa")
-        fits = [name for name in best if _reason_against(name, device, dtype, has_softcap, head_dim) is None]
+        best = ("flex",) if has_softcap else ("flex", "sdpa") if has_sinks else ("varlen", "sdpa")
+        fits = [name for name in best if _reason_against(name, device, dtype, has_softcap, has_sinks, head_dim) is None]
         return fits[0] if fits else "matmul"
-    reason = _reason_against(asked, device, dtype, has_softcap, head_dim)
+    reason = _reason_against(asked, device, dtype, has_softcap, has_sinks, head_dim)
     if reason is not None:
         raise ConfigError([f"packed_attention={asked}: {reason}. Fix: leave it out, or use matmul."])
     return asked
 
 
-def _reason_against(name: str, device: str, dtype: str, has_softcap: bool, head_dim: int | None) -> str | None:
+def _reason_against(
+    name: str, device: str, dtype: str, has_softcap: bool, has_sinks: bool, head_dim: int | None
+) -> str | None:
     """Say why a backend can't be used; `None` when it can."""
     if name in {"sdpa", "varlen"} and has_softcap:
         return "can't cap attention scores, as this model does"
+    if name == "varlen" and has_sinks:
+        return "has no attention sinks, which this model needs"
     if name == "varlen":
         return _reason_against_varlen(device, dtype, head_dim)
     return _reason_against_flex(device, dtype, head_dim) if name == "flex" else None
@@ -88,4 +95,12 @@ def _dotted(capability: tuple[int, int]) -> str:
 def head_size(config: PreTrainedConfig) -> int:
     """Return the numbers per attention head of a model, for `choose_backend`."""
     text = config.get_text_config()
+    if getattr(text, "qk_nope_head_dim", None) is not None:
+        # Latent attention: parts without and with rotary positions.
+        return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def has_sinks(model: torch.nn.Module) -> bool:
+    """Tell whether a model's attention has sinks, for `choose_backend`."""
+    return any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters())

@@ -36,7 +36,7 @@ def flex_attention(
         capability = torch.cuda.get_device_capability(query.device)
         edge = flex_block_edge(capability, query.element_size(), query.shape[-1])
     numbers = (repr(float(rules.scaling)), cap, None if edge is None else str(edge))
-    return attend(query[None], key[None], value[None], index.ranges, index.blocks, *numbers)[0]
+    return attend(query[None], key[None], value[None], index.ranges, index.blocks, *numbers, rules.sinks)[0]
 
 
 def _flex_row(
@@ -48,6 +48,7 @@ def _flex_row(
     scaling: str,
     softcap: str | None,
     edge: str | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend over a row; compiled. What differs between rows is a tensor, so that one graph serves all of them.
 
@@ -56,8 +57,9 @@ def _flex_row(
         ranges, blocks: see `FlexIndex`.
         scaling, softcap: see `AttentionRules`.
         edge: see `flex_block_edge`.
+        sinks: see `AttentionRules`.
     """
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     if query.device.type != "cpu" and not torch.compiler.is_dynamo_compiling():
         raise ModelError(
@@ -77,7 +79,7 @@ def _flex_row(
 
     width = query.shape[2]
     mask = BlockMask(seq_lengths=(width, width), **blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)  # type: ignore[arg-type]
-    out = flex_attention(
+    result = flex_attention(
         query,
         key,
         value,
@@ -86,9 +88,14 @@ def _flex_row(
         scale=float(scaling),
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=_kernel_options(None if edge is None else int(edge)),
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )
-    assert isinstance(out, torch.Tensor)
-    return out
+    if sinks is None:
+        assert isinstance(result, torch.Tensor)
+        return result
+    out, aux = result
+    # What a sink takes of the weights: the rest stays with the keys.
+    return out * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].to(out.dtype)
 
 
 def flex_block_edge(capability: tuple[int, int], bytes_per_number: int, head_dim: int) -> int | None:

@@ -39,7 +39,7 @@ def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, rules: AttentionRules
 ) -> torch.Tensor:
     """Attend by products of matrices, block by block of queries: see this module's docstring."""
-    return blockwise_attention(query, key, value, layout, rules.scaling, rules.window, rules.softcap)
+    return blockwise_attention(query, key, value, layout, rules)
 
 
 @dataclass(frozen=True)
@@ -132,33 +132,29 @@ def blockwise_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: RowLayout,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    rules: AttentionRules,
 ) -> torch.Tensor:
     """Attend over a packed row, block by block.
 
     Args:
         query: `(heads, width, head_dim)`.
-        key, value: `(kv_heads, width, head_dim)`.
+        key, value: `(kv_heads, width, head_dim)`; the sizes of heads of keys and values may differ.
         layout: where groups lie.
-        scaling: factor on the scores.
-        window: see `AttentionRules`.
-        softcap: see `AttentionRules`.
+        rules: how scores become weights.
 
     Returns:
-        `(heads, width, head_dim)`, 0 at padding.
+        `(heads, width, value_dim)`, 0 at padding.
     """
-    use_fused = not torch.is_grad_enabled() and softcap is None
+    use_fused = not torch.is_grad_enabled() and rules.softcap is None and rules.sinks is None
     call_cost = FUSED_CALL_COST if use_fused else CALL_COST
-    blocks = row_blocks(layout, window, query.dtype, query.device, call_cost)
+    blocks = row_blocks(layout, rules.window, query.dtype, query.device, call_cost)
     # The types are chosen by now. Autocast on GPUs would make the softmax fp32, which the backward pass, where there is
     # no autocast, could not multiply with the rest.
     with torch.autocast(query.device.type, enabled=False):
         if use_fused:
-            return _fused(query, key, value, blocks, scaling)
+            return _fused(query, key, value, blocks, rules.scaling)
         apply: Callable[..., torch.Tensor] = _Blockwise.apply
-        out = apply(query, key, value, blocks, scaling, softcap)
+        out = apply(query, key, value, rules.sinks, blocks, rules.scaling, rules.softcap)
     return out
 
 
@@ -191,38 +187,42 @@ class _Blockwise(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        sinks: torch.Tensor | None,
         blocks: list[Block],
         scaling: float,
         softcap: float | None,
     ) -> torch.Tensor:
         heads, width, _ = query.shape
         out = query.new_zeros(width, heads, value.shape[-1]).transpose(0, 1)
-        kept: list[torch.Tensor | None] = []
-        for block in blocks:
-            weights, _ = _weights(query, key, block, scaling, softcap)
+        kept: list[torch.Tensor] = []
+        ctx.is_kept = [block.num_weights <= MAX_KEPT_WEIGHTS and softcap is None for block in blocks]
+        for block, is_kept in zip(blocks, ctx.is_kept, strict=True):
+            weights, _, to_sink = _weights(query, key, sinks, block, scaling, softcap)
             _put(out, block.queries, torch.bmm(weights, _keys(value, block)), key.shape[0])
-            keep = block.num_weights <= MAX_KEPT_WEIGHTS and softcap is None
-            kept.append(weights if keep else None)
-        ctx.save_for_backward(query, key, value, *[weights for weights in kept if weights is not None])
-        ctx.is_kept = [weights is not None for weights in kept]
+            if is_kept:
+                kept += [weights] if to_sink is None else [weights, to_sink]
+        ctx.save_for_backward(query, key, value, sinks, *kept)
         ctx.blocks, ctx.scaling, ctx.softcap = blocks, scaling, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, sinks, *kept = ctx.saved_tensors
         saved = iter(kept)
         grad_query = torch.zeros_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         for block, is_kept in zip(ctx.blocks, ctx.is_kept, strict=True):
-            slope = None
             if is_kept:
-                weights = next(saved)
+                weights, slope, to_sink = next(saved), None, None if sinks is None else next(saved)
             else:
-                weights, slope = _weights(query, key, block, ctx.scaling, ctx.softcap)
+                weights, slope, to_sink = _weights(query, key, sinks, block, ctx.scaling, ctx.softcap)
             grad = _queries(grad_out, block, key.shape[0])
             _add(grad_value, block, torch.bmm(weights.transpose(1, 2), grad))
             grad_weights = torch.bmm(grad, _keys(value, block).transpose(1, 2))
+            if grad_sinks is not None:
+                grad_sinks -= _to_heads(to_sink * (weights * grad_weights).sum(-1, keepdim=True), block, sinks)
+            # Right with a sink too: its weight times its gradient, which is 0, adds nothing to the sum in it.
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             if slope is not None:
                 grad_scores = grad_scores * slope
@@ -234,13 +234,23 @@ class _Blockwise(torch.autograd.Function):
                 torch.bmm(grad_scores.transpose(1, 2), _queries(query, block, key.shape[0])),
                 ctx.scaling,
             )
-        return grad_query, grad_key, grad_value, None, None, None
+        if grad_sinks is not None:
+            grad_sinks = grad_sinks.to(sinks.dtype)
+        return grad_query, grad_key, grad_value, grad_sinks, None, None, None
 
 
 def _weights(
-    query: torch.Tensor, key: torch.Tensor, block: Block, scaling: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return attention weights `(kv_heads, group * queries, keys)`, and with a soft cap its slope."""
+    query: torch.Tensor,
+    key: torch.Tensor,
+    sinks: torch.Tensor | None,
+    block: Block,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return attention weights `(kv_heads, group * queries, keys)`; a soft cap's slope, and the weights of sinks.
+
+    The latter are `(kv_heads, group * queries, 1)` in fp32.
+    """
     kv_heads = key.shape[0]
     scores = torch.bmm(_queries(query, block, kv_heads), _keys(key, block).transpose(1, 2))
     shaped = scores.view(kv_heads, -1, *block.bias.shape)
@@ -251,7 +261,17 @@ def _weights(
         capped = torch.tanh(shaped.mul_(scaling / softcap))
         slope = (1 - capped.square()).view_as(scores)
         torch.add(block.bias, capped, alpha=softcap, out=shaped)
-    return torch.softmax(scores, -1), slope
+    weights = torch.softmax(scores, -1)
+    if sinks is None:
+        return weights, slope, None
+    above = shaped.float().logsumexp(-1, keepdim=True) - sinks.float().view(kv_heads, -1, 1, 1)
+    above = above.view(*scores.shape[:2], 1)
+    return weights * torch.sigmoid(above).to(weights.dtype), slope, torch.sigmoid(-above)
+
+
+def _to_heads(values: torch.Tensor, block: Block, sinks: torch.Tensor) -> torch.Tensor:
+    """Sum values `(kv_heads, group * queries, 1)` over a block's queries: `(heads,)`, fp32."""
+    return values.float().view(len(sinks), len(block.bias)).sum(-1)
 
 
 def _queries(tensor: torch.Tensor, block: Block, kv_heads: int) -> torch.Tensor:

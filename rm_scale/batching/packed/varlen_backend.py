@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from rm_scale.batching.packed.attention_rules import AttentionRules, repeat_heads
 from rm_scale.batching.packed.index_arrays import (
@@ -22,6 +23,12 @@ def varlen_attention(
     """Attend by one flash-attention call for the whole row (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if rules.softcap is not None or rules.sinks is not None:
+        raise NotImplementedError("varlen has neither soft caps nor sinks; `choose_backend` refuses it before training")
+    size = value.shape[-1]
+    if size != key.shape[-1]:
+        # The kernel wants heads of one size; latent attention has smaller ones of values.
+        value = pad(value, (0, key.shape[-1] - size))
     groups: dict[str, Any] = {}
     if query.shape[0] != key.shape[0]:
         if _varlen_takes_groups():
@@ -45,7 +52,7 @@ def varlen_attention(
         **groups,
     )
     assert isinstance(out, torch.Tensor)
-    return out.transpose(0, 1)
+    return out.transpose(0, 1)[..., :size]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rm_scale.batching.packed.backend_choice import choose_backend, head_size
+from rm_scale.batching.packed.backend_choice import choose_backend, has_sinks, head_size
 from rm_scale.batching.packed.layout import common_prefix_length
 from rm_scale.data.encoding import TextEncoder, unscorable_text
 from rm_scale.data.preference_group import Text
@@ -402,5 +402,6 @@ def _enable_packing(model: Any, device: torch.device | str, asked: bool | None) 
         softcap = getattr(backbone.config.get_text_config(), "attn_logit_softcapping", None)
         dtype_name = str(backbone.dtype).removeprefix("torch.")
         kind, head = torch.device(device).type, head_size(backbone.config)
-        enable_packed_rows(backbone, choose_backend("auto", kind, dtype_name, softcap is not None, head))
+        backend = choose_backend("auto", kind, dtype_name, softcap is not None, head, has_sinks(backbone))
+        enable_packed_rows(backbone, backend)
     return packed

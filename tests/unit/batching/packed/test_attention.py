@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,8 @@ from rm_scale.batching.packed.index_arrays import varlen_index
 from rm_scale.batching.packed.layout import GroupSpan, RowLayout
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
-TENSORS = ("output", "query", "key", "value")
+TENSORS = ("output", "query", "key", "value", "sinks")
+SINKS = torch.linspace(-1.0, 2.0, HEADS)
 
 # Prompt length and lengths of the responses of each group, and padding.
 ROWS: dict[str, tuple[list[tuple[int, list[int]]], int]] = {
@@ -38,6 +40,9 @@ RULES = {
     "narrow window": AttentionRules(0.3, window=1),
     "soft cap": AttentionRules(2.0, softcap=1.5),
     "window and soft cap": AttentionRules(2.0, window=7, softcap=1.5),
+    "sinks": AttentionRules(0.3, sinks=SINKS),
+    "window and sinks": AttentionRules(0.3, window=7, sinks=SINKS),
+    "soft cap and sinks": AttentionRules(2.0, softcap=1.5, sinks=SINKS),
 }
 
 CASES = [
@@ -83,7 +88,10 @@ def dense_attention(
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     index = torch.arange(layout.width)
     seen = sees(token_places(layout), index[:, None], index[None, :], rules.window)
-    return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ value
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if rules.sinks is not None:
+        scores = torch.cat([scores, rules.sinks[:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
+    return torch.softmax(scores, -1)[..., : layout.width] @ value
 
 
 class FlashByHand:
@@ -155,24 +163,33 @@ def flash_attention_on_cpu() -> Iterator[None]:
     library._destroy()
 
 
-def run(attention: Backend, layout: RowLayout, rules: AttentionRules, heads: int = HEADS) -> list[torch.Tensor]:
-    """Output and gradients of all three inputs, under a loss that looks at real tokens only."""
+def run(
+    attention: Backend, layout: RowLayout, rules: AttentionRules, heads: int = HEADS, value_dim: int = HEAD_DIM
+) -> list[torch.Tensor]:
+    """Output and gradients of all inputs, sinks among them, under a loss that looks at real tokens only."""
     torch.manual_seed(layout.width)
     kv_heads = min(heads, KV_HEADS)
     query = torch.randn(heads, layout.width, HEAD_DIM, requires_grad=True)
-    key, value = (torch.randn(kv_heads, layout.width, HEAD_DIM, requires_grad=True) for _ in range(2))
-    weights = torch.randn(heads, layout.width, HEAD_DIM)
+    key, value = (torch.randn(kv_heads, layout.width, size, requires_grad=True) for size in (HEAD_DIM, value_dim))
+    weights = torch.randn(heads, layout.width, value_dim)
+    inputs = [query, key, value]
+    if rules.sinks is not None:
+        inputs.append(rules.sinks.clone().requires_grad_())
+        rules = replace(rules, sinks=inputs[-1])
     weights[:, layout.num_tokens :] = 0
     out = attention(query, key, value, layout, rules)
-    assert out.shape == query.shape
+    assert out.shape == weights.shape
     assert bool(torch.isfinite(out).all())
-    gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
+    gradients = torch.autograd.grad((out * weights).sum(), inputs)
     return [out.detach()[:, : layout.num_tokens], *gradients]
 
 
-def compare(attention: Backend, layout: RowLayout, rules: AttentionRules, heads: int = HEADS) -> None:
-    wanted = run(dense_attention, layout, rules, heads)
-    for name, tensor, reference in zip(TENSORS, run(attention, layout, rules, heads), wanted, strict=True):
+def compare(
+    attention: Backend, layout: RowLayout, rules: AttentionRules, heads: int = HEADS, value_dim: int = HEAD_DIM
+) -> None:
+    wanted = run(dense_attention, layout, rules, heads, value_dim)
+    names = TENSORS[: len(wanted)]
+    for name, tensor, reference in zip(names, run(attention, layout, rules, heads, value_dim), wanted, strict=True):
         torch.testing.assert_close(
             tensor, reference, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -215,6 +232,18 @@ def test_varlen_tells_flash_attention_what_the_row_is(row: str, rules: str) -> N
     compare(BACKENDS["varlen"], row_layout(row), RULES[rules])
 
 
+@pytest.mark.usefixtures("flex_trains_on_cpu", "flash_attention_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("value_dim", [4, 16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_of_values_may_be_of_another_size(backend: str, value_dim: int) -> None:
+    """As in latent attention; flash attention pads the smaller ones, and has no models with larger ones to take."""
+    if backend == "varlen" and value_dim > HEAD_DIM:
+        return
+    for rules in ("plain", "window"):
+        compare(BACKENDS[backend], row_layout("five of all lengths"), RULES[rules], value_dim=value_dim)
+
+
 @pytest.mark.usefixtures("flash_attention_on_cpu")
 def test_varlen_takes_heads_of_their_own_keys() -> None:
     compare(BACKENDS["varlen"], row_layout("five of all lengths"), RULES["plain"], heads=2)
@@ -245,7 +274,7 @@ def test_recomputed_weights_give_the_same_gradients(monkeypatch: pytest.MonkeyPa
     recomputed = run(BACKENDS["matmul"], layout, RULES[rules])
     num_blocks = len(matmul_backend.row_blocks(layout, RULES[rules].window, torch.float32, "cpu"))
     assert len(calls) == 2 * num_blocks, "once forwards and once backwards"
-    for name, tensor, reference in zip(TENSORS, recomputed, kept, strict=True):
+    for name, tensor, reference in zip(TENSORS[: len(kept)], recomputed, kept, strict=True):
         assert torch.equal(tensor, reference), name
 
 
@@ -299,6 +328,13 @@ def test_changing_one_response_leaves_the_others_exactly(backend: str, window: i
     assert torch.equal(before[:, :start], after[:, :start])
     assert torch.equal(before[:, end : layout.num_tokens], after[:, end : layout.num_tokens])
     assert not torch.equal(before[:, start:end], after[:, start:end])
+
+
+@pytest.mark.parametrize("rules", [AttentionRules(1.0, softcap=2.0), AttentionRules(1.0, sinks=torch.zeros(1))])
+def test_varlen_refuses_soft_caps_and_sinks(rules: AttentionRules) -> None:
+    tensor = torch.zeros(1, 1, 8)
+    with pytest.raises(NotImplementedError, match="varlen has neither soft caps nor sinks"):
+        BACKENDS["varlen"](tensor, tensor, tensor, row_layout("single token"), rules)
 
 
 def test_sdpa_refuses_a_soft_cap() -> None:

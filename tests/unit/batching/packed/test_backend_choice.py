@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rm_scale.batching.packed.backend_choice import choose_backend
+from rm_scale.batching.packed.backend_choice import choose_backend, has_sinks
 from rm_scale.errors import ConfigError
+from tests.support.families import tiny_classifier
 
 
 @pytest.mark.parametrize("has_softcap", [True, False])
@@ -60,6 +61,22 @@ def test_a_build_without_flash_attention_gets_sdpa(monkeypatch: pytest.MonkeyPat
     assert choose_backend("auto", "cuda", "bfloat16", has_softcap=False) == "sdpa"
     with pytest.raises(ConfigError, match="needs flash attention, which this build of torch was made without"):
         choose_backend("varlen", "cuda", "bfloat16", has_softcap=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "expected"), [("bfloat16", 64, "flex"), ("float32", 64, "flex"), ("bfloat16", 8, "sdpa")]
+)
+def test_sinks_are_left_to_what_has_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, head_dim: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose_backend("auto", "cuda", dtype, False, head_dim, has_sinks=True) == expected
+    with pytest.raises(ConfigError, match="packed_attention=varlen: has no attention sinks, which this model needs"):
+        choose_backend("varlen", "cuda", "bfloat16", False, 64, has_sinks=True)
+
+
+def test_sinks_are_found_in_the_model() -> None:
+    assert has_sinks(tiny_classifier("gpt_oss")) and not has_sinks(tiny_classifier("llama"))
 
 
 NEEDS_HALF = "needs a CUDA device of compute capability 8 or more and bfloat16 or float16, here "

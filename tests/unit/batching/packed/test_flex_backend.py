@@ -22,7 +22,7 @@ from rm_scale.batching.packed.layout import GroupSpan, RowLayout
 from rm_scale.errors import ModelError
 from rm_scale.modeling.packed_model import enable_packed_rows
 from rm_scale.modeling.token_scores import batch_rewards
-from tests.unit.batching.packed.test_attention import compare, dense_attention
+from tests.unit.batching.packed.test_attention import SINKS, compare, dense_attention
 from tests.unit.modeling.test_packed_model import GROUPS, tiny
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -110,6 +110,17 @@ def traced_only(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Let dynamo trace as ever, and torch run the graphs; with gradients, which FlexAttention refuses on a CPU."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *a: None)
+
+
+@pytest.mark.long
+def test_sinks_need_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, each against dense attention, for rows of all shapes."""
+    traced_only(monkeypatch, "aot_eager")
+    compile_on_cpus(monkeypatch)
+    for seed in range(3):
+        for window in (None, 40):
+            compare(flex_backend.flex_attention, some_layout(seed), AttentionRules(0.3, window, sinks=SINKS))
+    assert graphs() == 1
 
 
 @pytest.mark.long
