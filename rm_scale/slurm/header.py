@@ -94,6 +94,12 @@ def environment_options(site: Mapping[str, str]) -> dict[str, str]:
     return {name: site[variable] for variable, name in _OF_ENVIRONMENT.items() if site.get(variable)}
 
 
+def named_by_environment(job: Mapping[str, str], site: Mapping[str, str]) -> frozenset[str]:
+    """Return which of a job's options an `SBATCH_` variable gives, too, with another value perhaps."""
+    given = environment_options(site)
+    return frozenset(name for name in job if name in given or site.get(f"SBATCH_{name.upper().replace('-', '_')}"))
+
+
 def options_before_script(site: Mapping[str, str], job: Mapping[str, str]) -> dict[str, str]:
     """Return the options that count before a shipped script's lines: the site's, the environment's, then the job's."""
     return {**_further(site), **environment_options(site), **job}

@@ -16,7 +16,14 @@ from typing import Any
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.launch.planned_run import refuse_named_model_of_another_size
 from rm_scale.slurm import waiting
-from rm_scale.slurm.header import environment_options, gpu_options, header_changes, options_before_script, read_header
+from rm_scale.slurm.header import (
+    environment_options,
+    gpu_options,
+    header_changes,
+    named_by_environment,
+    options_before_script,
+    read_header,
+)
 from rm_scale.slurm.job_options import sbatch_options
 from rm_scale.slurm.render import render
 from rm_scale.slurm.settings_check import check_names
@@ -35,6 +42,8 @@ class Submission:
         settings: for `rm_scale/train.py`.
         text: of a script written for this job, with options and settings in it, which sbatch reads on its standard
             input in the place of `script`; none where the script can be sent as it is.
+        over_environment: names of options that must be on the command although they are in `text`: `SBATCH_` variables
+            count before a script's lines.
     """
 
     options: dict[str, str]
@@ -42,6 +51,7 @@ class Submission:
     script: Path
     settings: tuple[str, ...]
     text: str | None = None
+    over_environment: frozenset[str] = frozenset()
 
     def command(self, *extra: str) -> list[str]:
         """Return the command as a list of arguments, which no shell reads.
@@ -49,7 +59,8 @@ class Submission:
         Raises:
             UserError: a variable's value has a comma, which sbatch would cut it at.
         """
-        options = self.options if self.text is None else {}
+        written = self.header() if self.over_environment else {}
+        options = self.options if self.text is None else {name: written[name] for name in sorted(self.over_environment)}
         command = ["sbatch", "--parsable", *extra, *(f"--{name}={value}" for name, value in options.items())]
         if self.variables:
             bad = [name for name, value in self.variables.items() if re.search(r"[,\s=]", value)]
@@ -121,7 +132,9 @@ def fitted(
     changes = header_changes(header, job, site)
     if not changes.of_site and not changes.dropped & set(header):
         return Submission(job, variables, script, tuple(settings))
-    return Submission(job, variables, script, tuple(settings), render(script, job, variables, settings, site))
+    text = render(script, job, variables, settings, site)
+    over_environment = named_by_environment(job, site) & set(read_header(text))
+    return Submission(job, variables, script, tuple(settings), text, over_environment)
 
 
 def send(submission: Submission, test_only: bool = False, dry_run: bool = False) -> int:

@@ -193,6 +193,29 @@ def test_a_limit_of_the_site_has_a_short_grace_too(
     assert cli(words) == 2 and "grace=600: must be shorter than the time limit" in capsys.readouterr().err
 
 
+def test_the_command_counts_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An SBATCH_ variable of site.env counts before the lines of a script that was written for the job."""
+    words = [
+        "slurm",
+        "submit",
+        "--tier",
+        "1b",
+        "--dry_run",
+        "--partition",
+        "debug",
+        "--account",
+        "mine",
+        "--time",
+        "60",
+    ]
+    for name, value in (("RM_SCALE_GPU_REQUEST", "gres"), ("SBATCH_PARTITION", "gpu"), ("SBATCH_ACCOUNT", "ours")):
+        monkeypatch.setenv(name, value)
+    assert cli(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "sbatch --parsable --account=mine --partition=debug"
+
+
 def test_options_of_sbatch_after_the_command_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["slurm", "submit", "--tier", "1b", "--dry_run", "--mem=0", "--mail-type", "END", "-N4"]) == 2
     told = capsys.readouterr().err
