@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rm_scale.slurm.rendezvous import FIRST_PORT, NUM_PORTS
+from rm_scale.tiers import model_tier
 from tests.support.cluster import CLI, Cluster, Job, pid_of_rank, template
 from tests.support.launching import run
+from tests.support.memory_group import memory_group
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
@@ -53,11 +58,31 @@ def test_settings_allocation_and_plan(cluster: Cluster, inputs: list[str]) -> No
     assert not (cluster.work / "refused").exists()
 
 
+def test_a_tier_beside_a_model_of_another_size(cluster: Cluster, inputs: list[str]) -> None:
+    """A configuration's model counts before the script's; who names a tier beside it has meant one of the two."""
+    config = cluster.work / "own.yaml"
+    model = inputs[inputs.index("--model_name_or_path") + 1]
+    config.write_text(f"model_name_or_path: {model}\n")
+    rest = [word for word in inputs if word not in ("--model_name_or_path", model)]
+    words = ["--config", str(config), *rest, "--output_dir", str(cluster.work / "tier")]
+    queued = cluster.run("squeue", "--noheader", "--format", "%i").output
+    for command in (["slurm", "submit"], ["slurm", "render"], ["launch", "--slurm", "--gpu", "cpu"]):
+        done = cluster.run(*CLI, *command, "--tier", "13b", *words)
+        assert done.code == 2 and "a model of tier 1b. Fix: --tier 1b, or name another" in done.output, done.output
+    assert cluster.run("squeue", "--noheader", "--format", "%i").output == queued
+    job = cluster.submit("--nodes=1", template("13b"), *words, "--dry_run")
+    assert cluster.wait(job)["ExitCode"] == "0:0", job.output()[-3000:]
+    assert "a model of tier 1b, and this job's script asks for what tier 13b takes" in job.output()
+    assert f"--config {config}" in job.output() and "full training of 12.85B" not in job.output()
+    assert f"--model_name_or_path {model_tier('13b').model}" not in job.output()
+
+
+def test_a_job_of_several_parts(cluster: Cluster) -> None:
+    job = cluster.submit("--nodes=1", ":", "--nodes=1", template("1b"))
+    assert "SLURM_HET_SIZE=2: a heterogeneous job" in refused(cluster, job)
+
+
 def _shape_13b() -> str:
-    import json
-
-    from rm_scale.tiers import model_tier
-
     return json.dumps(model_tier("13b").config)
 
 
@@ -131,3 +156,23 @@ def test_a_failed_rank_is_named_and_its_code_is_the_jobs(own_cluster: Cluster, i
     assert "rank 1 was killed (signal 9) by somebody, or by something that left no sign" in log, "nobody is blamed"
     told = cluster.run(*CLI, "slurm", "status", job.number)
     assert "rank 1 was killed" in told.output and "FAILED" in told.output
+
+
+def test_the_out_of_memory_killer_is_named_where_it_was(own_cluster: Cluster, inputs: list[str]) -> None:
+    """A job with a limit of memory, in which something needs more; the kernel is told to choose the rank."""
+    cluster, output, venv = own_cluster, own_cluster.work / "hungry", own_cluster.work / "limited"
+    (venv / "bin").mkdir(parents=True)
+    with memory_group() as group:
+        python = venv / "bin" / "python"
+        python.write_text(f'#!/bin/bash\n{group.enter}\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        words = ["--max_steps", "5000", "--num_train_epochs", "9999", "--output_dir", str(output)]
+        job = cluster.submit("--nodes=1", template("1b"), *inputs, *words, env={"RM_SCALE_VENV": str(venv)})
+        cluster.wait_for_step(output, 2)
+        Path(f"/proc/{pid_of_rank(0, output)}/oom_score_adj").write_text("1000")
+        group.limit(group.usage() + (32 << 20))
+        hungry = f"{group.enter}; exec {sys.executable} -c 'import os; os.urandom(96 << 20)'"
+        subprocess.run(["bash", "-c", hungry], check=False)
+        log = refused(cluster, job, "137:0")
+    assert "rank 0 was killed (signal 9) by the kernel's out-of-memory killer (" in log
+    assert "compare the plan's host memory (rm-scale plan), ask for more of it (--mem)" in log

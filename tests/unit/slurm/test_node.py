@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from rm_scale.slurm.job_start import Start, end_path, fence_path, read_fence, re
 from rm_scale.slurm.node import Node, Rank, describe, exit_code, rank_environment
 from rm_scale.slurm.rank_logs import RankOutput
 from rm_scale.slurm.requeue import judge as judge_end
+from tests.support.memory_group import memory_group
 from tests.support.small_disks import small_disk
 
 SCRIPT = """
@@ -156,32 +155,13 @@ def test_ranks_that_all_end_between_two_looks(start: Start) -> None:
     assert node._judge() == 4 and node.reason == "rank 1 ended with code 4"
 
 
-@contextmanager
-def small_memory_group(num_bytes: int) -> Iterator[Path]:
-    """A control group as Slurm makes one for a job, with a limit; the test is skipped where none can be made."""
-    root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-    if not root.exists():
-        root, name = Path("/sys/fs/cgroup"), "memory.max"
-    folder = root / f"job_{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    try:
-        if not (folder / name).exists():
-            pytest.skip("control groups have no limit of memory here")
-        (folder / name).write_text(str(num_bytes))
-        yield folder
-    finally:
-        folder.rmdir()
-
-
 def test_the_kernels_own_killer_is_named(start: Start) -> None:
     """A rank that needs more than its job may have. Only processes of that control group can be hit."""
     grows = "blocks = []\nwhile rank == 1:\n    blocks.append(os.urandom(1 << 20))\n"
     Path(start.train).write_text(SCRIPT.replace("stopped = []", grows + "stopped = []"))
-    with small_memory_group(300 << 20) as group:
-        task = begin(start, "seconds=60", kill_seconds=0.2, shell=f'echo $$ >"{group}/cgroup.procs"; exec "$@"')
+    with memory_group() as group:
+        group.limit(300 << 20)
+        task = begin(start, "seconds=60", kill_seconds=0.2, shell=f'{group.enter}; exec "$@"')
         _, err = task.communicate(timeout=600)
     assert task.returncode == 137 and "rank 1 was killed (signal 9) by the kernel's out-of-memory killer (" in err, err
     assert " GB " in err and "ask for more of it (--mem)" in err
