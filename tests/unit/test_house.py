@@ -27,7 +27,6 @@ PACKAGES = (
     "config_rules",
     "config_parsing",
     "config_help",
-    "known_models",
     "tiers",
     "planning",
     "data",
