@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rm_scale.planning.activations.activation_memory import ActivationMemory, activations_of
+from rm_scale.planning.host_memory import (
+    held_block_bytes,
+    offload_buffer_bytes,
+    stays_in_memory,
+    update_block_bytes,
+)
 from rm_scale.planning.memory import frozen_bytes, model_states
 from rm_scale.planning.network import break_even_tokens
 from rm_scale.planning.parameters import total
@@ -14,10 +20,6 @@ from rm_scale.planning.step_time import StepTime, compute_seconds, step_time, us
 
 RESERVE = 0.05
 """Share of a device's memory left free: what the allocator can't hand out because it is in pieces."""
-
-HEAP_SHARE, HEAP_BYTES = 4.0, 1.0e9
-"""On a processor, what the heap keeps in pieces that fit nothing: so many times the activations, up to so many bytes.
-Measured with a tiny model and with SmolLM2-135M, see benchmarks/this_machine.py."""
 
 PYTHON_BYTES = 1.2e9
 """Host memory of a process with torch, transformers and DeepSpeed loaded."""
@@ -47,8 +49,10 @@ class Estimate:
 
     @property
     def limit_bytes(self) -> float:
-        """What a device offers, less the reserve."""
-        return self.scenario.device.memory_bytes * (1 - RESERVE)
+        """What a device offers, less the reserve. Ranks on processors share it where its figures are for fewer."""
+        device, ranks = self.scenario.device, self.scenario.devices_per_node
+        share = min(1.0, device.devices_per_node / ranks) if device.is_cpu else 1.0
+        return device.memory_bytes * share * (1 - RESERVE)
 
     @property
     def fits(self) -> bool:
@@ -123,25 +127,35 @@ def estimate(scenario: Scenario) -> Estimate:
 
 def peak_memory(scenario: Scenario) -> dict[str, int]:
     """Return the bytes per device, by part, when most is held: in the backward pass or while the optimizer steps."""
-    states = model_states(scenario)
-    on_host = scenario.offload_optimizer != "none"
-    lasting = {
-        "weights": 0 if scenario.offload_param != "none" else states.weights + states.second_weights,
-        "gradients": 0 if on_host and scenario.zero_stage == 3 else states.gradients,
-        "optimizer": 0 if on_host else states.masters + states.moments,
-    }
+    lasting = _lasting(scenario)
     activation_bytes = activations(scenario).peak_bytes
     passing = {
         "gathered_weights": gathered_bytes(scenario),
         "activations": activation_bytes,
         "communication_buffers": bucket_bytes(scenario),
     }
-    update = update_bytes(scenario)
-    if update > sum(passing.values()):
+    overhead = {"framework": int(scenario.device.context_bytes) + collective_bytes(scenario)}
+    if scenario.device.is_cpu:
+        passing["optimizer_step"] = update_block_bytes(scenario)
+        overhead["held_blocks"] = held_block_bytes(scenario, activation_bytes, lasting["gradients"])
+    elif (update := update_bytes(scenario)) > sum(passing.values()):
         passing = dict.fromkeys(passing, 0) | {"optimizer_step": update}
-    kept = min(HEAP_SHARE * activation_bytes, HEAP_BYTES) if scenario.device.is_cpu else 0.0
-    overhead = {"framework": int(scenario.device.context_bytes + kept) + collective_bytes(scenario)}
     return {name: int(size) for name, size in {**lasting, **passing, **overhead}.items()}
+
+
+def _lasting(scenario: Scenario) -> dict[str, int]:
+    """Return what stays for the whole run in a device's memory; a processor's is the host's, offloaded or not."""
+    states = model_states(scenario)
+    optimizer_stays = stays_in_memory(scenario, scenario.offload_optimizer)
+    weights_stay = stays_in_memory(scenario, scenario.offload_param)
+    lasting = {
+        "weights": states.weights + states.second_weights if weights_stay else 0,
+        "gradients": states.gradients if optimizer_stays or scenario.zero_stage != 3 else 0,
+        "optimizer": states.masters + states.moments if optimizer_stays else 0,
+    }
+    if scenario.device.is_cpu:
+        lasting["offload_buffers"] = offload_buffer_bytes(scenario)
+    return lasting
 
 
 _KNOWN: dict[tuple[object, ...], ActivationMemory] = {}
@@ -221,23 +235,23 @@ def load_peak_bytes(scenario: Scenario) -> int:
         peak = whole + total(scenario.trained) * size
     else:
         peak = whole
-    ready = states.on_device
+    ready = sum(_lasting(scenario).values()) if scenario.device.is_cpu else states.on_device
     return int(max(peak, ready) + scenario.device.context_bytes + collective_bytes(scenario))
 
 
 def host_memory_bytes(scenario: Scenario) -> int:
-    """Return the bytes of one node's memory: processes, weights while they are read, and what is offloaded."""
+    """Return the bytes of one node's memory: processes, weights while they are read, and what is offloaded.
+
+    On processors that is what all of its ranks hold together; files that they read are in memory once, and given up
+    when something else needs it.
+    """
     ranks = scenario.devices_per_node
+    if scenario.device.is_cpu:
+        return ranks * max(sum(peak_memory(scenario).values()), load_peak_bytes(scenario))
     reading = total(scenario.backbone) * 2
-    states = model_states(scenario)
-    kept = states.offloaded * ranks if "cpu" in {scenario.offload_optimizer, scenario.offload_param} else 0
-    own = estimate_on_host(scenario) * ranks if scenario.device.is_cpu else 0
-    return int(ranks * PYTHON_BYTES + max(reading, kept) + own)
-
-
-def estimate_on_host(scenario: Scenario) -> int:
-    """Return what a rank on a processor takes of the host's memory, which is its device memory."""
-    return sum(peak_memory(scenario).values()) - int(scenario.device.context_bytes)
+    offloaded = "cpu" in {scenario.offload_optimizer, scenario.offload_param}
+    kept = (model_states(scenario).offloaded + offload_buffer_bytes(scenario)) * ranks if offloaded else 0
+    return int(ranks * PYTHON_BYTES + max(reading, kept))
 
 
 def nvme_bytes(scenario: Scenario) -> int:

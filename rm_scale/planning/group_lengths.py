@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ class LengthMix:
     def mean_tokens(self, packing: str) -> float:
         """Return the mean tokens of a group in a packed row."""
         return sum(group.tokens(packing) for group in self.groups) / len(self.groups)
+
+    def spread_of_tokens(self, packing: str) -> float:
+        """Return the standard deviation of a group's tokens in a packed row."""
+        mean = self.mean_tokens(packing)
+        return math.sqrt(sum((group.tokens(packing) - mean) ** 2 for group in self.groups) / len(self.groups))
 
     def cut(self, max_length: int) -> LengthMix:
         """Leave out the groups that have a sequence over `max_length`, as a run does."""

@@ -12,6 +12,9 @@ from rm_scale.planning.plan import Plan
 from rm_scale.planning.scenario import Buckets, Scenario, default_buckets
 from rm_scale.planning.shape import ModelShape
 
+LONG_STEP = 2.0
+"""Memory is planned for a step whose tokens are so many standard deviations above the mean: one step in forty."""
+
 
 def scenario_of_run(
     config: RunConfig, plan: Plan, shape: ModelShape, device: Device, num_nodes: int, lengths: LengthMix
@@ -36,7 +39,8 @@ def scenario_of_run(
         load = lengths.packed_load(plan.packing, plan.max_tokens_per_device)
         # Micro-steps are as even as they can be, so a row rarely reaches a budget that a step needn't use.
         micro_steps = max(1, math.ceil(tokens / plan.max_tokens_per_device - 1e-9))
-        largest = min(plan.max_tokens_per_device, max(tokens / micro_steps, lengths.largest_group(plan.packing)))
+        long_step = tokens + LONG_STEP * math.sqrt(share) * lengths.spread_of_tokens(plan.packing)
+        largest = min(plan.max_tokens_per_device, max(long_step / micro_steps, lengths.largest_group(plan.packing)))
     micro_steps = max(1, math.ceil(share / load.groups - 1e-9))
     values = plan.deepspeed_config or {}
     zero = values.get("zero_optimization", {})
