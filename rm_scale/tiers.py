@@ -52,11 +52,13 @@ class ModelTier:
         name: what `--tier` takes.
         model: the hub name of the model whose shape stands for the tier.
         config: what of its config.json decides memory and time.
+        current: hub name of a newer model of about that size, with a ready run in `configs/`.
     """
 
     name: str
     model: str
     config: dict[str, Any]
+    current: str
 
 
 def _llama(
@@ -75,10 +77,10 @@ def _llama(
 
 
 MODEL_TIERS = (
-    ModelTier("1b", "meta-llama/Llama-3.2-1B", _llama(2048, 16, 32, 8, 8192, 128256, 131072)),
-    ModelTier("3b", "meta-llama/Llama-3.2-3B", _llama(3072, 28, 24, 8, 8192, 128256, 131072)),
-    ModelTier("7b", "meta-llama/Llama-2-7b-hf", _llama(4096, 32, 32, 32, 11008, 32000, 4096)),
-    ModelTier("13b", "meta-llama/Llama-2-13b-hf", _llama(5120, 40, 40, 40, 13824, 32000, 4096)),
+    ModelTier("1b", "meta-llama/Llama-3.2-1B", _llama(2048, 16, 32, 8, 8192, 128256, 131072), "Qwen/Qwen3-1.7B"),
+    ModelTier("3b", "meta-llama/Llama-3.2-3B", _llama(3072, 28, 24, 8, 8192, 128256, 131072), "Qwen/Qwen3-4B"),
+    ModelTier("7b", "meta-llama/Llama-2-7b-hf", _llama(4096, 32, 32, 32, 11008, 32000, 4096), "Qwen/Qwen3-8B"),
+    ModelTier("13b", "meta-llama/Llama-2-13b-hf", _llama(5120, 40, 40, 40, 13824, 32000, 4096), "Qwen/Qwen3-14B"),
 )
 
 

@@ -6,8 +6,10 @@ import argparse
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
-from rm_scale.errors import ConfigError, collect_problems
+from rm_scale.errors import ConfigError, ModelError, collect_problems
+from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Request, changes_that_fit, recommend
 from rm_scale.planning.group_lengths import LengthMix, full_rows
@@ -155,7 +157,17 @@ def read_shape(tier: str | None, model: str | None) -> tuple[ModelShape, str]:
         return shape_from_config(chosen.config), f"{chosen.name} ({chosen.model})"
     assert model is not None
     name = model.removesuffix("/config.json") if model.endswith("config.json") else model
-    return shape_from_config(read_model_config(name)), name
+    return shape_from_config(_config_of(name)), name
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """Return a model's config.json; of a known model its shape alone where the hub can't be asked."""
+    try:
+        return read_model_config(name)
+    except ModelError:
+        if name not in KNOWN_MODELS:
+            raise
+        return KNOWN_MODELS[name]
 
 
 def _problems(options: argparse.Namespace) -> list[str]:

@@ -7,6 +7,7 @@ import math
 
 from rm_scale.commands.plan import METHODS, MOST_TOKENS
 from rm_scale.errors import UserError
+from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.planning.advise import Request, recommend
 from rm_scale.planning.group_lengths import full_rows
 from rm_scale.planning.hardware import Device, find_device
@@ -42,11 +43,18 @@ def run(options: argparse.Namespace) -> int:
         f"{'tier':<6}{'model':<28}{'parameters':>12}   smallest {device.title} cluster that fits, by method (predicted)"
     )
     for tier in MODEL_TIERS:
-        shape = shape_from_config(tier.config)
-        cells = [f"{method} {_smallest(shape, tier.name, method, device, options.seq)}" for method in METHODS]
-        print(f"{tier.name:<6}{tier.model:<28}{count_parameters(shape) / 1e9:>11.2f}B   {', '.join(cells)}")
-    print(f"rows of sequences up to {options.seq:,} tokens, nothing offloaded; rm-scale plan --tier NAME for the rest")
+        _print_row(tier.name, tier.model, shape_from_config(tier.config), device, options.seq)
+        _print_row("", tier.current, shape_from_config(KNOWN_MODELS[tier.current]), device, options.seq)
+    print(
+        f"rows of sequences up to {options.seq:,} tokens, nothing offloaded; for the rest rm-scale plan --tier NAME "
+        "(the first model of each) or --model NAME"
+    )
     return 0
+
+
+def _print_row(tier: str, model: str, shape: ModelShape, device: Device, seq: int) -> None:
+    cells = [f"{method} {_smallest(shape, model, method, device, seq)}" for method in METHODS]
+    print(f"{tier:<6}{model:<28}{count_parameters(shape) / 1e9:>11.2f}B   {', '.join(cells)}", flush=True)
 
 
 def _smallest(shape: ModelShape, name: str, method: Method, device: Device, seq: int) -> str:

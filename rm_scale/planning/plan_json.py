@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rm_scale.planning.advise import Choice, Request
-from rm_scale.planning.parameters import count_parameters
+from rm_scale.planning.parameters import active_parameters, count_parameters
 
 
 def to_dict(request: Request, choice: Choice, changes: list[tuple[str, Choice]]) -> dict[str, object]:
@@ -12,6 +12,7 @@ def to_dict(request: Request, choice: Choice, changes: list[tuple[str, Choice]])
     return {
         "model": request.name,
         "num_parameters": count_parameters(request.shape),
+        "num_active_parameters": active_parameters(request.shape),
         "method": request.method,
         "gpu": request.device.name,
         "gpus": request.num_devices,

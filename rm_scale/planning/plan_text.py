@@ -8,7 +8,7 @@ from rm_scale.planning import network
 from rm_scale.planning.advise import Choice, Request
 from rm_scale.planning.estimate import RESERVE, Estimate, activations, tokens_to_hide_communication
 from rm_scale.planning.memory import model_states, partition_elements
-from rm_scale.planning.parameters import count_parameters, total
+from rm_scale.planning.parameters import active_parameters, backbone_tensors, count_parameters, is_adapted, total
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.step_time import ATTENTION_SHARE, compute_parts, micro_step_flops
 from rm_scale.texts import duration, large_number
@@ -33,7 +33,7 @@ _PARTS = {
 def summary(request: Request, choice: Choice, price: float | None, num_pairs: float | None) -> str:
     """Write the answer to one request: what it fits, takes and costs."""
     estimated = choice.estimate
-    lines = [_title(request), ""]
+    lines = [_title(request), *experts_lines(request), ""]
     lines.append(f"{_verdict(estimated)}: {choice.describe()}, {_rows(request, choice)}")
     lines += ["", *_memory_lines(estimated), "", *_time_lines(estimated)]
     lines += _cost_lines(estimated, price, num_pairs)
@@ -48,6 +48,31 @@ def _title(request: Request) -> str:
         f"{request.name}, {large_number(count_parameters(request.shape))} parameters, {request.method}, "
         f"{request.num_devices} x {request.device.title}{nodes}  (predicted)"
     )
+
+
+def experts_lines(request: Request) -> list[str]:
+    """Say of a mixture of experts what a token goes through, what LoRA adapts and what is kept in 4 bits."""
+    shape = request.shape
+    experts = shape.experts
+    if experts is None:
+        return []
+    tensors = backbone_tensors(shape)
+    in_experts = total([tensor for tensor in tensors if tensor.role == "experts"])
+    shared = f" and one shared of width {experts.shared_width:,}" if experts.shared_width else ""
+    lines = [
+        f"mixture of experts: {large_number(active_parameters(shape))} of the parameters at work for a token, "
+        f"{experts.chosen} of {experts.num} experts a layer{shared}; all {large_number(in_experts)} weights of experts "
+        "are in memory"
+    ]
+    if request.method != "full":
+        adapted = sorted({t.module for t in tensors if is_adapted(t, request.lora_targets)})
+        lines.append(f"LoRA adapts {', '.join(adapted)}; not the experts, which lora_target_parameters would add")
+    if request.method == "qlora":
+        lines.append(
+            f"4 bits: linear layers alone. bitsandbytes leaves the experts' 3-D tensors in 16 bits, "
+            f"{2 * in_experts / _GB:.1f} GB of them"
+        )
+    return lines
 
 
 def _caveat(request: Request) -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from rm_scale.config import RunConfig
 from rm_scale.config_parsing import parse_config
+from tools.ready_configs import DEVICES, READY, Ready, choice_on, text_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.y*ml"))
@@ -107,6 +108,35 @@ def test_method_is_the_one_in_the_name(path: Path) -> None:
 def test_output_directories_are_distinct() -> None:
     outputs = [parse_config(["--config", str(path)]).config.output_dir for path in CONFIGS]
     assert len(set(outputs)) == len(outputs)
+
+
+NUMBERS = {"one": 1, "two": 2}
+OF_A_HUB_MODEL = [path for path in CONFIGS if path.stem not in {"demo_cpu", "smollm2_135m_hh_cpu"}]
+
+
+def needs(path: Path) -> list[tuple[int, str]]:
+    """The devices that the header promises to be enough: how many, and of which memory in GB."""
+    text = path.read_text(encoding="utf-8").split("# Model:")[0]
+    line = text[text.index("# Needs") :].splitlines()[0]
+    found = re.findall(r"(one|two|\d+)(?: GPUs?)?(?: or one)? of (\d\d) GB", line)
+    return [(int(NUMBERS.get(count, count)), memory) for count, memory in found]
+
+
+@pytest.mark.parametrize("path", OF_A_HUB_MODEL, ids=relative)
+def test_config_fits_where_its_header_says(path: Path) -> None:
+    """The planner, with the file's own settings, finds that each kind of machine in the header is enough."""
+    config = parse_config(["--config", str(path)]).config
+    ready = Ready(path.stem, config.model_name_or_path, config.method, "", int(config.deepspeed[len("zero")]))
+    promised = needs(path)
+    assert promised
+    for count, memory in promised:
+        assert choice_on(ready, DEVICES[f"{memory} GB"], count).estimate.fits, (count, memory)
+
+
+@pytest.mark.parametrize("ready", READY, ids=lambda ready: ready.name)
+def test_config_is_what_the_tool_writes(ready: Ready) -> None:
+    path = REPOSITORY / "configs" / f"{ready.name}.yaml"
+    assert path.read_text(encoding="utf-8") == text_of(ready), "run: python tools/ready_configs.py"
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=relative)

@@ -27,6 +27,7 @@ PACKAGES = (
     "config_rules",
     "config_parsing",
     "config_help",
+    "known_models",
     "tiers",
     "planning",
     "data",

@@ -33,6 +33,31 @@ def test_json_has_the_promised_names(capsys: pytest.CaptureFixture[str]) -> None
     assert answer["recommended"]["zero_stage"] in {1, 2, 3}
 
 
+def test_a_mixture_of_experts_is_planned_as_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a known model by its shape alone: all experts are in memory, few at work, none in 4 bits, none adapted."""
+    monkeypatch.setattr("rm_scale.planning.shape._hub_has_an_address", lambda: False)
+    words = ["plan", "--model", "Qwen/Qwen3-30B-A3B", "--gpus", "8", "--zero", "3", "--offload", "none"]
+    code, out, _ = run(capsys, *words, "--method", "qlora")
+    assert code == 0
+    assert "30.22B parameters, qlora" in out
+    assert "3.04B of the parameters at work for a token, 8 of 128 experts a layer" in out
+    assert "LoRA adapts k_proj, o_proj, q_proj, v_proj; not the experts" in out
+    assert "58.0 GB of them" in out
+    answer = json.loads(run(capsys, *words, "--json")[1])
+    assert answer["num_parameters"] == 30_220_957_696 and answer["num_active_parameters"] == 3_041_867_776
+    assert answer["memory"]["weights"] == pytest.approx(2 * 30.22e9 / 8, rel=0.01)
+
+
+def test_an_unknown_kind_of_model_is_refused_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange_moe", **sizes}))
+    code, _, err = run(capsys, "plan", "--model", str(tmp_path))
+    assert code == 2
+    assert "'strange_moe': the planner's formulas don't know this kind of model" in err and "--exact" in err
+
+
 @pytest.mark.long
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--tier", "13b", "--gpus", "1", "--gpu", "4090", "--seq", "2048", "--offload", "none"]
