@@ -39,11 +39,12 @@ def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     Each gives `(logits, weights, indices)`: `(tokens, experts)`, `(tokens, top_k)` and `(tokens, top_k)`. They are
     those from which transformers records `router_logits`.
     """
-    classes = set()
+    classes: set[type[torch.nn.Module]] = set()
     for module in model.modules():
         recorder = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits")
         for one in recorder if isinstance(recorder, list) else [recorder]:
             found = getattr(one, "target_class", one)
             if isinstance(found, type):
                 classes.add(found)
-    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(classes))}
+    kinds: tuple[type[torch.nn.Module], ...] = tuple(classes)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -118,7 +118,7 @@ class _AddAtRouter(torch.autograd.Function):
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (logits,) = ctx.saved_tensors
         return gradient, ctx.current.gradient(logits), None
 
@@ -135,7 +135,7 @@ class _TellScale(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.current.scale = gradient
         return None, None
 
@@ -183,7 +183,7 @@ class Routing:
         # A layer that is run once more in the backward pass must make the same nodes as before.
         if not self.coefficient or not torch.is_grad_enabled():
             return output
-        return logits, _AddAtRouter.apply(weights, logits, current), chosen
+        return logits, _AddAtRouter.apply(weights, logits, current), chosen  # type: ignore[no-untyped-call]
 
     def loss(self, num_pairs: int, step_pairs: float) -> torch.Tensor | float:
         """Return the auxiliary loss's part of the step's loss; call it last in a micro-batch, and add it.
@@ -200,7 +200,7 @@ class Routing:
         value = current.loss()
         self._loss_sum = value * num_pairs if self._loss_sum is None else self._loss_sum + value * num_pairs
         self._pairs += num_pairs
-        told: torch.Tensor = _TellScale.apply(value.requires_grad_(), current)
+        told: torch.Tensor = _TellScale.apply(value.requires_grad_(), current)  # type: ignore[no-untyped-call]
         return self.coefficient * num_pairs / step_pairs * told
 
     def _keep_counts(self, current: _Pass) -> None:
