@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -120,9 +121,9 @@ def forget_signals() -> None:
 def end_time(environ: Mapping[str, str] | None = None) -> float | None:
     """Return when this job's time is up, in Unix seconds, `None` when that is not known.
 
-    An administrator may move the end of a running job: the file named by `RM_SCALE_END_TIME_FILE` counts, else
-    `RM_SCALE_END_TIME`, else Slurm's `SLURM_JOB_END_TIME`. What holds no such number is ignored: it is only a hint, and
-    no reason to end a run.
+    An administrator may move the end of a running job: the file named by `RM_SCALE_END_TIME_FILE` counts, or what it
+    held when it could be read last; else `RM_SCALE_END_TIME`, else Slurm's `SLURM_JOB_END_TIME`. What holds no such
+    number is ignored: it is only a hint, and no reason to end a run.
     """
     env = os.environ if environ is None else environ
     path = env.get("RM_SCALE_END_TIME_FILE")
@@ -147,14 +148,17 @@ def start_time(environ: Mapping[str, str] | None = None) -> float | None:
 
 
 def _time_in(path: str) -> float | None:
-    """Return the time that a file holds, read anew every `END_FILE_SECONDS`; `None` where it can't be read."""
+    """Return the time that a file holds, or held last; `None` where it never could be read.
+
+    It is read anew every `END_FILE_SECONDS`. A disk that is away for a moment must not bring back the end that was
+    moved.
+    """
     read_at, found = _times_in_files.get(path, (-math.inf, None))
     if time.monotonic() - read_at >= END_FILE_SECONDS:
-        try:
-            with open(path, "rb") as file:  # opened each time: on a network's disk that alone shows what others wrote
-                found = _as_time(file.read(64).decode("ascii", errors="replace"))
-        except (OSError, ValueError):
-            found = None
+        with suppress(OSError, ValueError), open(path, "rb") as file:
+            # Opened each time: on a network's disk that alone shows what others wrote.
+            held = _as_time(file.read(64).decode("ascii", errors="replace"))
+            found = found if held is None else held
         _times_in_files[path] = (time.monotonic(), found)
     return found
 

@@ -77,7 +77,7 @@ def test_a_missing_or_broken_file_leaves_the_variable_in_force(tmp_path: Path, c
 
 
 def test_an_end_that_is_moved_is_seen(tmp_path: Path) -> None:
-    """Put there, replaced, removed: each is seen after two seconds at most."""
+    """Put there, replaced: each is seen after two seconds at most."""
     path = tmp_path / "end"
     variables = {"RM_SCALE_END_TIME_FILE": str(path), "RM_SCALE_END_TIME": "50", "RM_SCALE_START_TIME": "10"}
     assert (end_time(variables), time_limit(variables)) == (50.0, 40.0)
@@ -86,9 +86,23 @@ def test_an_end_that_is_moved_is_seen(tmp_path: Path) -> None:
         (tmp_path / "new").rename(path)
         time.sleep(END_FILE_SECONDS)
         assert (end_time(variables), time_limit(variables)) == (float(content), float(content) - 10)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"soon"])
+def test_a_disk_that_is_away_does_not_bring_back_an_end_that_was_moved(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "end"
+    variables = {"RM_SCALE_END_TIME_FILE": str(path), "RM_SCALE_END_TIME": "50"}
+    path.write_text("90")
+    assert end_time(variables) == 90.0
     path.unlink()
+    if content is not None:
+        path.write_bytes(content)
     time.sleep(END_FILE_SECONDS)
-    assert end_time(variables) == 50.0
+    assert end_time(variables) == 90.0
+    (tmp_path / "new").write_text("70")
+    (tmp_path / "new").rename(path)
+    time.sleep(END_FILE_SECONDS)
+    assert end_time(variables) == 70.0
 
 
 def test_the_limit_is_known_only_with_both_ends() -> None:
