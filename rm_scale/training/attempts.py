@@ -94,6 +94,8 @@ class Attempt:
             limit = time_limit()
             facts: dict[str, Any] = {"limit_seconds": round(limit, 3)} if limit is not None else {}
             self.note("start", time=BEGAN, **facts)
+            if self.is_main:
+                _tell_starter()
 
     def end_for_all(self, reason: str) -> None:
         """Write the end from any rank: the one that speaks for all when the run can't go on."""
@@ -104,6 +106,13 @@ class Attempt:
     def _note_end(self, reason: str) -> None:
         if self.has_begun:
             self.note("end", reason=reason)
+
+
+def _tell_starter() -> None:
+    """Make the file by which who starts jobs anew knows that the guard below counts this attempt, if it named one."""
+    if path := os.environ.get("RM_SCALE_BEGUN_FILE"):
+        with suppress(OSError):
+            Path(path).touch()
 
 
 def _job() -> dict[str, Any]:

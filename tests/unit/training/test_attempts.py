@@ -39,6 +39,18 @@ def test_three_attempts_without_progress_are_the_last(tmp_path: Path) -> None:
     refuse_idle_restart(tmp_path, 10)  # from another checkpoint it is another story
 
 
+def test_who_starts_jobs_is_told_that_the_attempt_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "begun"
+    monkeypatch.setenv("RM_SCALE_BEGUN_FILE", str(path))
+    Attempt(tmp_path, False).begin()
+    waiting = Attempt(tmp_path, True)
+    assert not path.exists()
+    waiting.begin()
+    assert path.exists()
+    monkeypatch.setenv("RM_SCALE_BEGUN_FILE", str(path / "not a folder"))
+    Attempt(tmp_path, True).begin()  # for the lack of a mark no run may end
+
+
 def test_an_attempt_with_progress_or_an_end_clears_the_count(tmp_path: Path) -> None:
     for _ in range(2):
         record_attempt(tmp_path, 5)
