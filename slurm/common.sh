@@ -13,6 +13,9 @@ RM_SCALE_REQUEUE=85 # exit code of ranks that have saved and stopped
 RM_SCALE_NOTHING_TO_START=64 # exit code of rm_scale.slurm.prepare after --dry_run
 RM_SCALE_PORT_TAKEN=86 # exit code of ranks and of the check where another program listens at their port
 RM_SCALE_ASK_SLURM=65 # exit code of rm_scale.slurm.prepare where it can't ask Slurm, inside a container
+RM_SCALE_TRY_AGAIN=75 # exit code of rm_scale.slurm.prepare where the operating system refused a file
+RM_SCALE_REFUSED=2 # exit code after a message: it would be the same again
+RM_SCALE_MAX_IDLE=3 # attempts in a row that may be stopped before training has begun
 
 RM_SCALE_COMMON=$(dirname -- "${BASH_SOURCE[0]}")/common
 # shellcheck source=slurm/common/records.sh
@@ -37,17 +40,17 @@ rm_scale_main() {
     RM_SCALE_ATTEMPT=${SLURM_RESTART_COUNT:-0}
     RM_SCALE_JOB=$(rm_scale_job)
     RM_SCALE_STOP='' RM_SCALE_SRUN_PID='' RM_SCALE_REPEATER='' RM_SCALE_REQUEUED='' RM_SCALE_POSTPONED=''
-    RM_SCALE_PORTS_TRIED=0
+    RM_SCALE_PORTS_TRIED=0 RM_SCALE_HELPERS=''
+    unset RM_SCALE_END_TIME RM_SCALE_END_TIME_FILE # of a job that has submitted this one
     export RM_SCALE_HOME RM_SCALE_TIER RM_SCALE_CONFIG RM_SCALE_PORTS_TRIED
     rm_scale_load_site
-    RM_SCALE_LOGS=$(mkdir -p -- "$RM_SCALE_LOGS" && cd -- "$RM_SCALE_LOGS" && pwd) ||
-        rm_scale_fail "RM_SCALE_LOGS: can't be made below $PWD. Fix: a folder on the shared disk, in slurm/site.env."
     RM_SCALE_JOB_DIR=$RM_SCALE_LOGS/$SLURM_JOB_ID
     RM_SCALE_ATTEMPT_DIR=$RM_SCALE_JOB_DIR/attempt-$RM_SCALE_ATTEMPT
-    mkdir -p -- "$RM_SCALE_ATTEMPT_DIR"
-    rm_scale_note attempt
     trap 'rm_scale_stop USR1' USR1
     trap 'rm_scale_stop TERM' TERM
+    trap rm_scale_end_helpers EXIT
+    rm_scale_make_folder
+    rm_scale_note attempt
     rm_scale_environment
     rm_scale_watch_limit
     rm_scale_modules

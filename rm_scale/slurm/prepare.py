@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rm_scale.config_parsing import parse_config
-from rm_scale.errors import ConfigError, UserError
+from rm_scale.errors import ConfigError, UserError, system_fault
 from rm_scale.files import write_whole
 from rm_scale.guard import run_guarded
 from rm_scale.launch.deepspeed_command import TRAIN
@@ -46,14 +46,35 @@ EXIT_NOTHING_TO_START = 64
 EXIT_ASK_SLURM = 65
 """Exit code where only Slurm, outside the container, can tell whether the job named in `asked_job` still runs."""
 
+EXIT_TRY_AGAIN = 75
+"""Exit code after a message where the system refused a file: the disk may be full or away for a while."""
+
 ASKED_FILE = "asked_job"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare one attempt of a job; return 0, 2 after a message, `EXIT_NOTHING_TO_START` or `EXIT_ASK_SLURM`."""
+    """Prepare one attempt of a job.
+
+    Returns:
+        0; 2 or `EXIT_TRY_AGAIN` after a message; `EXIT_NOTHING_TO_START` or `EXIT_ASK_SLURM`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging()
-    return run_guarded(lambda: prepare(Path(arguments[0]), arguments[1:], os.environ))
+    return run_guarded(lambda: _prepare_or_try_again(Path(arguments[0]), arguments[1:]))
+
+
+def _prepare_or_try_again(folder: Path, asked: list[str]) -> int:
+    """Prepare; give what the system refused, and may not refuse a minute later, an exit code of its own."""
+    try:
+        return prepare(folder, asked, os.environ)
+    except Exception as error:
+        fault = system_fault(error)
+        if fault is None:
+            raise
+        if not isinstance(error, UserError):
+            error = UserError(fault)
+        error.exit_code = EXIT_TRY_AGAIN
+        raise error from None
 
 
 def prepare(folder: Path, asked: list[str], environ: Mapping[str, str]) -> int:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,9 @@ MAX_PORTS = 5
 EXIT_SETTINGS = 2
 """Exit code of ranks that refuse the run with a message: it would be refused again."""
 
+MAX_IDLE = 3
+"""After so many attempts in a row that were stopped before training began, the job is not requeued."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,19 +51,19 @@ class Job:
     Attributes:
         restarts: how often Slurm had restarted it when this attempt began.
         max_restarts: how often it may be restarted, RM_SCALE_MAX_RESTARTS.
-        seconds_left: until its time limit; infinite where the limit is not known.
         state: Slurm's, such as "RUNNING"; empty when Slurm does not answer.
-        is_at_limit: Slurm ends it because its time is up.
+        is_at_limit: Slurm ends it because its time is up. Slurm itself says so: the limit may have been moved, and a
+            suspended job's time stands still.
         is_preempted: Slurm takes its nodes for another job.
         is_requeued: Slurm has already decided to start it again.
         retries_left: attempts that may still crash, of RM_SCALE_RETRIES.
         has_saved: this attempt has published a checkpoint.
         ports_tried: in this attempt.
+        idle_attempts: that were stopped in a row before training began, this one too; 0 when it has begun.
     """
 
     restarts: int
     max_restarts: int
-    seconds_left: float
     state: str = ""
     is_at_limit: bool = False
     is_preempted: bool = False
@@ -69,6 +71,7 @@ class Job:
     retries_left: int = 0
     has_saved: bool = False
     ports_tried: int = 0
+    idle_attempts: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--retries", type=int, default=0, help="RM_SCALE_RETRIES")
     parser.add_argument("--ports_tried", type=int, default=0, help="in this attempt, before this one")
     parser.add_argument("--job", default="", help="what scontrol --oneliner shows of it; empty when it does not answer")
-    parser.add_argument("--end_time", default="", help="Unix seconds of the time limit; empty where it is not known")
+    parser.add_argument("--idle", type=int, default=0, help="attempts in a row without training, this one too")
     return parser
 
 
@@ -130,15 +133,30 @@ def read_job(options: argparse.Namespace) -> Job:
     return Job(
         restarts=options.restarts,
         max_restarts=options.max_restarts,
-        seconds_left=float(options.end_time) - time.time() if options.end_time else math.inf,
         state=shown.get("JobState", ""),
         is_at_limit=shown.get("Reason") == "TimeLimit",
-        is_preempted=shown.get("PreemptTime", "None")[:1].isdigit(),
+        is_preempted=is_preempted(shown),
         is_requeued=restarts.isdigit() and int(restarts) > options.restarts,
         retries_left=options.retries - used,
         has_saved=_has_saved(folder),
         ports_tried=options.ports_tried,
+        idle_attempts=options.idle,
     )
+
+
+def is_preempted(shown: Mapping[str, str]) -> bool:
+    """Return whether Slurm takes this attempt's nodes for another job. As rm_scale_is_preempted in `slurm/common/`.
+
+    PreemptTime alone does not say so: a job that was only suspended meanwhile (PreemptMode=SUSPEND,GANG) has one too,
+    and so may one whose earlier attempt was preempted.
+
+    Args:
+        shown: what scontrol shows of the job. Its times, such as 2026-11-30T23:31:21, sort as texts.
+    """
+    at, began, suspended = (shown.get(name, "") for name in ("PreemptTime", "StartTime", "SuspendTime"))
+    if not at[:1].isdigit():
+        return False
+    return not (began[:1].isdigit() and at < began) and not (suspended[:1].isdigit() and suspended >= at)
 
 
 def _has_saved(folder: Path) -> bool:
@@ -231,11 +249,19 @@ def decide(code: int, job: Job) -> Decision:
     # Slurm shows a job that is being ended as COMPLETING, whatever the reason. At the time limit, and when it is
     # preempted and Slurm has not requeued it itself (PreemptMode=CANCEL), it may be requeued. Else its owner cancelled
     # it and wants no further attempt.
-    is_lost = job.is_at_limit or job.is_preempted or job.seconds_left <= 0
+    is_lost = job.is_at_limit or job.is_preempted
     if job.state not in ("", "RUNNING") and not is_lost:
         reason = f"saved and stopped; the job is being ended from outside ({job.state}), so it does not requeue itself"
         return Decision("exit", code, ("stopped", "cancelled"), reason)
-    return Decision("requeue", code, ("stopped", "requeue"))
+    if job.idle_attempts == 0 or job.is_preempted:
+        return Decision("requeue", code, ("stopped", "requeue"))
+    if job.idle_attempts < MAX_IDLE:
+        return Decision("requeue", code, ("idle", "stopped", "requeue"))
+    reason = (
+        f"the last {job.idle_attempts} attempts were stopped before training began, so the job is not requeued. Fix: "
+        "see in the logs where the start hangs, or ask for more time; then submit the same command again"
+    )
+    return Decision("exit", EXIT_SETTINGS, ("idle", "end"), reason)
 
 
 def _decide_crash(code: int, job: Job) -> Decision:

@@ -4,22 +4,26 @@
 # Ends the script as rm_scale.slurm.requeue decides: with an exit code, or by handing the job back to Slurm. Returns when
 # the ranks are to be started once more in this attempt.
 rm_scale_end() { # SRUN_CODE, or none when no rank was started
-    local answer action code node left_out=''
+    local answer action=requeue code=$1 node='' left_out='' idle
     if [[ -n $RM_SCALE_REQUEUED ]]; then rm_scale_wait_for_slurm; fi
+    idle=$(rm_scale_idle_attempts)
+    # What a site's own messages add before and after it does not count.
     answer=$(
         trap '' USR1 TERM # at the time limit Slurm signals every process, and this one must finish
         rm_scale_here -m rm_scale.slurm.requeue "$RM_SCALE_ATTEMPT_DIR" --srun_code "$1" --job "$(rm_scale_show_job)" \
             --restarts "$RM_SCALE_ATTEMPT" --max_restarts "$RM_SCALE_MAX_RESTARTS" --retries "$RM_SCALE_RETRIES" \
-            --ports_tried "$RM_SCALE_PORTS_TRIED" --end_time "${RM_SCALE_END_TIME:-}" | tail -n 1
+            --ports_tried "$RM_SCALE_PORTS_TRIED" --idle "$idle" |
+            grep -E '^(exit|requeue|again) [0-9]+( [^ ]+)?$' | tail -n 1
     ) || :
-    read -r action code node <<<"$answer"
-    if [[ ! "$action $code" =~ ^(exit|requeue|again)\ [0-9]+$ ]]; then
+    if [[ -n $answer ]]; then
+        read -r action code node <<<"$answer"
+    else
         # A job that has saved must come back also where Python can't be started any more.
         rm_scale_say "rm_scale.slurm.requeue did not answer: srun's exit code decides" >&2
-        code=$1 action=requeue
         # shellcheck disable=SC2153 # a constant of slurm/common.sh
         [[ $code != none ]] || code=$RM_SCALE_REQUEUE
         if ((code != RM_SCALE_REQUEUE || RM_SCALE_ATTEMPT >= RM_SCALE_MAX_RESTARTS)); then rm_scale_exit "$code"; fi
+        if rm_scale_is_stuck "$idle"; then rm_scale_exit "$RM_SCALE_REFUSED"; fi
     fi
     if [[ $action == again ]]; then return 0; fi
     if [[ $action == requeue ]]; then
@@ -35,15 +39,22 @@ rm_scale_end() { # SRUN_CODE, or none when no rank was started
     exit "$code"
 }
 
-# Asks Slurm to start the job again, for some minutes where Slurm does not answer; fails where it refuses.
+# Asks Slurm to start the job again, for some minutes where Slurm does not answer; fails where it refuses: asking again
+# would only hold the nodes.
 rm_scale_requeue() {
-    local answer pause=1 until=$((SECONDS + RM_SCALE_REQUEUE_SECONDS))
+    local answer code pause=1 until=$((SECONDS + RM_SCALE_REQUEUE_SECONDS))
     until answer=$(timeout 60 scontrol requeue "$RM_SCALE_JOB" 2>&1); do
-        case $answer in
+        code=$?
+        case $code,$answer in
             *"is pending execution"*) # it was asked before, and the answer was lost
                 break
                 ;;
-            *disabled* | *permission* | *Permission* | *denied* | *"Invalid job id"*)
+            124,* | 137,* | 143,*) # no answer, or ended by Slurm's signal to all processes
+                ;;
+            *"Unable to"* | *[Tt]"imed out"* | *[Ss]"ocket"* | *"Zero Bytes"* | *standby* | *"try again"* | *uthentication* | \
+                *"onnection"* | *"still running"*)
+                ;;
+            *)
                 rm_scale_say "Slurm refuses to requeue: $answer" >&2
                 return 1
                 ;;
@@ -53,11 +64,59 @@ rm_scale_requeue() {
             return 1
         fi
         rm_scale_say "not requeued yet: $answer; asked again in $pause s"
-        sleep "$pause"
+        sleep "$pause" || :
         pause=$((pause < 16 ? 2 * pause : 30))
     done
     RM_SCALE_REQUEUED=1
     rm_scale_say "requeued; attempt $((RM_SCALE_ATTEMPT + 1)) goes on from the last checkpoint"
+}
+
+# Prints how many attempts in a row, this one too, were stopped before training began: 0 when it has. Training itself
+# refuses a restart when three made no progress, but knows only of those that it has begun. Attempts that were preempted,
+# or whose node was lost, count neither way.
+rm_scale_idle_attempts() {
+    local attempt count=1
+    if [[ -e $RM_SCALE_ATTEMPT_DIR/begun ]]; then
+        echo 0
+        return
+    fi
+    for ((attempt = RM_SCALE_ATTEMPT - 1; attempt >= 0 && count < RM_SCALE_MAX_IDLE; attempt--)); do
+        [[ ! -e $RM_SCALE_JOB_DIR/attempt-$attempt/begun ]] || break
+        ! grep -qs "^{\"event\": \"idle\", .*\"attempt\": $attempt," "$RM_SCALE_JOB_DIR/events.jsonl" ||
+            count=$((count + 1))
+    done
+    echo "$count"
+}
+
+# Notes an attempt that has not begun; succeeds, and says why, where it is one too many.
+rm_scale_is_stuck() { # IDLE_ATTEMPTS
+    (($1 > 0)) || return 1
+    rm_scale_note idle
+    (($1 >= RM_SCALE_MAX_IDLE)) || return 1
+    rm_scale_say "the last $1 attempts were stopped before training began, so the job is not requeued. Fix: see in" \
+        "$RM_SCALE_ATTEMPT_DIR and above where the start hangs, or ask for more time; then submit the same command again" >&2
+}
+
+# Ends the script where the ranks could not be started: with a code, or by another attempt where the site allows retries
+# and an earlier attempt could be started.
+rm_scale_not_started() { # CODE
+    local shown used
+    shown=$(rm_scale_show_job)
+    # Slurm's signals end what runs on the nodes: that it failed is then no news.
+    if [[ -n $RM_SCALE_STOP$RM_SCALE_REQUEUED ]] || rm_scale_is_preempted "$shown"; then rm_scale_end none; fi
+    used=$(grep -cs '"event": "retry"' "$RM_SCALE_JOB_DIR/events.jsonl" || :)
+    if ((RM_SCALE_ATTEMPT > 0 && RM_SCALE_ATTEMPT < RM_SCALE_MAX_RESTARTS && ${used:-0} < RM_SCALE_RETRIES)) &&
+        [[ -z $shown || $shown == *" JobState=RUNNING "* ]]; then
+        rm_scale_say "this attempt could not be started: retried ($((RM_SCALE_RETRIES - ${used:-0})) of RM_SCALE_RETRIES" \
+            "left)" >&2
+        rm_scale_note retry
+        if rm_scale_requeue; then
+            rm_scale_note requeue
+            trap '' USR1 TERM
+            rm_scale_wait_for_slurm
+        fi
+    fi
+    rm_scale_exit "$1"
 }
 
 # Slurm ends this script; a normal end would make the job COMPLETED.
@@ -94,6 +153,7 @@ rm_scale_left_out() { # NODE
 }
 
 rm_scale_exit() { # CODE
+    [[ -z $RM_SCALE_REQUEUED ]] || rm_scale_wait_for_slurm
     rm_scale_note end code "$1"
     exit "$1"
 }

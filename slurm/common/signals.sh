@@ -21,16 +21,32 @@ rm_scale_come_back() {
     ((RM_SCALE_ATTEMPT < RM_SCALE_MAX_RESTARTS)) || return 0
     shown=$(rm_scale_show_job)
     [[ $shown == *" JobState=COMPLETING "* && $shown == *" Restarts=$RM_SCALE_ATTEMPT "* ]] || return 0
-    [[ $shown == *" Reason=TimeLimit "* || $shown =~ \ PreemptTime=[0-9] ]] || return 0
+    if ! rm_scale_is_preempted "$shown"; then
+        [[ $shown == *" Reason=TimeLimit "* ]] || return 0
+        if rm_scale_is_stuck "$(rm_scale_idle_attempts)"; then return 0; fi
+    fi
     if rm_scale_requeue; then rm_scale_note requeue; fi
+}
+
+# Does Slurm take this attempt's nodes for another job? PreemptTime alone does not say so: a job that was only suspended
+# meanwhile (PreemptMode=SUSPEND,GANG) has one too, and so may one whose earlier attempt was preempted. As is_preempted
+# in rm_scale/slurm/requeue.py has it.
+rm_scale_is_preempted() { # SHOWN
+    local at
+    [[ $1 =~ \ PreemptTime=([0-9][^ ]*) ]] || return 1
+    at=${BASH_REMATCH[1]} # such as 2026-11-30T23:31:21, which sorts by time
+    if [[ $1 =~ \ StartTime=([0-9][^ ]*) && $at < ${BASH_REMATCH[1]} ]]; then return 1; fi
+    # Slurm's SuspendTime is that of the last suspension, or of the resumption after it.
+    if [[ $1 =~ \ SuspendTime=([0-9][^ ]*) && ! ${BASH_REMATCH[1]} < $at ]]; then return 1; fi
 }
 
 # A grace that is about as long as the limit has Slurm send its signal when the job has hardly begun, in each attempt
 # anew. Where the limit is short, the first signal counts from the last quarter of it on; a second one at once.
 rm_scale_is_too_early() {
-    local limit left grace
-    if [[ -n $RM_SCALE_POSTPONED || -z ${RM_SCALE_END_TIME:-} ]]; then return 1; fi
-    limit=$((RM_SCALE_END_TIME - RM_SCALE_START_TIME)) left=$((RM_SCALE_END_TIME - $(date +%s)))
+    local limit left grace end
+    end=$(rm_scale_known_end)
+    if [[ -n $RM_SCALE_POSTPONED || -z $end ]]; then return 1; fi
+    limit=$((end - RM_SCALE_START_TIME)) left=$((end - $(date +%s)))
     grace=$(rm_scale_grace)
     ((limit <= 2 * grace || (limit <= 7200 && limit - left < 90))) || return 1
     ((left > limit / 4 + 2)) || return 1
@@ -38,9 +54,19 @@ rm_scale_is_too_early() {
     rm_scale_say "USR1 came $left s before the limit of $limit s: training goes on until $((limit / 4)) s before it." \
         "A second USR1 stops it at once; --signal=B:USR1@$((limit / 4)) would have come then"
     (
-        sleep "$((left - limit / 4))"
+        trap '' USR1
+        rm_scale_sleep_until_due
         kill -USR1 $$
     ) &
+    RM_SCALE_HELPERS+=" $!"
+}
+
+# Sleeps until the last quarter of the limit, wherever that is moved to meanwhile.
+rm_scale_sleep_until_due() {
+    local end left
+    while end=$(rm_scale_known_end) && left=$((end - (end - RM_SCALE_START_TIME) / 4 - $(date +%s))) && ((left > 0)); do
+        rm_scale_nap "$((left < RM_SCALE_LIMIT_SECONDS ? left : RM_SCALE_LIMIT_SECONDS))"
+    done
 }
 
 # Seconds before the limit at which Slurm sends USR1, as the script's head has it.

@@ -90,7 +90,7 @@ rm_scale_unpack() {
     timeout --foreground "$RM_SCALE_UNPACK_SECONDS" "${RM_SCALE_COMMAND[@]}" >/dev/null || code=$?
     ((code != 124)) || rm_scale_say "RM_SCALE_UNPACK_SECONDS=$RM_SCALE_UNPACK_SECONDS: not every node could unpack" \
         "$RM_SCALE_PACKED_ENV in this time. Fix: more of it; --output FILE.tar.zst is smaller" >&2
-    ((code == 0)) || rm_scale_exit 2
+    ((code == 0)) || rm_scale_not_started "$RM_SCALE_REFUSED"
 }
 
 # Compilers' caches on each node's own disk: ranks of all nodes must not lock and write one folder of a shared home.

@@ -30,15 +30,21 @@ rm_scale_here() {
 
 # Settings, plan and port of this attempt, and the check of its nodes. Ends the script when anything is wrong.
 rm_scale_prepare() { # SETTINGS...
-    local code=0
-    rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
-    if ((code == RM_SCALE_ASK_SLURM)); then
-        rm_scale_ask_slurm
+    local code=0 began=$SECONDS
+    rm_scale_write_start "$@" || code=$?
+    # A disk may be full or away when a later attempt begins. What is refused would be refused again.
+    while ((code != 0 && code != RM_SCALE_NOTHING_TO_START && code != RM_SCALE_REFUSED)) && [[ -z $RM_SCALE_STOP ]] &&
+        rm_scale_wait_to_retry "$began" "the attempt could not be prepared (code $code)"; do
         code=0
-        rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
-    fi
-    if ((code == RM_SCALE_NOTHING_TO_START)); then rm_scale_exit 0; fi
-    if ((code != 0)); then rm_scale_exit "$code"; fi
+        rm_scale_write_start "$@" || code=$?
+    done
+    case $code in
+        0) ;;
+        "$RM_SCALE_NOTHING_TO_START") rm_scale_exit 0 ;;
+        "$RM_SCALE_REFUSED") rm_scale_exit "$code" ;;
+        "$RM_SCALE_TRY_AGAIN") rm_scale_not_started "$RM_SCALE_REFUSED" ;;
+        *) rm_scale_not_started "$code" ;;
+    esac
     rm_scale_check || code=$?
     if ((code == RM_SCALE_PORT_TAKEN && RM_SCALE_PORTS_TRIED < 4)); then
         RM_SCALE_PORTS_TRIED=$((RM_SCALE_PORTS_TRIED + 1))
@@ -48,8 +54,20 @@ rm_scale_prepare() { # SETTINGS...
     if ((code != 0)); then
         rm_scale_say "the check of the nodes failed (code $code): nothing was started. Fix: as the lines above say; sinfo -R" \
             "names nodes that are down" >&2
-        rm_scale_exit 2
+        rm_scale_not_started "$RM_SCALE_REFUSED"
     fi
+}
+
+# Runs rm_scale.slurm.prepare, with Slurm's answer where it can't ask for that itself; returns its exit code.
+rm_scale_write_start() { # SETTINGS...
+    local code=0
+    rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
+    while ((code == RM_SCALE_ASK_SLURM)); do # once, unless another job has left its lock there since
+        rm_scale_ask_slurm
+        code=0
+        rm_scale_here -m rm_scale.slurm.prepare "$RM_SCALE_ATTEMPT_DIR" "$@" || code=$?
+    done
+    return "$code"
 }
 
 # Answers what a container can't ask: does the job that has left its lock in the output directory still run? The answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_the_first_failure_decides(start: Start, ends: dict[str, Any], srun: int
 
 # --- What follows ----------------------------------------------------------------------------------------------------
 
-RUNNING = Job(restarts=0, max_restarts=100, state="RUNNING", seconds_left=600.0)
+RUNNING = Job(restarts=0, max_restarts=100, state="RUNNING")
 REQUEUED = Decision("requeue", 85, ("stopped", "requeue"))
 
 
@@ -69,11 +68,9 @@ def test_what_has_not_saved_and_stopped_is_not_requeued(code: int) -> None:
     "job",
     [
         RUNNING,
-        replace(RUNNING, seconds_left=math.inf),  # nobody knows the time limit
         replace(RUNNING, restarts=99),  # the last restart that is allowed
         replace(RUNNING, state=""),  # the controller does not answer: try
-        replace(RUNNING, state="COMPLETING", seconds_left=-5.0),  # the time limit has come
-        replace(RUNNING, state="COMPLETING", is_at_limit=True),
+        replace(RUNNING, state="COMPLETING", is_at_limit=True),  # the time limit has come
         replace(RUNNING, state="COMPLETING", is_preempted=True),  # PreemptMode=CANCEL
     ],
 )
@@ -87,10 +84,9 @@ def test_no_more_restarts_than_allowed() -> None:
     assert decision == Decision("exit", 85, ("stopped",), reason)
 
 
-@pytest.mark.parametrize("left", [600.0, math.inf])
-def test_what_is_ended_from_outside_is_not_requeued(left: float) -> None:
+def test_what_is_ended_from_outside_is_not_requeued() -> None:
     """By scancel, which is meant; or by a preemption, after which Slurm requeues it."""
-    decision = decide(85, replace(RUNNING, state="COMPLETING", seconds_left=left))
+    decision = decide(85, replace(RUNNING, state="COMPLETING"))
     reason = "saved and stopped; the job is being ended from outside (COMPLETING), so it does not requeue itself"
     assert decision == Decision("exit", 85, ("stopped", "cancelled"), reason)
 
@@ -98,6 +94,17 @@ def test_what_is_ended_from_outside_is_not_requeued(left: float) -> None:
 def test_a_job_that_slurm_has_requeued_is_not_requeued_twice() -> None:
     decision = decide(85, replace(RUNNING, state="COMPLETING", is_preempted=True, is_requeued=True))
     assert (decision.action, decision.events) == ("exit", ("stopped", "requeue"))
+
+
+def test_attempts_that_end_before_training_begins_are_limited() -> None:
+    assert decide(85, replace(RUNNING, idle_attempts=2)) == Decision("requeue", 85, ("idle", "stopped", "requeue"))
+    last = decide(85, replace(RUNNING, idle_attempts=3))
+    assert (last.action, last.code, last.events) == ("exit", 2, ("idle", "end"))
+    assert last.reason.startswith("the last 3 attempts were stopped before training began")
+    assert decide(85, replace(RUNNING, idle_attempts=3, is_preempted=True)) == REQUEUED, "no fault of the start"
+    at_limit = replace(RUNNING, state="COMPLETING", is_at_limit=True, idle_attempts=3)
+    assert decide(85, at_limit).action == "exit"
+    assert decide(137, replace(RUNNING, idle_attempts=3)) == Decision("exit", 137, ("end",))
 
 
 CRASHED = replace(RUNNING, retries_left=1, has_saved=True)
@@ -139,7 +146,7 @@ def test_a_port_that_was_taken_is_changed_a_few_times() -> None:
 def call(start: Start, srun_code: str, **facts: str) -> int:
     """Run it for a job in its third attempt, which `facts` can change."""
     job = f"JobId=7 JobState={facts.pop('state', 'RUNNING')} Reason=None Restarts=2 PreemptTime=None"
-    given = {"restarts": "2", "max_restarts": "100", "job": job, "end_time": "", **facts}
+    given = {"restarts": "2", "max_restarts": "100", "job": job, **facts}
     return main([start.folder, "--srun_code", srun_code, *(f"--{name}={value}" for name, value in given.items())])
 
 
@@ -164,7 +171,7 @@ def test_a_stopped_run_is_requeued(
 ) -> None:
     monkeypatch.setenv("RM_SCALE_TIER", "13b")
     (Path(start.folder) / "a.end.json").write_text(json.dumps(ended("a", 85)))
-    assert call(start, "0", end_time=str(int(time.time()) + 600)) == 0
+    assert call(start, "0") == 0
     assert capsys.readouterr().out == "requeue 85\n"
     expected = [{"event": name, "attempt": 2, "script": "13b"} for name in ("stopped", "requeue")]
     assert events(start) == expected
@@ -219,12 +226,12 @@ def test_what_slurm_shows_of_the_job_decides(start: Start, capsys: pytest.Captur
     assert capsys.readouterr().out == "requeue 85\nrequeue 85\nexit 85\n"
 
 
-def test_the_time_limit_is_compared_with_now(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    now = int(time.time())
-    call(start, "none", state="COMPLETING", end_time=str(now + 600))
-    call(start, "none", state="COMPLETING", end_time=str(now - 5))
+def test_a_job_that_does_not_begin_is_told_so(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    call(start, "none", idle="2")
+    call(start, "none", idle="3")
     printed = capsys.readouterr()
-    assert printed.out == "exit 85\nrequeue 85\n" and "ended from outside (COMPLETING)" in printed.err
+    assert printed.out == "requeue 85\nexit 2\n" and "not requeued. Fix: " in printed.err
+    assert [event["event"] for event in events(start)] == ["idle", "stopped", "requeue", "idle", "end"]
 
 
 def test_a_full_disk_does_not_keep_the_job_from_being_requeued(
