@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from rm_scale.batching.packed.attention import PREFIX, register_backends
 from rm_scale.batching.packed.layout import RowLayout
 from rm_scale.errors import ModelError
+from rm_scale.modeling.packed_layers import prepare_layers
 from rm_scale.planning.layout_choice import refusal
 
 # Any 4-D tensor is taken by transformers as a finished mask; ours is in the layout, and no mask must be built.
@@ -24,6 +25,9 @@ _NO_MASK = (1, 1, 1, 1)
 
 class TakesPackedRows:
     """Mixed into a `ForSequenceClassification` class by `enable_packed_rows`."""
+
+    # Of transformers' own sdpa, which some models need more than; it takes our backend of that name for it.
+    _supports_sdpa = True
 
     def forward(self, *args: Any, packed_layout: RowLayout | None = None, **kwargs: Any) -> Any:
         """Score a padded batch as ever, or with `packed_layout` a packed row.
@@ -83,4 +87,5 @@ def enable_packed_rows(model: PreTrainedModel, backend: str) -> None:
     if not issubclass(kind, TakesPackedRows):
         # The same name, as it is what config.json calls the architecture.
         model.__class__ = type(kind.__name__, (TakesPackedRows, kind), {"__module__": kind.__module__})
+    prepare_layers(model)
     model.set_attn_implementation(PREFIX + backend)

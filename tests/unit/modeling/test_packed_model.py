@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,61 +10,39 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_scale.batching.collator import Batch, PackedCollator, PaddedCollator
+from rm_scale.batching.packed import attention, recurrence
 from rm_scale.batching.packed.attention import PREFIX, register_backends
+from rm_scale.batching.packed.attention_rules import AttentionRules
+from rm_scale.batching.packed.layout import GroupSpan, RowLayout
 from rm_scale.errors import ModelError
+from rm_scale.modeling import packed_model, recurrent_layers
 from rm_scale.modeling.head import install_scalar_head
 from rm_scale.modeling.packed_model import TakesPackedRows, enable_packed_rows
 from rm_scale.modeling.token_scores import batch_rewards
-from rm_scale.planning.layout_choice import TESTED_MODEL_TYPES
+from rm_scale.planning.layout_choice import TESTED_MODEL_TYPES, TESTED_RECURRENT_TYPES
+from tests.support.families import FAMILIES, tiny_classifier
+from tests.support.marks import mostly_long
 
-WINDOW = 6
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_labels": 1,
-}
-FULL_AND_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-EXTRAS: dict[str, dict[str, Any]] = {
-    "gemma2": {
-        "sliding_window": WINDOW,
-        "layer_types": FULL_AND_SLIDING,
-        "query_pre_attn_scalar": 8,
-        # Low enough to bend the scores of so small a model.
-        "attn_logit_softcapping": 2.0,
-    },
-    "gemma3_text": {"sliding_window": WINDOW, "layer_types": FULL_AND_SLIDING, "query_pre_attn_scalar": 8},
-    "mistral": {"sliding_window": WINDOW},
-    "phi3": {"sliding_window": WINDOW},
-    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "starcoder2": {"sliding_window": WINDOW},
-}
-WITH_WINDOW = sorted(EXTRAS)
+WITH_WINDOW = sorted(name for name in TESTED_MODEL_TYPES if FAMILIES.get(name, {}).get("sliding_window"))
+# Else every segment would be one chunk of a scan, and all of it empty but for a few tokens.
+SMALL_CHUNKS = {"zamba2": {"chunk_size": 8}}
+RECURRENT = sorted(TESTED_RECURRENT_TYPES)
+FORKED = ["qwen3_5_text", "qwen3_next", "zamba2"]
 
 
 def tiny(model_type: str, **extra: Any) -> PreTrainedModel:
-    """A model with random weights that is as long as it takes to tell layers, heads and windows apart."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **{**EXTRAS.get(model_type, {}), **extra})
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    """A model with random weights that is as long as it takes to tell layers, heads, experts and windows apart."""
+    model = tiny_classifier(model_type, **{**SMALL_CHUNKS.get(model_type, {}), **extra}).eval()
     # Fresh models are so even that attention hardly matters: larger weights make mistakes visible.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
+            if parameter.dim() in {2, 3} and "embed" not in name:
                 parameter.normal_(std=0.2)
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     install_scalar_head(model)
-    return model
+    # Its scans multiply rounding errors.
+    return model.double() if model_type == "zamba" else model
 
 
 def adversarial_groups() -> list[dict[str, Any]]:
@@ -177,7 +156,124 @@ def test_soft_cap_of_gemma2_matters() -> None:
     assert float((capped - free).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_sinks_of_gpt_oss_matter() -> None:
+    model = tiny("gpt_oss")
+    padded = PaddedCollator(pad_token_id=0)(GROUPS)
+    with torch.no_grad():
+        sunk = batch_rewards(model, padded)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(-torch.inf)
+        free = batch_rewards(model, padded)
+    assert float((sunk - free).abs().max()) > 1e-3
+
+
+def packed_rewards(model: PreTrainedModel, share_prompts: bool = True) -> torch.Tensor:
+    with torch.no_grad():
+        return batch_rewards(model, PackedCollator(pad_token_id=0, share_prompts=share_prompts)(GROUPS))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rule"),
+    [(name, "window") for name in WITH_WINDOW] + [("gemma2", "softcap"), ("gpt_oss", "sinks")],
+)
+def test_a_rule_left_out_is_noticed(model_type: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(model_type)
+    enable_packed_rows(model, "matmul")
+    wanted = packed_rewards(model)
+    monkeypatch.setattr(attention, "AttentionRules", lambda *given: replace(AttentionRules(*given), **{rule: None}))
+    assert float((packed_rewards(model) - wanted).abs().max()) > 1e-3
+
+
+def without_reset(scan: recurrence.Scan, inputs: list[torch.Tensor], layout: RowLayout) -> torch.Tensor:
+    """Run on through the whole row."""
+    return scan(list(inputs), None, False)[0]
+
+
+def without_prompts(layout: RowLayout) -> RowLayout:
+    """Begin anew at every prompt and every response."""
+    spans: list[GroupSpan] = []
+    for span in layout.spans:
+        starts = [(span.start, span.start + span.prompt_length)] if span.prompt_length else []
+        spans += [GroupSpan(start, 0, (end - start,)) for start, end in starts + span.responses()]
+    return RowLayout(tuple(spans), layout.width)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_a_state_that_runs_on_is_noticed(model_type: str, share_prompts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(model_type)
+    enable_packed_rows(model, "matmul")
+    wanted = packed_rewards(model, share_prompts)
+    for name in ("forked_scan", "repeated_scan"):
+        monkeypatch.setattr(recurrent_layers, name, without_reset)
+    assert float((packed_rewards(model, share_prompts) - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_a_convolution_that_runs_on_is_noticed(
+    model_type: str, share_prompts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(model_type)
+    enable_packed_rows(model, "matmul")
+    wanted = packed_rewards(model, share_prompts)
+    monkeypatch.setattr(recurrent_layers, "segment_convolution", lambda convolve, inputs, *_: convolve(inputs))
+    assert float((packed_rewards(model, share_prompts) - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("function", ["scan", "convolution"])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_responses_that_forget_their_prompt_are_noticed(
+    model_type: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reset, but not forked."""
+    model = tiny(model_type)
+    enable_packed_rows(model, "matmul")
+    wanted = packed_rewards(model)
+    names = ("forked_scan", "repeated_scan") if function == "scan" else ("segment_convolution",)
+    for name in names:
+        right = getattr(recurrence, name)
+        monkeypatch.setattr(
+            recurrent_layers, name, lambda *given, right=right: right(*given[:-1], without_prompts(given[-1]))
+        )
+    assert float((packed_rewards(model) - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_segments_of_all_lengths_give_the_same(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of segments up to 2, 4, 8 and 16 tokens, where long rows have 64, 128, ..."""
+    model = tiny(model_type)
+    wanted = rewards_and_gradients(model, PaddedCollator(pad_token_id=0)(GROUPS))
+    enable_packed_rows(model, "matmul")
+    monkeypatch.setattr(recurrence, "SHORTEST_BATCH", 2)
+    packed = PackedCollator(pad_token_id=0, share_prompts=True, pad_to_multiple_of=64)(GROUPS)
+    assert_same(rewards_and_gradients(model, packed), wanted)
+
+
+@pytest.mark.parametrize("model_type", FORKED)
+def test_a_prompt_is_computed_once(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the scans' own tokens: each of the row, and none twice."""
+    model = tiny(model_type)
+    enable_packed_rows(model, "matmul")
+    packed = PackedCollator(pad_token_id=0, share_prompts=True)(GROUPS)
+    found: list[list[int]] = []
+    forked = recurrence.forked_scan
+
+    def watched(scan: recurrence.Scan, inputs: list[torch.Tensor], layout: RowLayout) -> torch.Tensor:
+        output = forked(scan, inputs, layout)
+        index = layout.derived["forked segments", output.device]
+        tokens = torch.cat([batch.tokens.flatten() for batch in [*index.prompts, *index.responses]])
+        found.append(sorted(tokens[tokens < layout.width].tolist()))
+        return output
+
+    monkeypatch.setattr(recurrent_layers, "forked_scan", watched)
+    with torch.no_grad():
+        batch_rewards(model, packed)
+    assert len(found) >= 2 and all(tokens == list(range(packed["packed_layout"].num_tokens)) for tokens in found)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "gpt_oss", "llama", "mistral", "qwen3", "qwen3_next"])
 def test_sdpa_gives_the_same(model_type: str) -> None:
     model = tiny(model_type)
     wanted = rewards_and_gradients(model, PaddedCollator(pad_token_id=0)(GROUPS))
@@ -189,16 +285,36 @@ def test_sdpa_gives_the_same(model_type: str) -> None:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("share_prompts", [True, False])
-def test_gradient_checkpointing_gives_the_same(share_prompts: bool, use_reentrant: bool) -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "jamba", "llama", "nemotron", "qwen3_next", "zamba2"])
+def test_gradient_checkpointing_gives_the_same(model_type: str, share_prompts: bool, use_reentrant: bool) -> None:
+    model = tiny(model_type, attention_dropout=0.0)
     wanted = rewards_and_gradients(model, PaddedCollator(pad_token_id=0)(GROUPS))
     enable_packed_rows(model, "matmul")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    # Layers are only checkpointed in training mode; this model has no dropout.
+    # Layers are only checkpointed in training mode; these models have no dropout.
     model.train()
     packed = PackedCollator(pad_token_id=0, share_prompts=share_prompts)(GROUPS)
     assert_same(rewards_and_gradients(model, packed), wanted)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model_type", mostly_long(["gpt_oss", "jamba", "nemotron", "qwen3_5_text"], ["gpt_oss"]))
+def test_compiled_layers_give_the_same(model_type: str) -> None:
+    """Traced as in training, and run by torch itself: padded rows and packed ones through the same layers."""
+    model = tiny(model_type)
+    batches = [
+        PaddedCollator(pad_token_id=0)(GROUPS),
+        PackedCollator(pad_token_id=0, share_prompts=True)(GROUPS),
+        PackedCollator(pad_token_id=0, share_prompts=True)(GROUPS[2:]),
+    ]
+    enable_packed_rows(model, "matmul")
+    wanted = [rewards_and_gradients(model, batch) for batch in batches]
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    for batch, expected in zip(batches, wanted, strict=True):
+        assert_same(rewards_and_gradients(model, batch), expected)
 
 
 def test_enabling_twice_is_enabling_once() -> None:
@@ -220,7 +336,9 @@ def test_groups_do_not_depend_on_their_neighbours() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_attention_outside_transformers_interface_is_refused() -> None:
+def test_attention_outside_transformers_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the class, where the type is not known."""
+    monkeypatch.setattr(packed_model, "refusal", lambda config: None)
     config = AutoConfig.for_model(
         "gptj", vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, num_labels=1, pad_token_id=0
     )

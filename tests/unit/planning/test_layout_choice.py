@@ -10,8 +10,10 @@ import pytest
 
 from rm_scale.config_parsing import config_from_dict
 from rm_scale.errors import ConfigError
-from rm_scale.planning.layout_choice import choose_packing, refusal
+from rm_scale.planning import layout_choice
+from rm_scale.planning.layout_choice import choose_packing, packing_problems, refusal
 from rm_scale.planning.plan import Plan, fit_budget, make_plan
+from tests.support.families import tiny_config
 
 LLAMA = {
     "model_type": "llama",
@@ -48,7 +50,6 @@ def test_default_is_the_fastest_layout_that_is_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "note"),
     [
-        ({"model_type": "newcomer"}, {}, "newcomer models are not tested with packed rows"),
         ({"model_type": "bloom"}, {}, "adds a bias by distance in the row (ALiBi)"),
         ({"attention_dropout": 0.1}, {"disable_dropout": False}, "packed attention has no dropout"),
         ({}, {"attn_implementation": "eager"}, "attn_implementation=eager was asked for"),
@@ -66,8 +67,8 @@ def test_default_falls_back_to_padded_rows_and_says_why(
     ("model", "settings", "text"),
     [
         ({"model_type": "mpt"}, {}, "packing=prefix_shared with mpt: its attention adds a bias"),
-        ({"model_type": "gpt_oss"}, {}, "has sinks"),
-        ({"model_type": "qwen3_next"}, {}, "a state runs along the row"),
+        ({"model_type": "axk2"}, {}, "an index chooses the keys"),
+        ({"model_type": "bamba"}, {}, "a state runs along the row"),
         ({"layer_types": ["linear_attention", "full_attention"]}, {}, "layers of kind linear_attention"),
         ({"attention_dropout": 0.1}, {"disable_dropout": False}, "Fix: set disable_dropout: true or packing: none"),
         ({}, {"attn_implementation": "sdpa"}, "packed rows have attention of their own"),
@@ -120,12 +121,29 @@ def test_nothing_is_wrong_with_plain_models() -> None:
     assert choose_packing(config, LLAMA) == ("none", None)
 
 
-def test_untested_architectures_are_refused_by_name_unless_forced(tmp_path: Path) -> None:
-    newcomer = {**LLAMA, "model_type": "newcomer"}
-    text = problem(tmp_path, newcomer, packing="prefix_shared")
-    assert "packing=prefix_shared: newcomer models are not tested with packed rows" in text
+def test_untested_architectures_are_refused_by_name_unless_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout_choice, "TESTED_MODEL_TYPES", frozenset({"gemma"}))
+    text = problem(tmp_path, LLAMA, packing="prefix_shared")
+    assert "packing=prefix_shared: llama models are not tested with packed rows" in text
     assert "--force packing" in text
-    assert make(tmp_path, newcomer, packing="prefix_shared", force=["packing"]).packing == "prefix_shared"
+    assert make(tmp_path, LLAMA, packing="prefix_shared", force=["packing"]).packing == "prefix_shared"
+    made = make(tmp_path, LLAMA)
+    assert made.packing == "none"
+    assert any("llama models are not tested with packed rows" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v3", "gpt_oss", "mixtral", "olmo3", "phimoe", "qwen3_5_text", "qwen3_moe", "qwen3_next"]
+)
+def test_mixtures_sinks_and_states_get_shared_prompts(model_type: str) -> None:
+    values = {"model_name_or_path": "x", "dataset_path": "y"}
+    config = config_from_dict(values).config
+    asked = config_from_dict(values | {"packing": "prefix_shared"}).config
+    model = tiny_config(model_type).to_dict()
+    assert choose_packing(config, model)[0] == "prefix_shared"
+    assert packing_problems(asked, model) == []
 
 
 def test_settings_of_packed_rows_are_not_lost_when_rows_are_padded(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from rm_scale.batching.collator import PackedCollator
+from rm_scale.batching.packed import matmul_backend
 from rm_scale.batching.packed.attention import BACKENDS, index_names
 from rm_scale.batching.packed.attention_rules import AttentionRules, sees, token_places
 from rm_scale.batching.packed.backend_choice import head_size
@@ -297,7 +298,7 @@ def test_each_backend_names_what_it_needs() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(TESTED_MODEL_TYPES))
 @torch.no_grad()
-def test_models_ask_for_the_arrays_that_were_prepared(model_type: str) -> None:
+def test_models_ask_for_the_arrays_that_were_prepared(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And for no others: what is not prepared is made in the forward pass, without an error."""
     model = tiny(model_type)
     assert index_names(model.config, "cuda") == (), "no packed rows yet"
@@ -305,8 +306,15 @@ def test_models_ask_for_the_arrays_that_were_prepared(model_type: str) -> None:
     names = index_names(model.config, "cuda")
     batch = PackedCollator(0, share_prompts=True, index_names=names)(GROUPS)
     layout = batch["packed_layout"]
+    sizes: set[int] = set()
+    attend = matmul_backend.blockwise_attention
+
+    def watched(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.add(query.shape[-1])
+        return attend(query, *rest)
+
+    monkeypatch.setattr(matmul_backend, "blockwise_attention", watched)
     model(**{name: batch[name] for name in ("input_ids", "position_ids", "score_index", "packed_layout")})
-    sizes = {module.head_dim for module in model.modules() if hasattr(module, "head_dim")}
     assert sizes == {head_size(model.config)}
     asked = {key[1] for key in layout.derived if key[0] == "index"}
     assert set(names) == asked and len(names) == len(asked)

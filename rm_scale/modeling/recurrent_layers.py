@@ -1,0 +1,142 @@
+"""Let layers of transformers that carry a state along a row keep the responses of a packed row apart.
+
+Such a layer's forward pass calls functions of its module: a short causal convolution, and a scan. These are replaced,
+in the module, by ones that do the same except while a packed row is run, when they go segment by segment (see
+`rm_scale.batching.packed.recurrence`). The rest of the layer, its projections and norms, runs on the row as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from rm_scale.batching.packed.layout import RowLayout
+from rm_scale.batching.packed.recurrence import forked_scan, repeated_scan, segment_convolution
+
+_ROW: ContextVar[RowLayout | None] = ContextVar("packed row that a recurrent layer runs on", default=None)
+
+RECURRENT_LAYERS = frozenset(
+    ["Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "JambaMambaMixer", "ZambaMambaMixer", "Zamba2MambaMixer"]
+)
+"""Classes of layers that keep responses apart after `keep_responses_apart`."""
+
+
+class KeepsResponsesApart:
+    """Mixed into a recurrent layer by `keep_responses_apart`."""
+
+    packed_layout: RowLayout | None = None
+
+    def forward(self, *args: Any, packed_layout: RowLayout | None = None, **kwargs: Any) -> Any:
+        """Run on padded rows as ever, or on a packed row, whose layout is given or was set by the layer around this."""
+        layout = packed_layout if packed_layout is not None else self.packed_layout
+        forward = super().forward  # type: ignore[misc]
+        return forward(*args, **kwargs) if layout is None else _run_on_row(forward, layout, args, kwargs)
+
+
+@torch.compiler.disable
+def _run_on_row(forward: Callable[..., Any], layout: RowLayout, args: Any, kwargs: Any) -> Any:
+    # Rows differ in every step: tracing through here would compile a new graph each time.
+    token = _ROW.set(layout)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _ROW.reset(token)
+
+
+def keep_responses_apart(layer: torch.nn.Module) -> None:
+    """Let one of `RECURRENT_LAYERS` run packed rows; padded ones stay as they are."""
+    kind = type(layer)
+    if issubclass(kind, KeepsResponsesApart):
+        return
+    module = sys.modules[kind.__module__]
+    for name, replacement in _REPLACEMENTS.items():
+        function = getattr(module, name, None)
+        if function is not None and not hasattr(function, "whole_rows"):
+            setattr(module, name, _by_segments(function, replacement))
+    layer.__class__ = type(kind.__name__, (KeepsResponsesApart, kind), {"__module__": kind.__module__})
+
+
+def _by_segments(function: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        layout = _ROW.get()
+        if layout is None:
+            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given.pop("kwargs", None)
+        return replacement(function, layout, given)
+
+    run.whole_rows = function  # type: ignore[attr-defined]
+    return run
+
+
+def _convolution(function: Callable[..., Any], layout: RowLayout, given: dict[str, Any]) -> torch.Tensor:
+    """Run `causal_conv1d_fn`."""
+    inputs = given.pop("hidden_states")
+    kernel = given["weight"].shape[-1]
+    return segment_convolution(lambda row: function(row, **given), inputs, kernel, layout)
+
+
+def _delta_rule(function: Callable[..., Any], layout: RowLayout, given: dict[str, Any]) -> tuple[torch.Tensor, None]:
+    """Run `torch_chunk_gated_delta_rule`, or the kernel in its place."""
+    names = ("query", "key", "value", "g", "beta")
+    rest = {name: value for name, value in given.items() if name not in names}
+
+    def scan(inputs: list[torch.Tensor], start: torch.Tensor | None, wants_end: bool) -> tuple[Any, Any]:
+        states = {"initial_state": start, "output_final_state": wants_end}
+        output, end = function(**dict(zip(names, inputs, strict=True)), **{**rest, **states})
+        return output, end
+
+    return forked_scan(scan, [given[name] for name in names], layout), None
+
+
+def _chunk_scan(function: Callable[..., Any], layout: RowLayout, given: dict[str, Any]) -> torch.Tensor:
+    """Run `mamba2_chunk_scan`, or the kernel in its place."""
+    names = ("hidden_states", "dt", "B", "C")
+    rest = {name: value for name, value in given.items() if name not in names}
+    assert rest.get("z") is None, "a gate would have to be cut as well"
+
+    def scan(inputs: list[torch.Tensor], start: torch.Tensor | None, wants_end: bool) -> tuple[Any, Any]:
+        x, dt, b, c = inputs
+        states = {"initial_states": start, "return_final_states": wants_end}
+        chunk_size = rest["chunk_size"]
+        others = {name: value for name, value in rest.items() if name not in {"A", "chunk_size"}}
+        result = function(x, dt, rest["A"], b, c, chunk_size, **{**others, **states})
+        return result if wants_end else (result, None)
+
+    return forked_scan(scan, [given[name] for name in names], layout)
+
+
+def _selective_scan(function: Callable[..., Any], layout: RowLayout, given: dict[str, Any]) -> torch.Tensor:
+    """Run `mamba_selective_scan`, or the kernel in its place, which takes no state to start from."""
+    x, dt, a, b, c = (given.pop(name) for name in ("hidden_states", "dt", "A", "B", "C"))
+    inputs = [x, dt, b, c, given.pop("z")]
+
+    def scan(inputs: list[torch.Tensor], start: torch.Tensor | None, wants_end: bool) -> tuple[Any, Any]:
+        x, dt, b, c, z = (tensor.transpose(1, 2) for tensor in inputs)
+        return function(x, dt, a, b, c, z=z, **given).transpose(1, 2), None
+
+    return repeated_scan(scan, [tensor.transpose(1, 2) for tensor in inputs], layout).transpose(1, 2)
+
+
+def _no_shortcut(function: Callable[..., Any], layout: RowLayout, given: dict[str, Any]) -> None:
+    """Decline to run convolution and scan in one kernel; the layer then takes them one by one."""
+
+
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "mamba2_chunk_scan": _chunk_scan,
+    "mamba2_split_conv1d_scan_combined": _no_shortcut,
+    "mamba_selective_scan": _selective_scan,
+}
+"""By the functions' names in transformers' modules."""
