@@ -11,7 +11,7 @@ import importlib.util
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -98,12 +98,16 @@ def by_definition(
     for number in range(kv_heads):
         own = slice(number * size, (number + 1) * size)
         parts = (inputs[0][own], inputs[1][number : number + 1], inputs[2][number : number + 1])
-        query, key, value = (part.detach().to(dtype).contiguous().requires_grad_() for part in parts)
+        query, key, value = leaves = [part.detach().to(dtype).contiguous().requires_grad_() for part in parts]
         scores = query @ key.transpose(1, 2) * rules.scaling
         if rules.softcap is not None:
             scores = rules.softcap * torch.tanh(scores / rules.softcap)
-        out = torch.softmax(scores.masked_fill(unseen, -torch.inf), -1) @ value
-        results.append((out.detach(), *torch.autograd.grad(out, (query, key, value), gradient[own].to(dtype))))
+        scores = scores.masked_fill(unseen, -torch.inf)
+        if rules.sinks is not None:
+            leaves.append(rules.sinks[own].to(dtype).requires_grad_())
+            scores = torch.cat([scores, leaves[-1][:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
+        out = torch.softmax(scores, -1)[..., : layout.width] @ value
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, gradient[own].to(dtype))))
     return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
@@ -112,6 +116,9 @@ def by_backend(
 ) -> list[torch.Tensor]:
     """The same from a backend."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    if rules.sinks is not None:
+        inputs.append(rules.sinks.clone().requires_grad_())
+        rules = replace(rules, sinks=inputs[-1])
     out = BACKENDS[name](inputs[0], inputs[1], inputs[2], layout, rules)
     assert out.shape == inputs[0].shape and bool(torch.isfinite(out).all())
     return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
@@ -134,10 +141,10 @@ def off_by(given: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     return float(difference.norm() / truth.norm()), float(difference.abs().max())
 
 
-def require(name: str, sizes: Sizes, dtype: torch.dtype, has_softcap: bool = False) -> None:
+def require(name: str, sizes: Sizes, dtype: torch.dtype, has_softcap: bool = False, has_sinks: bool = False) -> None:
     """Skip where a run would be refused this backend, for the reason that the run would give."""
     try:
-        choose_backend(name, "cuda", str(dtype).removeprefix("torch."), has_softcap, sizes.head_dim)
+        choose_backend(name, "cuda", str(dtype).removeprefix("torch."), has_softcap, sizes.head_dim, has_sinks)
     except ConfigError as error:
         pytest.skip(str(error))
     if name == "flex" and importlib.util.find_spec("triton") is None:
@@ -147,7 +154,7 @@ def require(name: str, sizes: Sizes, dtype: torch.dtype, has_softcap: bool = Fal
 def compare(name: str, row: str, sizes: Sizes, rules: AttentionRules, dtype: torch.dtype, device: str = "cuda") -> None:
     """Fail when a backend is further from the truth than its type explains."""
     if device == "cuda":
-        require(name, sizes, dtype, rules.softcap is not None)
+        require(name, sizes, dtype, rules.softcap is not None, rules.sinks is not None)
     layout = row_layout(row)
     inputs, gradient = made_inputs(layout, sizes, dtype, device)
     higher = torch.float64 if dtype == torch.float32 else torch.float32
@@ -158,8 +165,10 @@ def compare(name: str, row: str, sizes: Sizes, rules: AttentionRules, dtype: tor
         given = by_backend(name, inputs, gradient, RowLayout(layout.spans, layout.width), rules)
     # In half precision the truth itself is rounded when it is written; in fp32 sums of another order differ by more.
     rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    for what, tensor, plain, exact in zip(("output", "query", "key", "value"), given, usual, truth, strict=True):
-        tensor, plain, exact = tensor[:, real], plain[:, real], exact[:, real]
+    names = ("output", "query", "key", "value", "sinks")[: len(truth)]
+    for what, tensor, plain, exact in zip(names, given, usual, truth, strict=True):
+        if what != "sinks":
+            tensor, plain, exact = tensor[:, real], plain[:, real], exact[:, real]
         (overall, worst), (usual_overall, usual_worst) = off_by(tensor, exact), off_by(plain, exact)
         factor = OUT_FACTOR if what == "output" else GRADIENT_FACTOR
         line = f"{name} {what}: off by {overall:.2e} overall (definition {usual_overall:.2e}), worst {worst:.2e} "
@@ -221,6 +230,15 @@ def test_packed_attention_with_a_soft_cap_by_flex(window: int | None) -> None:
     """As Gemma 2 has it: the one thing that flex is chosen for. The first call compiles."""
     sizes = sizes_of("8/1 heads of 256")
     compare("flex", "long", sizes, AttentionRules(sizes.scaling, window, softcap=2.0), torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("backend", ["flex", "sdpa", "matmul"])
+def test_packed_attention_with_sinks(backend: str, window: int | None) -> None:
+    """As GPT-OSS has them, with its windows and heads."""
+    sizes = Sizes(64, 8, 64)
+    sinks = torch.linspace(-1.0, 3.0, sizes.heads, device="cuda")
+    compare(backend, "long", sizes, AttentionRules(sizes.scaling, window, sinks=sinks), torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["varlen", "sdpa", "matmul"])
