@@ -335,6 +335,7 @@ def build_trainer(
         config.center_rewards_coefficient or 0.0,
         router_coefficient(config.router_aux_loss_coef, loaded.model),
     )
+    plan_check = _plan_check(config, plan, loaded, data)
     trainer = RewardTrainer(
         model=loaded.model,
         args=arguments,
@@ -352,13 +353,14 @@ def build_trainer(
             Progress(bar=not config.disable_tqdm),
             EarlyWarnings(),
             MetricsFile(run_folder(config) / "metrics.jsonl"),
-            _plan_check(config, plan, loaded, data),
+            plan_check,
         ],
     )
     for printer in (ProgressCallback, PrinterCallback):  # `Progress` stands for them
         trainer.remove_callback(printer)
     outlast_disk_errors(trainer.callback_handler.callbacks, get_reporting_integration_callbacks(config.report_to))
     trainer.step_times.load = loaded.record
+    plan_check.step_times = trainer.step_times
     return trainer
 
 

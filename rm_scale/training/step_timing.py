@@ -7,6 +7,7 @@ Rank 0 writes `run/steps.jsonl`, a line per step, and `run/timing.json`. It is a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import time
 from collections.abc import Callable
@@ -99,6 +100,7 @@ class StepTimes(TrainerCallback):
 
     Attributes:
         load: figures of loading the model (`load_record`), written with the others.
+        waits: of each step on rank 0, the seconds of waiting for its data and for other ranks (`None`: not known).
     """
 
     def __init__(self, folder: Path, uses_ddp: bool) -> None:
@@ -109,6 +111,7 @@ class StepTimes(TrainerCallback):
         self.collectives = CollectiveClock()
         self.energy = EnergyMeter()
         self._knows_collectives = False
+        self.waits: list[tuple[float, float | None]] = []
         self._began: Moment | None = None
         self._data_seconds = self._waited_before = 0.0
         self._joules_before: float | None = None
@@ -143,6 +146,7 @@ class StepTimes(TrainerCallback):
             return
         self.write_last_step()
         waited = self.collectives.seconds - self._waited_before
+        self.waits.append((self._data_seconds, waited if self._knows_collectives else None))
         joules = self.energy.joules()
         record = {
             "step": state.global_step,
@@ -198,6 +202,34 @@ def forget_peaks() -> None:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+class _HeapFigures(ctypes.Structure):
+    """glibc's `struct mallinfo2`: bytes, and numbers of pieces."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def memory_at_rest() -> dict[str, int | None]:
+    """Return what this rank holds between two steps, when no activations are alive.
+
+    `in_use_bytes`: of tensors on the GPU; on a processor of all that the C heap has handed out. `free_blocks_bytes`: on
+    a processor, what its heap keeps of freed blocks. `None` where that is not known: another C library than glibc.
+    """
+    if torch.cuda.is_available():
+        return {"in_use_bytes": int(torch.cuda.memory_allocated()), "free_blocks_bytes": None}
+    try:
+        read = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return {"in_use_bytes": None, "free_blocks_bytes": None}
+    read.restype = _HeapFigures
+    heap = read()
+    return {"in_use_bytes": heap.uordblks + heap.hblkhd, "free_blocks_bytes": heap.fordblks}
 
 
 def memory_peaks() -> dict[str, int | None]:
