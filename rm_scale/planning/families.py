@@ -69,7 +69,6 @@ TEXT_TYPES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe":
 
 _READ_AS_EXPERTS = frozenset(["gate_proj", "up_proj", "down_proj"])
 NOT_ADAPTED = {
-    "qwen2_moe": _READ_AS_EXPERTS,
     "qwen3_moe": _READ_AS_EXPERTS,
     "qwen3_next": _READ_AS_EXPERTS,
     "deepseek_v2": _READ_AS_EXPERTS,

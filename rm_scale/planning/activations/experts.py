@@ -16,19 +16,30 @@ INDEX_BYTES = 8
 
 def experts(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
     """Replay the experts of a layer; input and output are of tokens x hidden."""
+    # With a gate of its own the shared expert comes first, else last (modeling_qwen2_moe.py, modeling_deepseek_v3.py).
+    shared = _shared(step, inner, parts) if parts.shared_gate else None
     weights = _route(step, inner, parts)
     output = _through_experts(step, inner, weights, parts)
     step.free(weights)
     if not parts.shared_width:
         return output
-    shared = gated(step, inner, Size("tokens x shared", step.row.tokens * parts.shared_width))
-    if parts.shared_gate:
-        gate = linear(step, "shared_expert_gate", inner, Size("tokens", step.row.tokens))
-        plain, shared = shared, step.multiply("shared expert x gate", shared, gate)
-        step.free(plain, gate)
+    shared = _weigh_shared(step, inner, shared) if shared is not None else _shared(step, inner, parts)
     total = step.add("experts and shared expert", output, shared, step.hidden)
     step.free(output, shared)
     return total
+
+
+def _shared(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
+    return gated(step, inner, Size("tokens x shared", step.row.tokens * parts.shared_width))
+
+
+def _weigh_shared(step: MicroStep, inner: SizedTensor, shared: SizedTensor) -> SizedTensor:
+    """Multiply the shared expert's output with the sigmoid of its gate; frees the output."""
+    gate = linear(step, "shared_expert_gate", inner, Size("tokens", step.row.tokens))
+    opened = step.apply("sigmoid of shared expert's gate", gate, saves_output=True)
+    weighed = step.multiply_rows("shared expert x gate", shared, opened)
+    step.free(shared, gate, opened)
+    return weighed
 
 
 def _route(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
