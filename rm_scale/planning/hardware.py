@@ -38,7 +38,7 @@ class Device:
             see docs/planning.md.
         elementwise_share: of `memory_bandwidth`, what element-wise kernels reach.
         context_bytes: memory taken before the first tensor: driver context, kernels, communication buffers.
-        layer_seconds: time of a layer's kernel launches, forward and backward; a step can't be faster.
+        launch_seconds: the host's time to launch a kernel; layers can't be faster than their kernels' launches.
         collective_seconds: start of a collective, where it takes longer than is usual within a node or across nodes.
         sources: where the figures are from.
         driver_names: parts of the names by which drivers call it (`torch.cuda.get_device_name`, `nvidia-smi`).
@@ -56,7 +56,7 @@ class Device:
     step_efficiency: float = 0.8
     elementwise_share: float = 0.8
     context_bytes: float = 1.4e9
-    layer_seconds: float = 0.0052
+    launch_seconds: float = 15e-6
     collective_seconds: float = 0.0
     sources: str = ""
     driver_names: tuple[str, ...] = ()
@@ -222,12 +222,12 @@ _DEVICES = (
         "RTX 4090 24 GB",
         23.6 * GIB,
         165e12,
-        149e12,
+        163e12,
         1.008e12,
         6e9,
         25 * GBIT,
         devices_per_node=2,
-        step_efficiency=1.0,
+        step_efficiency=0.88,
         sources=_GEFORCE,
         driver_names=("4090",),
     ),
@@ -236,12 +236,12 @@ _DEVICES = (
         "RTX 3090 24 GB",
         23.6 * GIB,
         71e12,
-        64e12,
+        76e12,
         0.936e12,
         4.5e9,
         25 * GBIT,
         devices_per_node=2,
-        step_efficiency=1.0,
+        step_efficiency=0.88,
         sources=_GEFORCE,
         driver_names=("3090",),
     ),
@@ -256,7 +256,7 @@ _DEVICES = (
         10 * GBIT,
         devices_per_node=1,
         context_bytes=0.95e9,
-        layer_seconds=0.0,
+        launch_seconds=0.0,
         step_efficiency=0.65,
         sources="placeholder: run `rm-scale bench hardware`",
     ),

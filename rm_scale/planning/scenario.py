@@ -99,6 +99,8 @@ class Scenario:
         fused: element-wise operations run in few kernels (torch.compile, Liger, Transformer Engine).
         selective_checkpointing: recompute all but attention and every second product (torchtitan); published rows only.
         tied_head: a language model's head is its embedding.
+        whole_layers: stage 3 gathers a layer at once, as FSDP does, rather than module by module.
+        fused_update: the optimizer updates in one kernel, as DeepSpeed's and transformers' AdamW do.
         head_chunks: chunks of head="lm_chunked"; `None`: as many as Liger makes.
     """
 
@@ -131,6 +133,8 @@ class Scenario:
     selective_checkpointing: bool = False
     tied_head: bool = False
     head_chunks: int | None = None
+    whole_layers: bool = False
+    fused_update: bool = True
 
     @property
     def largest_tokens(self) -> float:

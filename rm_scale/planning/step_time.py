@@ -20,6 +20,7 @@ from rm_scale.planning.flops import (
     state_flops_per_token,
     step_flops,
 )
+from rm_scale.planning.launches import num_launches
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 
@@ -41,16 +42,9 @@ CHUNK_PASSES = 6
 """Times that a chunked loss moves the head's weight per chunk: read for logits and for their gradient, the chunk's own
 gradient written, and added to the sum (3)."""
 
-ZERO3_LAUNCHES = 2.1
-"""Launch time under ZeRO-3 over that without: its hooks fetch and release each module's weights. Qwen-1.8B and Qwen-7B,
-full fine-tuning at 256 to 2,048 tokens: 10 to 12 ms a layer."""
-
 PROCESSOR_HOOK_SECONDS = 0.045
 """What ZeRO-3's hooks and copies add to each layer of a micro-step on a processor, where nothing runs beside them:
 SmolLM2-135M on one thread, 0.036 with LoRA and 0.056 with full fine-tuning (30 layers)."""
-
-QUANTISED_LAUNCHES = 1.4
-"""Launch time with 4-bit weights over that without; Qwen-1.8B at 256 to 1,024 tokens: 7.3 against 5.2 ms a layer."""
 
 DEQUANTISE_BYTES = {"nf4": 8.0, "gptq": 20.0}
 """Memory traffic per 4-bit weight and pass; NF4: litgpt on an A100-40, 3.7 to 7.5 ms per 1e9 weights and pass. GPTQ is
@@ -59,8 +53,10 @@ unpacked by several torch operations (Qwen-7B and 14B at 256 to 4,096 tokens: 11
 SELECTIVE_PRODUCTS = 0.5
 """Share of products that selective checkpointing computes again (torchtitan keeps every second one)."""
 
-UPDATE_BYTES = 30.0
-"""Memory traffic of AdamW per weight: master and both moments read and written, gradient read, weight written."""
+UNFUSED_PASSES = 3.0
+"""Memory traffic of an update in torch's loops over lists of tensors (foreach) over that of one kernel. With everything
+in 16 bits: decay 4 bytes, first moment 6, second 10, root 4, its correction 8, the weight 8: 40; gradients' norm and
+clipping 6; one kernel moves 14."""
 
 HOST_BANDWIDTH = 100e9
 """Bytes/s of a node's memory, shared by its ranks, when the optimizer runs there."""
@@ -237,9 +233,7 @@ def launch_seconds(scenario: Scenario) -> float:
     """
     if scenario.device.is_cpu:
         return scenario.shape.num_layers * (PROCESSOR_HOOK_SECONDS if scenario.zero_stage == 3 else 0.0)
-    factor = ZERO3_LAUNCHES if scenario.zero_stage == 3 else 1.0
-    factor *= QUANTISED_LAUNCHES if scenario.method == "qlora" else 1.0
-    return scenario.shape.num_layers * scenario.device.layer_seconds * factor * _passes(scenario) / 3
+    return num_launches(scenario) * scenario.device.launch_seconds
 
 
 def _passes(scenario: Scenario) -> int:
@@ -262,9 +256,21 @@ def update_seconds(scenario: Scenario) -> float:
         return 0.0
     share = scenario.num_trained / (scenario.num_devices if scenario.zero_stage else 1)
     if scenario.offload_optimizer == "none" or scenario.device.is_cpu:
-        return share * UPDATE_BYTES / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
+        return (
+            share
+            * update_bytes_per_weight(scenario)
+            / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
+        )
     in_node = share * scenario.devices_per_node
     moved = share * 2 * scenario.weight_bytes / HOST_LINK
     if scenario.offload_optimizer == "nvme":
         return moved + in_node * 2 * (scenario.optimizer_bytes + scenario.master_bytes) / NVME_BANDWIDTH
-    return moved + in_node * UPDATE_BYTES / HOST_BANDWIDTH
+    return moved + in_node * update_bytes_per_weight(scenario) / HOST_BANDWIDTH
+
+
+def update_bytes_per_weight(scenario: Scenario) -> float:
+    """Return the bytes that AdamW moves per weight: state and master there and back, gradient read, weight written."""
+    state = 2 * (scenario.optimizer_bytes + scenario.master_bytes)
+    weight = scenario.weight_bytes if scenario.master_bytes else 2 * scenario.weight_bytes
+    gradient = scenario.gradient_bytes or (4 if scenario.master_bytes else scenario.weight_bytes)
+    return (state + weight + gradient) * (1.0 if scenario.fused_update else UNFUSED_PASSES)

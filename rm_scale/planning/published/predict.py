@@ -171,7 +171,7 @@ def predict_row(row: Row) -> Prediction:
     notes = assumptions(row)
     speed = memory = None
     try:
-        speed = _tokens_per_second(row, scenario)
+        speed = tokens_per_second_of_row(row, scenario)
     except NotModelled as reason:
         notes.append(f"no speed: {reason}")
     try:
@@ -181,7 +181,7 @@ def predict_row(row: Row) -> Prediction:
     return Prediction(row["id"], memory, speed, "; ".join(notes))
 
 
-def _tokens_per_second(row: Row, scenario: Scenario) -> float:
+def tokens_per_second_of_row(row: Row, scenario: Scenario) -> float:
     """Return processed tokens per second and device; of padded sequences the real ones, as their sources count."""
     if "fp8" in row["precision"].lower():
         raise NotModelled("FP8 products")

@@ -9,10 +9,17 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from rm_scale.planning.estimate import activations, peak_memory
+from rm_scale.planning.estimate import activations, peak_memory, update_bytes
 from rm_scale.planning.flops import linear_parameters
 from rm_scale.planning.hardware import GIB
-from rm_scale.planning.published.scenario_of_row import NotModelled, Row, is_compiled, is_own_qwen_code, techniques
+from rm_scale.planning.published.scenario_of_row import (
+    NotModelled,
+    Row,
+    is_compiled,
+    is_older_transformers,
+    is_own_qwen_code,
+    techniques,
+)
 from rm_scale.planning.scenario import Scenario
 
 RESERVED = 1.05
@@ -27,6 +34,9 @@ LOGIT_BYTES = 14.0
 
 UPCAST = 6.0
 """Bytes per logit less where the loss stays in the model's 16 bits: log-softmax and two gradients."""
+
+KEPT_LOGITS = 2.0
+"""Bytes per logit more where the fp32 copy of logits is what the model returns, so that it stays beside the loss."""
 
 
 def peak_memory_of_row(row: Row, scenario: Scenario) -> float:
@@ -48,7 +58,10 @@ def peak_memory_of_row(row: Row, scenario: Scenario) -> float:
     if scenario.method == "full":
         parts["gradients"] = _gradients_at_peak(row, scenario, parts)
     allocated = sum(size for name, size in parts.items() if name != "framework")
-    held = allocated * _reserved(row, scenario)
+    held = allocated
+    if _reports_reserved(row):
+        held = allocated * (RESERVED_SHARDED if scenario.zero_stage == 3 else RESERVED)
+        held = max(held, min(held + _stranded(row, scenario, parts), _most_held(scenario)))
     if _is_by_driver(row):
         held += parts["framework"]
     if "SUM" in row["mem_unit"]:
@@ -91,11 +104,26 @@ def _is_by_driver(row: Row) -> bool:
     return not kind or "smi" in kind or kind.startswith("not stated")
 
 
-def _reserved(row: Row, scenario: Scenario) -> float:
-    """Return reserved over allocated memory, 1 where the row reports allocated; of two kinds named the first counts."""
-    if not _is_by_driver(row) and not re.match(r"(peak |max )?reserved", row["mem_kind"]):
-        return 1.0
-    return RESERVED_SHARDED if scenario.zero_stage == 3 else RESERVED
+def _reports_reserved(row: Row) -> bool:
+    """Tell whether the row reports what the allocator holds, used or not; of two kinds named the first counts."""
+    return _is_by_driver(row) or re.match(r"(peak |max )?reserved", row["mem_kind"]) is not None
+
+
+def _stranded(row: Row, scenario: Scenario, parts: dict[str, float]) -> float:
+    """Return the bytes that the allocator keeps beside those in use: of activations or the update, the smaller.
+
+    They are never in use together, but what one has left is in pieces that the other's larger tensors don't fit, so
+    that the allocator asks the driver for more as long as there is some. FSDP's update needs no fp32 copy of gradients.
+    """
+    if "FSDP" in row["sharding"]:
+        return 0.0
+    update = float(update_bytes(scenario))
+    return _activation_bytes(row, scenario) if parts.get("optimizer_step") else min(update, parts["activations"])
+
+
+def _most_held(scenario: Scenario) -> float:
+    """Return the bytes at which the allocator gives back what it keeps before it asks for more."""
+    return scenario.device.memory_bytes - scenario.device.context_bytes
 
 
 def _unit(name: str) -> float:
@@ -120,6 +148,8 @@ def _activation_bytes(row: Row, scenario: Scenario) -> float:
     if is_own_qwen_code(row) and scenario.zero_stage is not None:
         without_head = activations(replace(scenario, head="score")).peak_bytes
         peak = max(without_head, peak - UPCAST * scenario.largest_tokens * scenario.shape.vocab_size)
+    if is_older_transformers(row):
+        peak += KEPT_LOGITS * scenario.largest_tokens * scenario.shape.vocab_size
     if "offload" in row["act_ckpt"]:
         peak -= stored
     if scenario.method == "qlora":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.hardware import GBIT, Device, known_devices
-from rm_scale.planning.parameters import layer_tensors
+from rm_scale.planning.parameters import adapter_tensors, layer_tensors
 from rm_scale.planning.scenario import Buckets, Head, Method, Precision, RowLoad, Scenario, default_buckets
 from rm_scale.planning.shape import ModelShape
 
@@ -123,7 +123,7 @@ def scenario_of_row(row: Row) -> Scenario:
         max_row_tokens=sequences * lengths.longest if lengths and lengths.longest > lengths.padded else None,
         num_micro_steps=_micro_steps(row, sequences, ranks),
         method=method,
-        lora_rank=number(row, "lora_rank") or _noted(row, r"rank\s*(\d+)") or 8,
+        lora_rank=_rank(row),
         lora_targets=_targets(row, shape),
         lora_dropout=_dropout(row),
         nested_quant="dq" in row["method"] or row["source"] == "pytorch/torchtune",
@@ -141,6 +141,9 @@ def scenario_of_row(row: Row) -> Scenario:
         fused=is_fused(row),
         selective_checkpointing=row["act_ckpt"].startswith("selective"),
         tied_head="tied" in row["head"].replace("untied", ""),
+        whole_layers="FSDP" in row["sharding"],
+        # PEFT's comparison runs torch's AdamW as it comes, in loops over lists of tensors.
+        fused_update=row["source"] != "huggingface/peft",
         head_chunks=8 if "torchtune" in row["source"] and _head(row) == "lm_chunked" else None,
     )
     if method != "full" and not scenario.adapters:
@@ -190,6 +193,13 @@ def is_own_qwen_code(row: Row) -> bool:
     They run code of their own, which leaves logits in the model's type; autocast makes them fp32.
     """
     return row["model"].startswith("Qwen-")
+
+
+def is_older_transformers(row: Row) -> bool:
+    """Tell whether a language model of transformers before 4.45 was run, which returned its logits in fp32."""
+    return row["source"] == "AnswerDotAI/fsdp_qlora" or (
+        row["source"] == "huggingface/peft" and "ZeRO" in row["sharding"]
+    )
 
 
 # --- Model and machine ------------------------------------------------------------------------------------------------
@@ -258,7 +268,7 @@ def _shape(row: Row) -> ModelShape:
         head_dim=sizes["hidden"] // sizes["heads"],
         intermediate_size=sizes["ffn"],
         vocab_size=sizes["vocab"],
-        style=LAYER_STYLES[kind],
+        style=replace(LAYER_STYLES[kind], fused_qkv=LAYER_STYLES[kind].fused_qkv or is_own_qwen_code(row)),
         # MPT learns its positions: a table as long as the longest sequence.
         max_positions=number(row, "seq_len") if kind == "mpt" else None,
         quantization="gptq" if "GPTQ" in row["precision"] else None,
@@ -341,6 +351,10 @@ def _targets(row: Row, shape: ModelShape) -> tuple[str, ...] | None:
     return ("qkv_proj",) if targets is not None and shape.style.fused_qkv else targets
 
 
+def _rank(row: Row) -> int:
+    return number(row, "lora_rank") or _noted(row, r"rank\s*(\d+)") or 8
+
+
 def _dropout(row: Row) -> float:
     """Return the adapters' dropout: torchtune, PEFT's comparison and Automodel use none, other scripts some."""
     return 0.0 if row["source"] in {"pytorch/torchtune", "huggingface/peft", "NVIDIA-NeMo/Automodel"} else 0.05
@@ -384,8 +398,11 @@ def _head(row: Row) -> Head:
 
 
 def _buckets(row: Row, shape: ModelShape) -> Buckets:
-    """Return the communication buffers: FSDP gathers a layer and the next one ahead, DeepSpeed has its defaults."""
+    """Return the communication buffers: FSDP gathers a layer and the next one, and reduces the trained part."""
     if "FSDP" not in row["sharding"]:
         return default_buckets(shape.hidden_size)
-    layer = sum(tensor.numel for tensor in layer_tensors(shape, shape.layers[0]))
-    return Buckets(reduce=layer, prefetch=layer, persistent=0, live=layer, reuse=0, overlaps=True)
+    tensors = layer_tensors(shape, shape.layers[0])
+    layer = trained = sum(tensor.numel for tensor in tensors)
+    if _method(row) != "full":
+        trained = sum(tensor.numel for tensor in adapter_tensors(tensors, _rank(row), _targets(row, shape)))
+    return Buckets(reduce=trained, prefetch=layer, persistent=0, live=layer, reuse=0, overlaps=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -12,6 +13,7 @@ import pytest
 
 from rm_scale.errors import ConfigError
 from rm_scale.planning.estimate import activations, peak_memory
+from rm_scale.planning.launches import num_launches
 from rm_scale.planning.published.predict import COLUMNS, OUTPUT_COLUMNS, predict_cases, predict_row, read_cases
 from rm_scale.planning.published.reported_memory import RESERVED, RESERVED_SHARDED
 from rm_scale.planning.published.scenario_of_row import NotModelled, Row, scenario_of_row, techniques
@@ -36,13 +38,13 @@ def unpredicted(column: str) -> set[str]:
 
 def test_memory_is_close() -> None:
     errors = relative_errors("peak_mem_gb")
-    assert mean(map(abs, errors.values())) <= 0.08
-    assert max(map(abs, errors.values())) <= 0.20
+    assert mean(map(abs, errors.values())) <= 0.065
+    assert max(map(abs, errors.values())) <= 0.177
 
 
 def test_speed_is_close_with_one_efficiency_per_device() -> None:
     errors = relative_errors("tok_s_gpu")
-    assert mean(map(abs, errors.values())) <= 0.15
+    assert mean(map(abs, errors.values())) <= 0.08
     assert max(map(abs, errors.values())) <= 0.25
     # The same rows run on either memory size: one figure for both.
     devices = {scenario_of_row(row).device for row in read_cases(str(CASES)) if row["source"] == "mosaicml/llm-foundry"}
@@ -73,18 +75,44 @@ def speed(row: Row) -> float:
     return found
 
 
+def still(**changes: str) -> Row:
+    """Return a row without an update, whose memory is apart from what activations leave behind."""
+    return case(method="lora, no optimizer", **changes)
+
+
 def test_units_and_kinds() -> None:
-    allocated = memory(case(mem_kind="max_memory_allocated", mem_unit="GB(1e9)"))
-    context = peak_memory(scenario_of_row(case()))["framework"] / 1e9
-    assert memory(case(mem_kind="max_memory_allocated", mem_unit="GiB")) == pytest.approx(allocated * 1e9 / 2**30)
-    assert memory(case(mem_kind="peak reserved", mem_unit="GB(1e9)")) == pytest.approx(allocated * RESERVED)
+    allocated = memory(still(mem_kind="max_memory_allocated", mem_unit="GB(1e9)"))
+    context = peak_memory(scenario_of_row(still()))["framework"] / 1e9
+    assert memory(still(mem_kind="max_memory_allocated", mem_unit="GiB")) == pytest.approx(allocated * 1e9 / 2**30)
+    assert memory(still(mem_kind="peak reserved", mem_unit="GB(1e9)")) == pytest.approx(allocated * RESERVED)
     # Of two kinds the first counts.
-    assert memory(case(mem_kind="peak active/reserved", mem_unit="GB(1e9)")) == pytest.approx(allocated)
-    by_driver = memory(case(mem_kind="not stated (nvidia-smi-like)", mem_unit="GB(1e9)"))
+    assert memory(still(mem_kind="peak active/reserved", mem_unit="GB(1e9)")) == pytest.approx(allocated)
+    by_driver = memory(still(mem_kind="not stated (nvidia-smi-like)", mem_unit="GB(1e9)"))
     assert by_driver == pytest.approx(allocated * RESERVED + context)
-    printed = memory(case(mem_unit="G as printed"))
+    printed = memory(still(mem_unit="G as printed"))
     assert printed == pytest.approx((allocated * RESERVED + context) * 1e9 / 2**30)
-    assert memory(case(mem_kind="", mem_unit="GB (screenshot)")) == pytest.approx(printed)
+    assert memory(still(mem_kind="", mem_unit="GB (screenshot)")) == pytest.approx(printed)
+
+
+def test_what_an_update_and_activations_leave_behind_is_held_while_there_is_room() -> None:
+    row = case("a0294", mem_kind="peak reserved", mem_unit="GB(1e9)")  # ZeRO-3: the update is the larger of both
+    in_use = memory({**row, "mem_kind": "max_memory_allocated"})
+    longer = {**row, "seq_len": "4096"}
+    assert memory({**longer, "mem_kind": "max_memory_allocated"}) == pytest.approx(in_use)
+    assert memory(longer) > memory(row) > in_use * RESERVED_SHARDED
+    # Nothing is left of the device to ask for: what one phase left is given back to the other.
+    assert memory({**row, "gpu": "A100-SXM4-40GB"}) == pytest.approx(in_use * RESERVED_SHARDED)
+    assert memory({**row, "sharding": "FSDP", "act_ckpt": "full"}) == pytest.approx(
+        memory({**row, "sharding": "FSDP", "act_ckpt": "full", "mem_kind": "max_memory_allocated"}) * RESERVED
+    )
+
+
+def test_fsdp_reduces_what_of_a_layer_is_trained_and_hooks_layers_not_modules() -> None:
+    lora, full = (scenario_of_row(case("a0371", method=method)) for method in ("lora", "full"))
+    assert lora.zero.reduce * 32 == lora.num_trained
+    assert full.zero.reduce == full.zero.prefetch
+    sharded = num_launches(lora)
+    assert num_launches(replace(lora, zero_stage=None)) < sharded < num_launches(replace(lora, whole_layers=False))
 
 
 def test_a_sum_over_devices_stays_a_sum() -> None:
