@@ -43,6 +43,7 @@ def prepare_layers(model: nn.Module) -> None:
         if kind.__name__ in _CHILD_WITHOUT_LAYOUT and not isinstance(layer, HandsLayoutOn):
             layer.__class__ = type(kind.__name__, (HandsLayoutOn, kind), {"__module__": kind.__module__})
         elif kind.__name__ in _WINDOW_IN_MASK_ALONE:
-            layer.packed_window = layer.config.sliding_window
+            config: Any = layer.config
+            layer.packed_window = config.sliding_window
         elif kind.__name__ in RECURRENT_LAYERS:
             keep_responses_apart(layer)

@@ -36,17 +36,19 @@ class KeepsResponsesApart:
         """Run on padded rows as ever, or on a packed row, whose layout is given or was set by the layer around this."""
         layout = packed_layout if packed_layout is not None else self.packed_layout
         forward = super().forward  # type: ignore[misc]
-        return forward(*args, **kwargs) if layout is None else _run_on_row(forward, layout, args, kwargs)
+        return forward(*args, **kwargs) if layout is None else _run_untraced(forward, layout, args, kwargs)
 
 
-@torch.compiler.disable
 def _run_on_row(forward: Callable[..., Any], layout: RowLayout, args: Any, kwargs: Any) -> Any:
-    # Rows differ in every step: tracing through here would compile a new graph each time.
     token = _ROW.set(layout)
     try:
         return forward(*args, **kwargs)
     finally:
         _ROW.reset(token)
+
+
+# Rows differ in every step: tracing through here would compile a new graph each time.
+_run_untraced: Callable[..., Any] = torch.compiler.disable(_run_on_row)
 
 
 def keep_responses_apart(layer: torch.nn.Module) -> None:

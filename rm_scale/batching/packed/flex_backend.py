@@ -94,6 +94,7 @@ def _flex_row(
         assert isinstance(result, torch.Tensor)
         return result
     out, aux = result
+    assert isinstance(out, torch.Tensor) and isinstance(aux.lse, torch.Tensor)
     # What a sink takes of the weights: the rest stays with the keys.
     return out * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].to(out.dtype)
 
