@@ -18,6 +18,7 @@ from rm_scale.guard import Guard, leave, run_guarded
 from rm_scale.launch.devices import training_device
 from rm_scale.launch.extensions import prepare_extensions
 from rm_scale.logs import setup_logging
+from rm_scale.modeling.model_shape import shape_of_run
 from rm_scale.planning.plan import dry_run_text, make_plan
 
 
@@ -47,13 +48,12 @@ def main(argv: list[str] | None = None, parsed: ParsedConfig | None = None, guar
         # What will run; all that is wrong with the settings is said here, before anything is loaded or written.
         prepare_environment(world, meets=not config.dry_run)
         prepare_extensions(world.local_rank)
-        plan = make_plan(parsed, world.size, training_device(), world.is_main, defer_output=not config.dry_run)
+        plan = make_plan(parsed, world.size, training_device(), world.is_main, not config.dry_run, shape_of_run)
         if config.dry_run:
             print(dry_run_text(config, plan, as_json) if world.is_main else "")
             return 0
         owns_group = init_process_group(world, plan.deepspeed_config is not None, config.ddp_timeout)
-        # Imported only now: DeepSpeed reads the environment when it is imported.
-        from rm_scale import training_run
+        from rm_scale import training_run  # only now: DeepSpeed reads the environment when it is imported
 
         with training_run.one_attempt(config, world) as attempt:
             # Data: checked groups of token sequences.

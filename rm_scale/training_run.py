@@ -26,12 +26,14 @@ from rm_scale.data.data_report import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
 from rm_scale.distributed import World, agreed_errors, detect_world, gather_from_ranks
-from rm_scale.errors import ConfigError, DataError
+from rm_scale.errors import ConfigError, DataError, ModelError
 from rm_scale.evaluation.final_evaluation import evaluation_table, write_evaluation
 from rm_scale.inference.export.merge_adapter import merge_adapter
 from rm_scale.inference.scoring.sample_scores import show_sample_scores
 from rm_scale.logs import get_logger
+from rm_scale.modeling.exact_shape import shape_of_loaded
 from rm_scale.modeling.loading import LoadedModel, load_for_training
+from rm_scale.modeling.model_shape import shape_of_run
 from rm_scale.modeling.scoring_contract import BaseModel, ScoringContract
 from rm_scale.modeling.tokenizers import load_tokenizer
 from rm_scale.output_lock import writing_alone
@@ -40,7 +42,7 @@ from rm_scale.planning.group_lengths import GroupLengths, LengthMix
 from rm_scale.planning.hardware import device_of_run
 from rm_scale.planning.plan import Plan, fit_budget, require_output_dir
 from rm_scale.planning.run_estimate import scenario_of_run
-from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
+from rm_scale.planning.shape import ModelShape
 from rm_scale.reporting.run.model_card import write_model_card
 from rm_scale.reporting.run.run_directory import (
     forget_later_metrics,
@@ -166,8 +168,11 @@ def _reduce_once_if_it_fits(config: RunConfig, plan: Plan, data: PreparedData) -
     if config.gradient_reduction == "each_micro_step" or plan.device != "cuda":
         return plan
     with agreed_errors():
-        shape = shape_from_config(read_model_config(config.model_name_or_path, config.model_revision))
-        predicted = _estimate(config, replace(plan, zero_stage=1), data, shape)
+        try:
+            predicted = _estimate(config, replace(plan, zero_stage=1), data, shape_of_run(config))
+        except ModelError as error:  # the same on all ranks
+            logger.info(f"whether whole gradients fit can't be predicted ({error})")
+            return plan
         limit = REDUCE_ONCE_SHARE * predicted.limit_bytes
         fits = predicted.fits and predicted.peak_memory_bytes <= limit
     if predicted.scenario.num_micro_steps < 2 or not all(gather_from_ranks(fits)):
@@ -353,23 +358,31 @@ def build_trainer(
             Progress(bar=not config.disable_tqdm),
             EarlyWarnings(),
             MetricsFile(run_folder(config) / "metrics.jsonl"),
-            plan_check,
+            *([plan_check] if plan_check is not None else []),
         ],
     )
     for printer in (ProgressCallback, PrinterCallback):  # `Progress` stands for them
         trainer.remove_callback(printer)
     outlast_disk_errors(trainer.callback_handler.callbacks, get_reporting_integration_callbacks(config.report_to))
     trainer.step_times.load = loaded.record
-    plan_check.step_times = trainer.step_times
+    if plan_check is not None:
+        plan_check.step_times = trainer.step_times
     return trainer
 
 
-def _plan_check(config: RunConfig, plan: Plan, loaded: LoadedModel, data: PreparedData) -> PlanCheck:
-    """Return the callback that compares the plan's estimate, for the lengths of this data, with the run."""
+def _plan_check(config: RunConfig, plan: Plan, loaded: LoadedModel, data: PreparedData) -> PlanCheck | None:
+    """Return the callback that compares the plan's estimate, for the lengths of this data, with the run.
+
+    `None` where there is no estimate: the formulas don't know this kind of model, and its class can't be asked.
+    """
     _, knows_speed = device_of_run(_gpu_name(), config.hardware)
     if plan.reduces_once:
         plan = replace(plan, zero_stage=1)
-    predicted = _estimate(config, plan, data, shape_from_config(loaded.model.config.to_dict()))
+    try:
+        predicted = _estimate(config, plan, data, shape_of_loaded(loaded.model))
+    except ModelError as error:
+        logger.warning(f"no plan to compare this run with: {error}")
+        return None
     return PlanCheck(predicted, run_folder(config) / "plan_check.json", knows_speed)
 
 

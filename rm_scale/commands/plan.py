@@ -10,6 +10,7 @@ from typing import Any
 
 from rm_scale.errors import ConfigError, ModelError, collect_problems
 from rm_scale.known_models import KNOWN_MODELS
+from rm_scale.modeling.model_shape import shape_of
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Request, changes_that_fit, recommend
 from rm_scale.planning.group_lengths import LengthMix, full_rows
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--tier", help="1b, 3b, 7b or 13b (`rm-scale tiers`)")
     model.add_argument("--model", metavar="DIR|NAME", help="a folder, a config.json, or a hub name")
+    model.add_argument("--exact", action="store_true", help="ask the model's own class (imports torch)")
+    model.add_argument("--trust_remote_code", action="store_true", help="with --exact: run code that comes with it")
     model.add_argument("--method", choices=METHODS, default="full")
     model.add_argument("--lora_r", type=int, default=16)
     model.add_argument("--use_bnb_nested_quant", action="store_true", help="double quantisation of 4-bit weights")
@@ -115,7 +118,7 @@ def read_request(options: argparse.Namespace) -> Request:
     """
     problems = _problems(options)
     device = collect_problems(problems, lambda: find_device(options.gpu, options.hardware))
-    shape, name = collect_problems(problems, lambda: read_shape(options.tier, options.model)) or (None, "")
+    shape, name = collect_problems(problems, lambda: read_shape(options)) or (None, "")
     if problems:
         raise ConfigError(problems, heading="the plan can't be made")
     assert device is not None and shape is not None
@@ -143,21 +146,28 @@ def read_request(options: argparse.Namespace) -> Request:
     )
 
 
-def read_shape(tier: str | None, model: str | None) -> tuple[ModelShape, str]:
-    """Return the model's shape and name, by tier or by its config.json.
+def read_shape(options: argparse.Namespace) -> tuple[ModelShape, str]:
+    """Return the model's shape and name, by tier or by its config.json; with --exact by its class.
 
     Raises:
         ConfigError: neither or both are given, or there is no such tier.
-        ModelError: the config can't be read.
+        ModelError: the config can't be read, or the model needs --exact.
     """
+    tier, model = options.tier, options.model
     if (tier is None) == (model is None):
         raise ConfigError(["tier and model: give one of them. Fix: --tier 7b, or --model FOLDER."])
     if tier is not None:
         chosen = model_tier(tier)
-        return shape_from_config(chosen.config), f"{chosen.name} ({chosen.model})"
+        return _shape(chosen.config, chosen.model, options), f"{chosen.name} ({chosen.model})"
     assert model is not None
     name = model.removesuffix("/config.json") if model.endswith("config.json") else model
-    return shape_from_config(_config_of(name)), name
+    return _shape(_config_of(name), name, options), name
+
+
+def _shape(config: dict[str, Any], name: str, options: argparse.Namespace) -> ModelShape:
+    if options.exact:
+        return shape_of(config, name, trust_remote_code=options.trust_remote_code, exact=True)
+    return shape_from_config(config)
 
 
 def _config_of(name: str) -> dict[str, Any]:
@@ -208,6 +218,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
             f"offload={options.offload} with zero={options.zero}: weights leave the device under ZeRO-3 only. "
             "Fix: --zero 3."
         )
+    if options.trust_remote_code and not options.exact:
+        found.append("trust_remote_code=True without exact: no code is run. Fix: add --exact, or leave it out.")
     if options.max_tokens is not None and options.packing == "none":
         found.append("max_tokens with packing=none: padded rows are sized by --micro_batch. Fix: leave one out.")
     if options.max_tokens is not None and options.max_tokens < options.seq:

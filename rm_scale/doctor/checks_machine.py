@@ -19,9 +19,10 @@ from rm_scale.errors import ModelError
 from rm_scale.files import existing_parent
 from rm_scale.launch.devices import UnusedGpus, are_hidden, machine_gpus, unused_gpus
 from rm_scale.launch.nvidia_smi import query_gpus
+from rm_scale.modeling.model_shape import shape_of
 from rm_scale.planning.hardware import GIB
 from rm_scale.planning.parameters import count_parameters
-from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
+from rm_scale.planning.shape import ModelShape, read_model_config
 from rm_scale.texts import large_number
 
 _DEFAULT_FREE_GB = 10.0
@@ -335,7 +336,7 @@ def model(asked: Asked) -> Check:
     """Check that the model's shape can be read."""
     if asked.model is None:
         return Check("model", "skip", "no --model given")
-    shape = shape_from_config(read_model_config(asked.model))
+    shape = shape_of(read_model_config(asked.model), asked.model)
     size = f"{large_number(count_parameters(shape))} parameters"
     return Check("model", "pass", f"{asked.model}: {shape.model_type}, {size}")
 
@@ -343,7 +344,7 @@ def model(asked: Asked) -> Check:
 def _shape(asked: Asked) -> ModelShape | None:
     """Return the model's shape, `None` without a model or where it can't be read, which the check `model` reports."""
     try:
-        return None if asked.model is None else shape_from_config(read_model_config(asked.model))
+        return None if asked.model is None else shape_of(read_model_config(asked.model), asked.model)
     except ModelError:
         return None
 

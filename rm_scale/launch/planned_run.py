@@ -9,6 +9,7 @@ from rm_scale.config_parsing import ParsedConfig, parse_config
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.launch.machine import Machine
 from rm_scale.logs import get_logger
+from rm_scale.modeling.model_shape import shape_of_run
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommend
 from rm_scale.planning.estimate import Estimate, estimate
@@ -17,7 +18,7 @@ from rm_scale.planning.layout_choice import choose_packing
 from rm_scale.planning.parameters import count_parameters
 from rm_scale.planning.plan import Plan, make_plan
 from rm_scale.planning.run_estimate import scenario_of_run
-from rm_scale.planning.shape import read_model_config, shape_from_config
+from rm_scale.planning.shape import read_model_config
 from rm_scale.texts import one_line
 from rm_scale.tiers import MODEL_TIERS, model_tier
 
@@ -66,7 +67,7 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
     settings = [*_tier_settings(tier, settings), *chosen_settings(parsed, machine, lengths), *settings]
     parsed = parse_config(settings)
     device = "cpu" if machine.device.is_cpu else "cuda"
-    plan = make_plan(parsed, machine.world_size, device, check_output=check_output)
+    plan = make_plan(parsed, machine.world_size, device, check_output=check_output, shape_of=shape_of_run)
     predicted = estimate(scenario_for(parsed, plan, machine, lengths))
     return PlannedRun(settings, parsed, plan, lengths, predicted)
 
@@ -114,7 +115,7 @@ def refuse_named_model_of_another_size(tier: str | None, settings: Sequence[str]
     if tier is None or "model_name_or_path" not in parsed.given:
         return  # the tier's own model, or that of its script's configuration
     try:
-        shape = shape_from_config(read_model_config(parsed.config.model_name_or_path, parsed.config.model_revision))
+        shape = shape_of_run(parsed.config)
     except UserError:
         return  # it may be readable where the run is started
     refuse_size(tier, parsed.config.model_name_or_path, count_parameters(shape))
@@ -163,7 +164,7 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
     model = read_model_config(config.model_name_or_path, config.model_revision)
     return Request(
         name=config.model_name_or_path,
-        shape=shape_from_config(model),
+        shape=shape_of_run(config, model),
         method=config.method,
         device=machine.device,
         num_devices=machine.world_size,
@@ -218,8 +219,7 @@ def deepspeed_name(choice: Choice) -> str:
 def scenario_for(parsed: ParsedConfig, plan: Plan, machine: Machine, lengths: LengthMix):  # type: ignore[no-untyped-def]
     """Return the scenario of the run as it will be started."""
     config = parsed.config
-    shape = shape_from_config(read_model_config(config.model_name_or_path, config.model_revision))
-    return scenario_of_run(config, plan, shape, machine.device, machine.nodes, lengths)
+    return scenario_of_run(config, plan, shape_of_run(config), machine.device, machine.nodes, lengths)
 
 
 def refuse_what_does_not_fit(planned: PlannedRun, machine: Machine, forced: bool) -> None:

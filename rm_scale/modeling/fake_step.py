@@ -208,7 +208,7 @@ def run_micro_step(
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(hand_over)
             stored = tracker.activation_bytes("current")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     return Measured(stored, tracker.activation_bytes("peak"), counted(counter))
 
 
@@ -253,6 +253,7 @@ def counted(counter: FlopCounterMode) -> dict[str, int]:
 def _counts() -> dict[Any, Any]:
     """Count, from their arguments, the operations of kernels that FlopCounterMode does not know."""
     import bitsandbytes  # noqa: F401 (registers its operators)
+    import transformers.integrations.moe  # noqa: F401 (likewise)
 
     operators = torch.ops.aten
 
@@ -265,7 +266,19 @@ def _counts() -> dict[Any, Any]:
     def gemm_4bit(inputs: Any, weight: Any, shape: Any, *_: Any, **__: Any) -> int:
         return int(2 * math.prod(inputs[:-1]) * shape[0] * shape[1])
 
+    def grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
+        # One product per group of tokens, with matrices of its own: (tokens, in) x (experts, in, out); backwards also
+        # (in, tokens) x (tokens, out).
+        own = first if len(first) == 2 or len(second) == 3 else first[1:]
+        return int(2 * math.prod(own) * second[-1])
+
+    def grouped_backward(first: Any, second: Any, *_: Any, **__: Any) -> int:
+        return 2 * grouped(first, second)
+
     return {
+        operators._grouped_mm: grouped,
+        torch.ops.transformers.grouped_mm_fallback: grouped,
+        torch.ops.transformers.grouped_mm_fallback_backward: grouped_backward,
         torch.ops.bitsandbytes.gemm_4bit: gemm_4bit,
         operators._scaled_dot_product_flash_attention_for_cpu: forward,
         operators._scaled_dot_product_flash_attention_for_cpu_backward: backward,

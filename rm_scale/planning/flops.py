@@ -8,10 +8,11 @@ has no gradient of its own) and count causal attention at half.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rm_scale.planning.layer_parts import LayerKind
-from rm_scale.planning.parameters import Tensor, active_share, is_adapted, layer_tensors
+from rm_scale.planning.parameters import Tensor, active_share, adapter_tensors, is_adapted, layer_tensors
+from rm_scale.planning.parameters import total as num_elements
 from rm_scale.planning.shape import ModelShape
 
 
@@ -38,8 +39,13 @@ _MULTIPLIED = ("linear", "experts", "router")
 def linear_parameters(shape: ModelShape) -> int:
     """Count the weights that a token is multiplied with in all layers, without embedding and head.
 
-    Of experts those count that are chosen for it.
+    Of experts those count that are chosen for it. Of a class all its multiplications count, states' too.
+
+    Raises:
+        ModelError: the model's class can't be asked.
     """
+    if shape.exact is not None:
+        return shape.exact.micro_steps.operations().weights
     return sum(count * _multiplied(shape, layer_tensors(shape, kind)) for kind, count in shape.layer_counts.items())
 
 
@@ -49,18 +55,22 @@ def _multiplied(shape: ModelShape, tensors: Sequence[Tensor]) -> int:
 
 def read_parameters(shape: ModelShape, tokens: float) -> int:
     """Count the weights that the layers read for so many tokens: of experts those that any of them goes through."""
+    if shape.exact is not None:
+        return _read(shape, [replace(t, count=t.count * t.num_modules) for t in shape.exact.tensors], tokens)
     return sum(count * _read(shape, layer_tensors(shape, kind), tokens) for kind, count in shape.layer_counts.items())
 
 
 def _read(shape: ModelShape, tensors: Sequence[Tensor], tokens: float) -> int:
     def share(tensor: Tensor) -> float:
-        return 1.0 - (1.0 - active_share(shape, tensor)) ** max(1.0, tokens)
+        return 1.0 - float((1.0 - active_share(shape, tensor)) ** max(1.0, tokens))
 
-    return round(sum(t.numel * share(t) for t in tensors if t.role in _MULTIPLIED))
+    return round(sum(t.count * t.numel * share(t) for t in tensors if t.role in _MULTIPLIED))
 
 
 def quantised_parameters(shape: ModelShape) -> int:
     """Count the weights of the layers' linear modules, which are what bitsandbytes keeps in 4 bits."""
+    if shape.exact is not None:
+        return sum(t.count * t.num_modules * t.numel for t in shape.exact.tensors if t.role == "linear")
     return sum(
         count * tensor.numel
         for kind, count in shape.layer_counts.items()
@@ -80,7 +90,13 @@ def attention_width(shape: ModelShape, kind: LayerKind) -> int:
 
 
 def attention_widths(shape: ModelShape) -> int:
-    """Add up `attention_width` over all layers."""
+    """Add up `attention_width` over all layers.
+
+    Raises:
+        ModelError: the model's class can't be asked.
+    """
+    if shape.exact is not None:
+        return shape.exact.micro_steps.operations().attention_width
     return sum(count * attention_width(shape, kind) for kind, count in shape.layer_counts.items())
 
 
@@ -89,9 +105,12 @@ def state_flops_per_token(shape: ModelShape) -> float:
 
     A gated delta net by the chunked rule with chunks of 64 (arXiv 2412.06464): per head the state is read, corrected
     and written (three products of key by value width), and within a chunk four products of half the chunk. Mamba: six
-    operations per inner channel and state. Convolutions: two per channel and tap.
+    operations per inner channel and state. Convolutions: two per channel and tap. Of a class they are counted with its
+    other products, see `linear_parameters`.
     """
     total = 0.0
+    if shape.exact is not None:
+        return total
     for kind, count in shape.layer_counts.items():
         if kind.mixer == "delta" and shape.delta is not None:
             delta = shape.delta
@@ -158,6 +177,12 @@ def executed_flops(
         backward_attention: see `BACKWARD_ATTENTION`.
     """
     is_full = lora_rank is None
+    if shape.exact is not None:
+        added = [] if is_full else adapter_tensors(shape.exact.tensors, lora_rank or 0, lora_targets)
+        again = 1 if checkpointing else 0
+        products = linear_parameters(shape) * ((3 if is_full else 2) + again) + num_elements(added) * (3 + again)
+        of_attention = 4.0 * attention_widths(shape) * pairs * (1 + backward_attention + again)
+        return 2.0 * tokens * products + of_attention
     total = 0.0
     for place, kind in enumerate(shape.layers):
         linear = [tensor for tensor in layer_tensors(shape, kind) if tensor.role in _MULTIPLIED]

@@ -29,6 +29,7 @@ class Tensor:
             weight decay), head or adapter.
         count: how many there are: one per layer, mostly.
         takes_adapter: LoRA adapts it where no targets are named.
+        num_modules: modules that share it. LoRA gives each of them an adapter of its own.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Tensor:
     role: Role
     count: int = 1
     takes_adapter: bool = True
+    num_modules: int = 1
 
     @property
     def numel(self) -> int:
@@ -53,6 +55,8 @@ class Tensor:
 
 def backbone_tensors(shape: ModelShape) -> list[Tensor]:
     """Return all parameters of the backbone, without a head."""
+    if shape.exact is not None:
+        return list(shape.exact.tensors)
     hidden, style = shape.hidden_size, shape.style
     tensors = [Tensor("embed_tokens.weight", (shape.vocab_size, hidden), "embedding")]
     if style.learned_positions and shape.max_positions:
@@ -135,8 +139,9 @@ def adapter_tensors(
         if not is_adapted(tensor, targets):
             continue
         outputs, inputs = tensor.shape
-        adapters.append(Tensor(f"{tensor.module}.lora_A", (rank, inputs), "adapter", tensor.count))
-        adapters.append(Tensor(f"{tensor.module}.lora_B", (outputs, rank), "adapter", tensor.count))
+        count = tensor.count * tensor.num_modules
+        adapters.append(Tensor(f"{tensor.module}.lora_A", (rank, inputs), "adapter", count))
+        adapters.append(Tensor(f"{tensor.module}.lora_B", (outputs, rank), "adapter", count))
     return adapters
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -146,8 +147,21 @@ def dry_run_text(config: RunConfig, plan: Plan, as_json: bool) -> str:
     return f"{plan.summary()}\n\nall settings (--json: settings and plan for programs):\n\n{settings}".rstrip()
 
 
+ShapeReader = Callable[[RunConfig, dict[str, Any]], ModelShape]
+"""Returns the shape of a run's model; the second is the content of its config.json."""
+
+
+def _by_formula(config: RunConfig, model: dict[str, Any]) -> ModelShape:
+    return shape_from_config(model)
+
+
 def make_plan(
-    parsed: ParsedConfig, world_size: int, device: str, check_output: bool = True, defer_output: bool = False
+    parsed: ParsedConfig,
+    world_size: int,
+    device: str,
+    check_output: bool = True,
+    defer_output: bool = False,
+    shape_of: ShapeReader = _by_formula,
 ) -> Plan:
     """Turn settings into a plan, or say everything that is wrong with them at once.
 
@@ -159,6 +173,8 @@ def make_plan(
             other's traces.
         defer_output: when the output directory is the only problem, leave it to `require_output_dir`, so that the
             ranks which don't probe learn of it.
+        shape_of: how the model's shape is read. By default without torch, which refuses kinds of model that the
+            formulas don't know; `rm_scale.modeling.model_shape.shape_of_run` asks their class.
 
     Raises:
         ConfigError: all problems of settings, files, model and DeepSpeed configuration together.
@@ -168,7 +184,7 @@ def make_plan(
     if parsed.is_unreadable:
         raise _met_by_node(problems)
     model = collect_problems(problems, lambda: _read_model(config)) if config.model_name_or_path else None
-    shape = collect_problems(problems, lambda: shape_from_config(model)) if model is not None else None
+    shape = collect_problems(problems, lambda: shape_of(config, model)) if model is not None else None
     values: dict[str, Any] | None = None
     if config.deepspeed is not None:
         values = collect_problems(problems, lambda: read_deepspeed_config(config.deepspeed or ""))
@@ -227,7 +243,7 @@ def _resolve(
     device: str,
 ) -> Plan:
     tier = size_tier(count_parameters(shape))
-    notes: list[str] = []
+    notes = list(shape.notes)
 
     def default(name: str, tier_value: float) -> Any:
         given = getattr(config, name)

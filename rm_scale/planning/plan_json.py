@@ -29,5 +29,6 @@ def to_dict(request: Request, choice: Choice, changes: list[tuple[str, Choice]])
             "packing": request.packing,
         },
         "lengths": request.lengths.origin,
+        "notes": list(request.shape.notes),
         "changes_that_fit": [text for text, _ in changes],
     }

@@ -33,7 +33,7 @@ _PARTS = {
 def summary(request: Request, choice: Choice, price: float | None, num_pairs: float | None) -> str:
     """Write the answer to one request: what it fits, takes and costs."""
     estimated = choice.estimate
-    lines = [_title(request), *experts_lines(request), ""]
+    lines = [_title(request), *request.shape.notes, *experts_lines(request), ""]
     lines.append(f"{_verdict(estimated)}: {choice.describe()}, {_rows(request, choice)}")
     lines += ["", *_memory_lines(estimated), "", *_time_lines(estimated)]
     lines += _cost_lines(estimated, price, num_pairs)

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rm_scale.errors import ModelError
@@ -16,6 +16,9 @@ from rm_scale.files import endless_model_file
 from rm_scale.json_values import OBJECT, Rule, broken_rule, parse_json, shown, whole
 from rm_scale.planning import families
 from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, LayerStyle, Mamba
+
+if TYPE_CHECKING:
+    from rm_scale.planning.model_class import ModelClass
 
 _PLAIN = LayerStyle()
 
@@ -38,6 +41,9 @@ class ModelShape:
         quantization: method name when the checkpoint itself is quantised, else `None`.
         kinds: which parts each layer has, in order; empty where all are plain.
         experts, latent, delta, mamba: sizes of those parts, where a layer has them.
+        left_out: part of the model's files that no figure counts, such as a vision tower.
+        exact: what the model's own class says; `None`: the formulas know this kind. With it, layers are plain ones as
+            far as anything else asks for them.
     """
 
     model_type: str
@@ -56,6 +62,21 @@ class ModelShape:
     latent: LatentAttention | None = None
     delta: DeltaNet | None = None
     mamba: Mamba | None = None
+    left_out: str | None = None
+    exact: ModelClass | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a plan must say about the figures, one sentence each."""
+        notes = []
+        if self.left_out is not None:
+            notes.append(f"{self.left_out} left out: the plan counts the language model alone")
+        if self.exact is not None:
+            notes.append(
+                f"{self.model_type}: the formulas don't know this kind of model; parameters, activations and "
+                f"operations are counted on its class {self.exact.name}, element-wise work is as of a plain layer"
+            )
+        return tuple(notes)
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
@@ -150,9 +171,29 @@ def text_config(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return text, families.TEXT_TYPES.get(kind, kind)
 
 
-def is_known(config: dict[str, Any]) -> bool:
-    """Tell whether the formulas know this kind of model; else only its class can say what it holds."""
-    return text_config(config)[1] in families.LAYER_STYLES and "auto_map" not in config
+def is_known(config: dict[str, Any], trust_remote_code: bool = False) -> bool:
+    """Tell whether the formulas know this kind of model; else only its class can say what it holds.
+
+    Args:
+        config: the content of `config.json`.
+        trust_remote_code: code that comes with the model is run; if it has a classifier, that is what is trained.
+    """
+    runs_own_code = trust_remote_code and _CLASSIFIER in (config.get("auto_map") or {})
+    return text_config(config)[1] in families.LAYER_STYLES and not runs_own_code
+
+
+_CLASSIFIER = "AutoModelForSequenceClassification"
+_TOWERS = {"vision_config": "vision tower", "audio_config": "audio tower"}
+
+
+def left_out(config: dict[str, Any]) -> str | None:
+    """Name the parts beside the language model that a `config.json` describes; `None`: there are none."""
+    found = [
+        f"{what} ({part.get('model_type', 'of an unnamed type')})"
+        for name, what in _TOWERS.items()
+        if isinstance(part := config.get(name), dict)
+    ]
+    return " and ".join(found) or None
 
 
 def shape_from_config(config: dict[str, Any]) -> ModelShape:
@@ -201,6 +242,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
         latent=latent,
         delta=families.delta_net(kind, numbers),
         mamba=families.mamba(kind, numbers, hidden),
+        left_out=left_out(config),
     )
 
 

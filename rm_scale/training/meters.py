@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from rm_scale.distributed import gather_from_ranks
 from rm_scale.errors import ModelError
+from rm_scale.modeling.exact_shape import shape_of_loaded
 from rm_scale.modeling.head import HEAD_NAMES
 from rm_scale.planning.flops import StepFlops, linear_parameters, step_flops
 from rm_scale.planning.hardware import peak_flops
-from rm_scale.planning.shape import shape_from_config
 
 _SUMS = (
     "pairs",
@@ -177,10 +177,10 @@ def flops_of_steps(model: PreTrainedModel | PeftModel) -> StepFlops | None:
         if not any(part in name for part in ("embed", *HEAD_NAMES)):
             counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     try:
-        shape = shape_from_config(model.config.to_dict())
+        shape = shape_of_loaded(model)
+        return step_flops(shape, counts[True], linear_parameters(shape) if counts[False] else 0)
     except ModelError:
         return None
-    return step_flops(shape, counts[True], linear_parameters(shape) if counts[False] else 0)
 
 
 def device_peak_flops() -> float | None:
