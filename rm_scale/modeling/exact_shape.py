@@ -24,7 +24,7 @@ from rm_scale.logs import get_logger
 from rm_scale.modeling.adapters import default_targets
 from rm_scale.modeling.experts import expert_tensors, routers
 from rm_scale.modeling.fake_step import Batch, Measured, count_forward, run_micro_step, set_up, weight_type
-from rm_scale.modeling.head import HEAD_NAMES, install_scalar_head
+from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
 from rm_scale.modeling.loading import without_zero_init
 from rm_scale.planning.activations.activation_memory import ActivationMemory, Part
 from rm_scale.planning.activations.settings import Options, Row
@@ -145,7 +145,7 @@ class _Source:
 def _shape(source: _Source) -> ModelShape:
     model = source.build()
     text = source.config.get_text_config()
-    hidden = int(text.hidden_size)
+    hidden = active_head(model).in_features
     heads = _number(text, "num_attention_heads", "num_heads", default=1)
     return ModelShape(
         model_type=str(text.model_type),
@@ -155,7 +155,7 @@ def _shape(source: _Source) -> ModelShape:
         num_kv_heads=_number(text, "num_key_value_heads", default=heads),
         head_dim=_number(text, "head_dim", "attention_head_dim", default=max(1, hidden // heads)),
         intermediate_size=_number(text, "intermediate_size", default=4 * hidden),
-        vocab_size=int(text.vocab_size),
+        vocab_size=_number(text, "vocab_size", default=_largest_embedding(model)),
         max_positions=_number(text, "max_position_embeddings", default=0) or None,
         quantization=_quantization(source.config),
         experts=_experts(model, text),
@@ -171,6 +171,10 @@ def _number(config: PreTrainedConfig, *names: str, default: int) -> int:
         if isinstance(value, int) and value:
             return value
     return default
+
+
+def _largest_embedding(model: PreTrainedModel) -> int:
+    return max((m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)), default=1)
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:
@@ -274,7 +278,7 @@ class FakeMicroSteps:
             short, long = (count / (_ROWS * size) for count, size in zip(counts, sizes, strict=True))
             # torch counts attention as if all saw all: 4 x width x length operations per token.
             width = max(0.0, long - short) / self._length / 4
-            weights = (short - 4 * width * self._length) / 2 - self._source.config.get_text_config().hidden_size  # head
+            weights = (short - 4 * width * self._length) / 2 - _shape(self._source).hidden_size  # the head's
             self._operations = Operations(round(weights), round(width))
         return self._operations
 

@@ -213,13 +213,13 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
             "format."
         )
 
+    if kind not in families.LAYER_STYLES:
+        raise _unknown(named)
     numbers = families.Numbers(text, refuse)
     hidden = numbers.need("hidden_size", "n_embd", "d_model")
     heads = numbers.need("num_attention_heads", "n_head", "n_heads", "num_heads")
     layers = numbers.need("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     vocabulary = numbers.need("vocab_size")
-    if kind not in families.LAYER_STYLES:
-        raise _unknown(named)
     quantization = config.get("quantization_config")
     latent = families.latent_attention(kind, numbers)
     plain_head = numbers.get("head_dim", default=max(1, hidden // heads))

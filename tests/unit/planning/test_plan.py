@@ -310,6 +310,8 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is not a JSON object"):
         read_model_config(str(tmp_path))
     with pytest.raises(ModelError, match=r"has none of hidden_size"):
+        shape_from_config({"model_type": "llama"})
+    with pytest.raises(ModelError, match=r"'strange'.*don't know this kind of model.*--exact"):
         shape_from_config({"model_type": "strange"})
 
 
