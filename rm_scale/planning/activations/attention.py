@@ -26,7 +26,7 @@ def attention(step: MicroStep, inner: SizedTensor) -> SizedTensor:
         plain = (query, key)
         query, key = rope(step, "query", query), rope(step, "key", key)
         step.free(*plain)
-    out = _attend(step, query, key, value)
+    out = attend(step, query, key, value)
     step.free(query, key, value)
     if gate is not None:
         out = _times_gate(step, out, gate)
@@ -73,17 +73,17 @@ def _projections(step: MicroStep, inner: SizedTensor) -> tuple[SizedTensor, Size
 def rope(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     """Replay rotary positions, in some models of the first part of each head only."""
     if step.rotary_share == 1:
-        return _rotate(step, name, value)
+        return rotate(step, name, value)
     turned = Size(f"{value.size.formula} x share", int(value.size.elements * step.rotary_share))
     rest = Size(f"{value.size.formula} x rest", value.size.elements - turned.elements)
     first, second = step.slice(value, turned), step.slice(value, rest)
-    rotated = _rotate(step, f"part of {name}", first)
+    rotated = rotate(step, f"part of {name}", first)
     joined = step.join(f"{name} with positions", [rotated, second], value.size)
     step.free(first, second, rotated)
     return joined
 
 
-def _rotate(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
+def rotate(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     """Replay `x cos + rotate_half(x) sin`; of all this only the tables are saved, which are there anyway."""
     width = max(value.width, step.base_width)
     half = Size(f"{value.size.formula} / 2", value.size.elements // 2)
@@ -104,7 +104,8 @@ def _rotate(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     return output
 
 
-def _attend(step: MicroStep, query: SizedTensor, key: SizedTensor, value: SizedTensor) -> SizedTensor:
+def attend(step: MicroStep, query: SizedTensor, key: SizedTensor, value: SizedTensor) -> SizedTensor:
+    """Replay the backend on queries, keys and values; they stay the caller's."""
     width = step.product_width
     parts = []
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -134,7 +135,10 @@ def _varlen(step: MicroStep, query: SizedTensor, key: SizedTensor, value: SizedT
 
 def _flash(step: MicroStep, query: SizedTensor, key: SizedTensor, value: SizedTensor) -> SizedTensor:
     """Replay the kernel: it saves queries, keys, values, its output and a logarithm per head and token."""
-    out = step.new("attention output", step.queries, query.width, query.needs_grad)
+    size = step.queries
+    if value.size.elements != key.size.elements:  # padded rows of latent attention
+        size = Size("tokens x values", step.queries.elements * value.size.elements // key.size.elements)
+    out = step.new("attention output", size, query.width, query.needs_grad)
     logarithms = step.memory.allocate("attention logarithms", step.per_head, 4)
 
     def backward(gradient: Allocation) -> Gradients:

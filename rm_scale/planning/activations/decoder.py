@@ -6,6 +6,7 @@ from rm_scale.planning.activations.attention import attention
 from rm_scale.planning.activations.delta_net import delta_net
 from rm_scale.planning.activations.experts import experts
 from rm_scale.planning.activations.heads import head
+from rm_scale.planning.activations.latent_attention import latent_attention
 from rm_scale.planning.activations.linear import is_adapted, leave_autocast
 from rm_scale.planning.activations.micro_step import MicroStep
 from rm_scale.planning.activations.mlp import mlp
@@ -17,7 +18,8 @@ from rm_scale.planning.layer_parts import LayerKind
 def forward(step: MicroStep) -> SizedTensor:
     """Replay the forward pass and return the loss."""
     embedded = _embed(step)
-    dims = int(step.shape.head_dim * step.rotary_share) if step.has_rope else 0
+    dims = step.shape.latent.rope_dim if step.shape.latent else int(step.shape.head_dim * step.rotary_share)
+    dims *= step.has_rope
     tables = Size("2 x tokens x rotated part of head_dim", 2 * step.row.tokens * dims)
     rotary = step.memory.allocate("rotary tables", tables, step.base_width)
     step.hold(embedded)  # a variable of the model's forward pass holds it to the end
@@ -123,6 +125,8 @@ def _sublayer(step: MicroStep, hidden: SizedTensor, name: str, kind: LayerKind) 
 def _mix(step: MicroStep, inner: SizedTensor, kind: LayerKind) -> SizedTensor:
     if kind.mixer == "delta" and step.shape.delta is not None:
         return delta_net(step, inner, step.shape.delta)
+    if kind.mixer == "latent" and step.shape.latent is not None:
+        return latent_attention(step, inner, step.shape.latent)
     return attention(step, inner)
 
 

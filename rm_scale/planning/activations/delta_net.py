@@ -299,7 +299,7 @@ def _scan(
         part = step.slice(within, sizes.chunk_pairs)
         inside = _matmul(step, "attention in a chunk", part, values, sizes.chunk_values)
         both = step.add("result of a chunk", between, inside, sizes.chunk_values)
-        result = _put(step, result, both)
+        result = step.write(result, both, "delta result in chunks")
         step.free(part, between, inside, both)
         if rest:  # nothing reads the last state
             state = _next_state(step, sizes, state, keys, values, count)
@@ -313,17 +313,6 @@ def _read_state(step: MicroStep, name: str, tensor: SizedTensor, state: SizedTen
     read = _matmul(step, f"delta state read by {name}", part, state, sizes.chunk_values)
     step.free(part)
     return read
-
-
-def _put(step: MicroStep, whole: SizedTensor, part: SizedTensor) -> SizedTensor:
-    """Write a part into a tensor; backwards the whole gradient is copied, with zeros in place of the part's."""
-    written = SizedTensor(whole.size, whole.allocation, whole.needs_grad or part.needs_grad)
-
-    def backward(gradient: Allocation) -> Gradients:
-        rest = step.memory.allocate("gradient of delta result in chunks", whole.size, whole.width)
-        return [(part, step.memory.allocate("gradient of result of a chunk", part.size, part.width)), (whole, rest)]
-
-    return step.graph.record(written, [], backward)
 
 
 def _next_state(

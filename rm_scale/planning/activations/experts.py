@@ -12,6 +12,10 @@ from rm_scale.planning.activations.simulated_autograd import Allocation, Gradien
 from rm_scale.planning.layer_parts import Experts
 
 INDEX_BYTES = 8
+_FP32_ROUTERS = frozenset(["deepseek_v2", "deepseek_v3"])
+"""Types whose routers cast their input and weight to fp32."""
+_FP32_WEIGHTS = _FP32_ROUTERS | {"mixtral"}
+"""Types whose experts' weights stay in fp32, and with them the weighted results."""
 
 
 def experts(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
@@ -46,15 +50,18 @@ def _route(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
     """Replay the router: logits, fp32 probabilities, and the weights of the chosen experts."""
     every = Size("tokens x experts", step.row.tokens * parts.num)
     matrix = Size("experts x hidden", parts.num * step.shape.hidden_size)
-    logits = step.new("router logits", every, step.product_width, True)
+    width = 4 if step.shape.model_type in _FP32_ROUTERS else step.product_width
+    inputs = step.cast("router input, fp32" if width == 4 else "router input", inner, width)
+    logits = step.new("router logits", every, width, True)
 
     def backward_of_logits(gradient: Allocation) -> Gradients:
-        results: Gradients = [(inner, step.memory.allocate("gradient of router input", inner.size, step.product_width))]
+        results: Gradients = [(inputs, step.memory.allocate("gradient of router input", inner.size, width))]
         if step.is_full:
-            results.append((None, step.memory.allocate("gradient of router", matrix, step.product_width)))
+            results.append((None, step.memory.allocate("gradient of router", matrix, width)))
         return results
 
-    step.graph.record(logits, [inner.allocation] if step.is_full else [], backward_of_logits)
+    step.graph.record(logits, [inputs.allocation] if step.is_full else [], backward_of_logits)
+    step.free(inputs)
     wide = step.cast("router logits, fp32", logits, 4)
     shares = step.new("router probabilities", every, 4, True)
 
@@ -69,7 +76,8 @@ def _route(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
     step.graph.nodes[-1].saved.append(step.memory.keep(indices)) if _is_recorded(step, best) else None
     step.memory.release(indices)
     step.free(shares)
-    narrow = step.cast("weights of chosen experts, narrow", best, step.product_width)
+    narrow_width = 4 if step.shape.model_type in _FP32_WEIGHTS else step.product_width
+    narrow = step.cast("weights of chosen experts, narrow", best, narrow_width)
     step.free(best)
     return narrow
 
@@ -96,8 +104,9 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
     weighted = step.multiply_rows("experts' weighted results", second, chosen_weights)
     ordered = _gather_by(step, "experts' results in order", weighted, hidden, kept[1])
     step.free(weighted)
-    output = _sum_over_chosen(step, ordered, hidden)
-    step.free(ordered, selected, second, chosen_weights)
+    summed = _sum_over_chosen(step, ordered, hidden)
+    output = step.cast("experts' sum, narrow", summed, inner.width)
+    step.free(summed, ordered, selected, second, chosen_weights)
     step.memory.release(*kept)
     return output
 

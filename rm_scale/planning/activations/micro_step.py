@@ -132,6 +132,19 @@ class MicroStep:
 
         return self.graph.record(joined, [], backward)
 
+    def write(self, whole: SizedTensor, part: SizedTensor, name: str) -> SizedTensor:
+        """Write a part into a tensor in place; backwards the whole gradient is copied, and the part's cut out of it."""
+        written = SizedTensor(whole.size, whole.allocation, whole.needs_grad or part.needs_grad)
+
+        def backward(gradient: Allocation) -> Gradients:
+            rest = self.memory.allocate(f"gradient of {name}", whole.size, whole.width)
+            return [
+                (part, self.memory.allocate(f"gradient of part of {name}", part.size, part.width)),
+                (whole, rest),
+            ]
+
+        return self.graph.record(written, [], backward)
+
     def reorder(self, value: SizedTensor) -> SizedTensor:
         """View a tensor with its elements in another order; backwards its gradient is copied into the first order."""
         view = self.view(value)
