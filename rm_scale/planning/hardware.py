@@ -70,7 +70,7 @@ class Device:
 _MAMF = "achievable: measured large products (ml-engineering, MAMF)"
 _ASSUMED = "achievable: assumed 80 % of the peak, not measured"
 _GEFORCE = (
-    "achievable: assumed 90 % of the peak, as these cards clock above their data sheet; links through the host's "
+    "achievable: bfloat16 products of torch, medians of what owners of such cards published; links through the host's "
     "memory, as two cards without NVLink reached (fsdp_qlora)"
 )
 

@@ -69,7 +69,7 @@ ZERO3_HOOKS = 30.0
 gather and release its weights. On a processor, where there are no streams to wait for, 12 to 24 (DeepSpeed 0.19 on a
 Llama with layers 64 wide, where nothing but the host's own work takes time); 30 by Qwen's runs of 1.8B and 7B."""
 
-ZERO_HOOKS = 12.0
+ZERO_HOOKS = 8.0
 """The same of the hook that takes each trained tensor's gradient in ZeRO-1 and 2, once in the backward pass; 3 to 12
 on a processor."""
 
@@ -102,7 +102,7 @@ def num_products(shape: ModelShape, kind: LayerKind) -> int:
 
 
 def num_launches(scenario: Scenario) -> float:
-    """Count the kernels of a micro-step's layers, forward and backward; the time of ZeRO's hooks as kernels too."""
+    """Count the kernels of a micro-step's layers, unpacking left out; the time of ZeRO's hooks as kernels too."""
     counts = scenario.shape.layer_counts
     trained = sum(tensor.count for tensor in scenario.trained if tensor.count > 1)
     hooks = ZERO_HOOKS * trained if scenario.zero_stage in {1, 2} else 0.0
@@ -110,16 +110,23 @@ def num_launches(scenario: Scenario) -> float:
 
 
 def launches_per_layer(scenario: Scenario, kind: LayerKind) -> Launches:
-    """Return the kernels that a layer of this kind launches, adapters, casts and 4-bit weights included."""
+    """Return the kernels that a layer of this kind launches, adapters and casts included."""
     shape = scenario.shape
     adapted = sum(tensor.count for tensor in scenario.adapters) / 2 / shape.num_layers
     parts = [layer_launches(shape, kind, scenario.fused, scenario.method != "full"), ADAPTER.times(adapted)]
     if scenario.precision == "amp":
         parts += [AUTOCAST, AUTOCAST_ADAPTER.times(adapted)]
-    if scenario.method == "qlora":
-        of_one = DEQUANTISED.get(shape.quantization or "nf4", DEQUANTISED["nf4"])
-        parts.append(of_one.times(num_products(shape, kind)))
     return _sum(parts)
+
+
+def num_unpacking_launches(scenario: Scenario) -> float:
+    """Count the kernels that unpack 4-bit weights in a micro-step."""
+    if scenario.method != "qlora":
+        return 0.0
+    shape = scenario.shape
+    one = DEQUANTISED.get(shape.quantization or "nf4", DEQUANTISED["nf4"])
+    weights = sum(count * num_products(shape, kind) for kind, count in shape.layer_counts.items())
+    return weights * (one.forward * (2 if scenario.checkpointing else 1) + one.backward)
 
 
 def _of_layer(scenario: Scenario, kind: LayerKind) -> float:

@@ -20,7 +20,7 @@ from rm_scale.planning.flops import (
     state_flops_per_token,
     step_flops,
 )
-from rm_scale.planning.launches import num_launches
+from rm_scale.planning.launches import num_launches, num_unpacking_launches
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 
@@ -166,14 +166,15 @@ def useful_flops(scenario: Scenario) -> float:
 def compute_seconds(scenario: Scenario) -> float:
     """Return the seconds of a micro-step's computation on one device."""
     parts = compute_parts(scenario)
-    head, launches = parts.pop("head"), parts.pop("launches")
+    head, launches, dequantising = (parts.pop(name) for name in ("head", "launches", "dequantising"))
     if scenario.device.is_cpu:
-        return sum(parts.values()) + launches + head
-    return max(sum(parts.values()), launches) + head
+        return sum(parts.values()) + launches + dequantising + head
+    # Products wait for their unpacked weights: Qwen's GPTQ runs at 256 to 1,024 tokens take the unpacking on top.
+    return max(sum(parts.values()), launches) + dequantising + head
 
 
 def compute_parts(scenario: Scenario) -> dict[str, float]:
-    """Return the seconds of a micro-step by part; layers take the sum of theirs, but no less than their launches."""
+    """Return the seconds of a micro-step by part; layers take no less than their launches, and dequantising on top."""
     flops, device = micro_step_flops(scenario), scenario.device
     rate = device.matmul_flops * device.step_efficiency
     share = ATTENTION_SHARES.get(scenario.attention, ATTENTION_SHARE)
@@ -247,7 +248,8 @@ def dequantise_seconds(scenario: Scenario) -> float:
         return 0.0
     moved = DEQUANTISE_BYTES.get(scenario.shape.quantization or "nf4", DEQUANTISE_BYTES["nf4"])
     weights = quantised_parameters(scenario.shape) * _passes(scenario)
-    return weights * moved / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
+    moving = weights * moved / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
+    return max(moving, num_unpacking_launches(scenario) * scenario.device.launch_seconds)
 
 
 def update_seconds(scenario: Scenario) -> float:

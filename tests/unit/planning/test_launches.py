@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.hardware import known_devices
-from rm_scale.planning.launches import ZERO3_HOOKS, ZERO_HOOKS, launches_per_layer, num_launches
+from rm_scale.planning.launches import ZERO3_HOOKS, ZERO_HOOKS, launches_per_layer, num_launches, num_unpacking_launches
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.shape import ModelShape
 from tests.support.row_loads import uniform_rows
@@ -94,7 +94,11 @@ def test_hooks_of_zero_take_the_host_s_time_too() -> None:
 
 
 def test_four_bit_weights_are_unpacked_by_kernels_of_their_own() -> None:
-    lora, nf4 = num_launches(scenario(method="lora")), num_launches(scenario(method="qlora"))
-    gptq = num_launches(scenario(method="qlora", shape=replace(SHAPE, quantization="gptq")))
-    assert nf4 == lora + 14 * 3  # one each way and linear layer
-    assert gptq == lora + 70 * 3
+    nf4 = scenario(method="qlora")
+    gptq = replace(nf4, shape=replace(SHAPE, quantization="gptq"))
+    assert num_unpacking_launches(scenario(method="lora")) == 0
+    assert num_unpacking_launches(nf4) == 14 * 3  # one each way, layer and matrix
+    assert num_unpacking_launches(gptq) == 70 * 3
+    again = num_unpacking_launches(replace(gptq, checkpointing=True))
+    assert again == 2 * num_unpacking_launches(gptq)
+    assert num_launches(nf4) == num_launches(gptq) == num_launches(scenario(method="lora"))

@@ -53,6 +53,10 @@ def test_adapters_move_their_inputs_and_outputs() -> None:
 def test_layers_take_no_less_than_their_launches() -> None:
     few = scenario(load=uniform_rows(0.01, 512, 512, "padding_free"))
     assert step_time.compute_seconds(few) == pytest.approx(num_launches(few) * DEVICE.launch_seconds)
+    four_bit = replace(few, method="qlora")
+    assert step_time.compute_seconds(four_bit) == pytest.approx(
+        step_time.launch_seconds(four_bit) + step_time.dequantise_seconds(four_bit)
+    )
     many = scenario()
     parts = step_time.compute_parts(many)
     assert step_time.compute_seconds(many) == pytest.approx(sum(parts.values()) - parts["launches"])
@@ -88,12 +92,19 @@ def test_heads_of_language_models_cost_and_reward_heads_do_not() -> None:
 
 
 def test_other_checkpoints_in_four_bits_count_as_nf4() -> None:
-    nf4 = step_time.dequantise_seconds(scenario(method="qlora"))
-    assert step_time.dequantise_seconds(scenario(method="qlora", shape=replace(LLAMA, quantization="awq"))) == nf4
-    assert (
-        step_time.dequantise_seconds(scenario(method="qlora", shape=replace(LLAMA, quantization="gptq"))) == 2.5 * nf4
+    wide = replace(LLAMA, hidden_size=8192, head_dim=512, intermediate_size=32768)  # its bytes take longest
+    nf4, awq, gptq = (
+        step_time.dequantise_seconds(scenario(method="qlora", shape=replace(wide, quantization=name)))
+        for name in (None, "awq", "gptq")
     )
+    assert awq == nf4
+    assert gptq == pytest.approx(2.5 * nf4)
     assert step_time.dequantise_seconds(scenario(method="lora")) == 0
+
+
+def test_unpacking_takes_no_less_than_its_launches() -> None:
+    narrow = scenario(method="qlora", shape=replace(LLAMA, hidden_size=64, intermediate_size=128, head_dim=4))
+    assert step_time.dequantise_seconds(narrow) == pytest.approx(16 * 14 * DEVICE.launch_seconds)
 
 
 def test_older_attention_is_slower() -> None:
