@@ -97,9 +97,12 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
     selected = _gather_by(step, "tokens by expert", inner, hidden, kept[0])
     chosen_weights = step.gather("weights by expert", weights, order)
     first = _grouped(step, "experts' gate and up", selected, both, parts.num * 2 * parts.width)
-    product = _gate(step, first, width)
+    biases = step.memory.allocate("experts' biases by token", both if parts.biases else Size("none", 0), first.width)
+    product = _clamped_gate(step, first, width) if parts.biases else _gate(step, first, width)
     step.free(first)
+    step.memory.release(biases)
     second = _grouped(step, "experts' down", product, hidden, parts.num * parts.width)
+    biases = step.memory.allocate("experts' biases by token", hidden if parts.biases else Size("none", 0), first.width)
     step.free(product)
     weighted = step.multiply_rows("experts' weighted results", second, chosen_weights)
     ordered = _gather_by(step, "experts' results in order", weighted, hidden, kept[1])
@@ -107,7 +110,7 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
     summed = _sum_over_chosen(step, ordered, hidden)
     output = step.cast("experts' sum, narrow", summed, inner.width)
     step.free(summed, ordered, selected, second, chosen_weights)
-    step.memory.release(*kept)
+    step.memory.release(*kept, biases)
     return output
 
 
@@ -146,6 +149,22 @@ def _gate(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:
     activated = step.apply("activation of experts", gate, saves_output=False)
     product = step.multiply("experts' gate x up", activated, up)
     step.free(gate, up, activated)
+    return product
+
+
+def _clamped_gate(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:
+    """Replay GPT-OSS's `(clamp(up) + 1) * gate * sigmoid(alpha gate)`, where gate and up are every other column."""
+    gate, up = step.slice(value, size), step.slice(value, size)
+    low = step.apply("experts' gate, clamped", gate, saves_output=False)
+    clamped = step.apply("experts' up, clamped", up, saves_output=False)
+    scaled = step.scale("experts' gate, scaled", low)
+    opened = step.apply("sigmoid of experts' gate", scaled, saves_output=True)
+    step.free(gate, up, scaled)
+    activated = step.multiply("activation of experts", low, opened)
+    step.free(opened)
+    raised = step.copy("experts' up + 1", clamped)
+    product = step.multiply("experts' gate x up", raised, activated)
+    step.free(low, clamped, activated, raised)
     return product
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rm_scale.planning.activations.micro_step import MicroStep
 from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
 
+_WEIGH_IN_FP32 = ("gemma", "olmo2", "olmo3", "gpt_oss", "qwen3_next", "qwen3_5")
+
 
 def norm(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     """Replay the model's kind of norm."""
@@ -32,9 +34,9 @@ def _layer_norm(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
 def _rms_norm(step: MicroStep, name: str, value: SizedTensor) -> SizedTensor:
     """Replay `weight * (x * rsqrt(mean(x^2) + eps)).to(dtype)`, in fp32 up to the cast.
 
-    Gemma's and OLMo 2's classes multiply with the weight in fp32 too and cast afterwards.
+    The classes of Gemma, OLMo 2, GPT-OSS and Qwen3.5 multiply with the weight in fp32 too and cast afterwards.
     """
-    weighs_wide = step.shape.model_type.startswith(("gemma", "olmo2", "olmo3", "qwen3_next", "qwen3_5"))
+    weighs_wide = step.shape.model_type.startswith(_WEIGH_IN_FP32)
     inputs = step.cast(f"{name} fp32 input", value, 4)
     root = _inverse_root(step, name, inputs)
     normal = _times_root(step, f"{name} fp32 output", inputs, root)
