@@ -40,21 +40,16 @@ rm_scale_end() { # SRUN_CODE, or none when no rank was started
 }
 
 # Asks Slurm to start the job again, for some minutes where Slurm does not answer; fails where it refuses: asking again
-# would only hold the nodes.
+# would only hold the nodes. An answer that is not known counts as none: a controller that is being started has many.
 rm_scale_requeue() {
-    local answer code pause=1 until=$((SECONDS + RM_SCALE_REQUEUE_SECONDS))
+    local answer pause=1 until=$((SECONDS + RM_SCALE_REQUEUE_SECONDS))
     until answer=$(timeout 60 scontrol requeue "$RM_SCALE_JOB" 2>&1); do
-        code=$?
-        case $code,$answer in
+        case $answer in
             *"is pending execution"*) # it was asked before, and the answer was lost
                 break
                 ;;
-            124,* | 137,* | 143,*) # no answer, or ended by Slurm's signal to all processes
-                ;;
-            *"Unable to"* | *[Tt]"imed out"* | *[Ss]"ocket"* | *"Zero Bytes"* | *standby* | *"try again"* | *uthentication* | \
-                *"onnection"* | *"still running"*)
-                ;;
-            *)
+            *disabled* | *[Pp]ermission* | *denied* | *"ot permitted"* | *"Only batch jobs"* | *heterogeneous* | \
+                *"Invalid job id"* | *"Invalid user"*)
                 rm_scale_say "Slurm refuses to requeue: $answer" >&2
                 return 1
                 ;;

@@ -334,6 +334,7 @@ def test_slurm_that_refuses_to_requeue_is_asked_once(answer: str, tmp_path: Path
         "echo 'Zero Bytes were transmitted or received for job 7' >&2; exit 1",
         "echo 'Slurm backup controller in standby mode for job 7' >&2; exit 1",
         "echo 'Job can not be altered now, try again later for job 7' >&2; exit 1",
+        "echo 'Unexpected message received for job 7' >&2; exit 1",  # of a controller that has just been started
         "exit 124",  # what `timeout` says
         "kill -TERM $$",
     ],
