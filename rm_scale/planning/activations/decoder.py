@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from rm_scale.planning.activations.attention import attention
 from rm_scale.planning.activations.delta_net import delta_net
 from rm_scale.planning.activations.experts import experts
@@ -11,6 +14,7 @@ from rm_scale.planning.activations.linear import is_adapted, leave_autocast
 from rm_scale.planning.activations.micro_step import MicroStep
 from rm_scale.planning.activations.mlp import mlp
 from rm_scale.planning.activations.norms import norm
+from rm_scale.planning.activations.repeated_layers import Layers, repeated_layers
 from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
 from rm_scale.planning.layer_parts import LayerKind
 
@@ -24,18 +28,45 @@ def forward(step: MicroStep) -> SizedTensor:
     rotary = step.memory.allocate("rotary tables", tables, step.base_width)
     step.hold(embedded)  # a variable of the model's forward pass holds it to the end
     hidden = embedded
-    for kind in step.shape.layers:
-        after = (
-            _checkpointed(step, hidden, kind) if step.options.checkpointing == "full" else _layer(step, hidden, kind)
-        )
-        step.free(hidden)
-        hidden = after
+    layers = repeated_layers(step.shape.layers)
+    if step.options.precision == "amp":  # whose copies of weights last until the end
+        layers = Layers(step.shape.layers, (), 0, ())
+    hidden = _replay(step, hidden, layers.before)
+    before = step.memory.counts.copy()
+    hidden = _replay(step, hidden, layers.pattern)
+    hidden = _leave_out(step, hidden, step.memory.counts - before, layers.left_out)
+    hidden = _replay(step, hidden, layers.after)
     final = norm(step, "final norm", hidden)
     step.free(hidden, embedded)
     step.memory.keep(rotary)
     loss = head(step, final)
     leave_autocast(step)
     return loss
+
+
+def _replay(step: MicroStep, hidden: SizedTensor, kinds: Sequence[LayerKind]) -> SizedTensor:
+    """Replay layers one after the other; the input goes out of scope."""
+    run = _checkpointed if step.options.checkpointing == "full" else _layer
+    for kind in kinds:
+        after = run(step, hidden, kind)
+        step.free(hidden)
+        hidden = after
+    return hidden
+
+
+def _leave_out(step: MicroStep, hidden: SizedTensor, stored: Counter[tuple[str, str]], times: int) -> SizedTensor:
+    """Stand for layers like the last ones, so many times over: they store as much, and need no more than the last.
+
+    Backwards what they stored is released when all behind them has been run.
+    """
+    if not times:
+        return hidden
+    kept = [step.memory.allocate_alike(key, count * times) for key, count in stored.items()]
+    after = step.view(hidden)
+    step.graph.record(after, kept, lambda gradient: [(hidden, step.memory.keep(gradient))])
+    step.free(hidden)
+    step.memory.release(*kept)
+    return after
 
 
 def _embed(step: MicroStep) -> SizedTensor:

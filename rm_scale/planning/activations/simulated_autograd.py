@@ -31,12 +31,14 @@ class Allocation:
         width: bytes per element.
         references: how many variables, saved tensors and waiting gradients refer to it. Views of a tensor refer to the
             same allocation.
+        tensors: how many tensors it stands for, mostly one.
     """
 
     key: tuple[str, str]
     num_bytes: int
     width: int
     references: int = 1
+    tensors: int = 1
 
 
 class MemoryCounter:
@@ -67,12 +69,19 @@ class MemoryCounter:
         allocation = Allocation((name, f"{size.formula} x {width} B"), size.elements * width, width)
         if not allocation.num_bytes:
             return allocation
-        self.live += allocation.num_bytes
-        self.counts[allocation.key] += 1
         known = self.sizes.setdefault(allocation.key, allocation.num_bytes)
         assert known == allocation.num_bytes, allocation.key
+        return self._add(allocation)
+
+    def allocate_alike(self, key: tuple[str, str], tensors: int) -> Allocation:
+        """Allocate so many tensors like those of a key, as one."""
+        return self._add(Allocation(key, tensors * self.sizes[key], 1, tensors=tensors))
+
+    def _add(self, allocation: Allocation) -> Allocation:
+        self.live += allocation.num_bytes
+        self.counts[allocation.key] += allocation.tensors
         if self.live > self.peak:
-            self.peak, self.moment, self.at_peak = self.live, name, dict(self.counts)
+            self.peak, self.moment, self.at_peak = self.live, allocation.key[0], dict(self.counts)
         return allocation
 
     def keep(self, allocation: Allocation) -> Allocation:
@@ -87,7 +96,7 @@ class MemoryCounter:
             assert allocation.references >= 0, allocation.key
             if not allocation.references and allocation.num_bytes:
                 self.live -= allocation.num_bytes
-                self.counts[allocation.key] -= 1
+                self.counts[allocation.key] -= allocation.tensors
 
 
 @dataclass(eq=False)
