@@ -178,6 +178,7 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
         micro_batch=config.per_device_train_batch_size,
         lora_rank=config.lora_r,
         lora_targets=tuple(config.lora_target_modules) if config.lora_target_modules else None,
+        lora_parameters=tuple(config.lora_target_parameters or ()),
         nested_quant=config.use_bnb_nested_quant,
     )
 

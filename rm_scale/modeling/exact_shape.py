@@ -217,8 +217,9 @@ def class_tensors(model: PreTrainedModel) -> tuple[Tensor, ...]:
             short = f"{parent.rpartition('.')[2]}.{last}" if parent else last
         size = tuple(parameter.shape)
         outputs_first = size[::-1] if isinstance(modules[parent], Conv1D) and len(size) == 2 else size
-        found[Tensor(short, outputs_first, role, 1, parent in adapted, shared[id(parameter)])] += 1
-    return tuple(Tensor(t.name, t.shape, t.role, count, t.takes_adapter, t.num_modules) for t, count in found.items())
+        quantised = type(modules[parent]) in _LINEAR
+        found[Tensor(short, outputs_first, role, 1, parent in adapted, quantised, shared[id(parameter)])] += 1
+    return tuple(replace(tensor, count=count) for tensor, count in found.items())
 
 
 def _role(
@@ -403,5 +404,5 @@ def differences(formula: ModelShape, exact: ModelShape) -> list[str]:
 def _by_size(tensors: Iterable[Tensor]) -> Counter[tuple[str, int]]:
     sizes: Counter[tuple[str, int]] = Counter()
     for tensor in tensors:
-        sizes[tensor.role, tensor.numel] += tensor.count
+        sizes["4-bit linear" if tensor.is_4bit else tensor.role, tensor.numel] += tensor.count
     return sizes

@@ -38,7 +38,7 @@ class Request:
         max_tokens: tokens of a row.
         micro_batch: groups of a padded micro-batch.
         hpz: use a second partition within each node.
-        lora_rank, lora_targets, nested_quant: as in a run.
+        lora_rank, lora_targets, lora_parameters, nested_quant: as in a run.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Request:
     hpz: bool = False
     lora_rank: int = 16
     lora_targets: tuple[str, ...] | None = None
+    lora_parameters: tuple[str, ...] = ()
     nested_quant: bool = False
 
 
@@ -225,6 +226,7 @@ def build_scenario(
         method=request.method,
         lora_rank=request.lora_rank,
         lora_targets=request.lora_targets,
+        lora_parameters=request.lora_parameters,
         nested_quant=request.nested_quant,
         zero_stage=stage if uses_engine else None,
         offload_optimizer={"none": "none", "optimizer": "cpu", "all": "cpu", "nvme": "nvme"}[offload],

@@ -78,6 +78,9 @@ NOT_ADAPTED = {
 """Linear layers without an adapter unless asked for, as `modeling/adapters.py` explains and a test compares: PEFT would
 read these names as the experts, and Jamba reads one weight past its layer."""
 
+NOT_QUANTISED = frozenset(["falcon"])
+"""Types whose linear layers are a subclass of torch's, which bitsandbytes leaves in 16 bits."""
+
 Text = dict[str, Any]
 
 

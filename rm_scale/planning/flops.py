@@ -70,12 +70,12 @@ def _read(shape: ModelShape, tensors: Sequence[Tensor], tokens: float) -> int:
 def quantised_parameters(shape: ModelShape) -> int:
     """Count the weights of the layers' linear modules, which are what bitsandbytes keeps in 4 bits."""
     if shape.exact is not None:
-        return sum(t.count * t.num_modules * t.numel for t in shape.exact.tensors if t.role == "linear")
+        return sum(t.count * t.num_modules * t.numel for t in shape.exact.tensors if t.is_4bit)
     return sum(
         count * tensor.numel
         for kind, count in shape.layer_counts.items()
         for tensor in layer_tensors(shape, kind)
-        if tensor.role == "linear"
+        if tensor.is_4bit
     )
 
 

@@ -71,7 +71,7 @@ def largest_dequantised_bytes(scenario: Scenario) -> int:
     """Return the largest 4-bit weight in the type it is multiplied in; 0 without any."""
     if scenario.method != "qlora":
         return 0
-    sizes = [tensor.numel for tensor in scenario.frozen if tensor.role == "linear"]
+    sizes = [tensor.numel for tensor in scenario.frozen if tensor.is_4bit]
     return max(sizes, default=0) * scenario.product_bytes
 
 

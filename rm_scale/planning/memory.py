@@ -108,8 +108,8 @@ def frozen_bytes(scenario: Scenario) -> int:
     size = 4 if scenario.precision == "fp32" else 2
     if scenario.method != "qlora":
         return total(scenario.frozen) * size
-    quantised = [tensor for tensor in scenario.frozen if tensor.role == "linear"]
-    others = [tensor for tensor in scenario.frozen if tensor.role != "linear"]
+    quantised = [tensor for tensor in scenario.frozen if tensor.is_4bit]
+    others = [tensor for tensor in scenario.frozen if not tensor.is_4bit]
     return total(others) * size + sum(t.count * (_packed(t.numel) + constants_bytes(scenario, t)) for t in quantised)
 
 
@@ -136,7 +136,7 @@ def _frozen_sharded(scenario: Scenario, frozen: list[Tensor]) -> int:
         return _sharded(scenario, frozen, size)
     whole = 0
     for tensor in frozen:
-        if tensor.role != "linear":
+        if not tensor.is_4bit:
             whole += _sharded(scenario, [tensor], size)
             continue
         shard = math.ceil(_stored_elements(scenario, tensor) / scenario.num_devices) * size
@@ -160,7 +160,7 @@ def _whole_small_tensors(scenario: Scenario) -> int:
 
 def _stored_elements(scenario: Scenario, tensor: Tensor) -> int:
     """Count the elements of the compute type in which a frozen tensor is stored; ZeRO-3 shards 4-bit ones so."""
-    if scenario.method == "qlora" and tensor.role == "linear":
+    if scenario.method == "qlora" and tensor.is_4bit:
         return _packed(tensor.numel) // scenario.weight_bytes
     return tensor.numel
 

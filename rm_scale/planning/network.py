@@ -105,7 +105,7 @@ def _gathered_bytes(scenario: Scenario) -> float:
         return trained
     constants = 0.0
     if scenario.method == "qlora":
-        constants = sum(t.count * constants_bytes(scenario, t) for t in scenario.frozen if t.role == "linear")
+        constants = sum(t.count * constants_bytes(scenario, t) for t in scenario.frozen if t.is_4bit)
     return trained + frozen_bytes(scenario) - constants
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rm_scale.planning.families import NOT_ADAPTED
+from rm_scale.planning.families import NOT_ADAPTED, NOT_QUANTISED
 from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, Mamba
 from rm_scale.planning.shape import ModelShape
 
@@ -29,6 +29,7 @@ class Tensor:
             weight decay), head or adapter.
         count: how many there are: one per layer, mostly.
         takes_adapter: LoRA adapts it where no targets are named.
+        takes_4bit: bitsandbytes quantises it, if it is a linear layer's; of subclasses of torch's it leaves all alone.
         num_modules: modules that share it. LoRA gives each of them an adapter of its own.
     """
 
@@ -37,7 +38,13 @@ class Tensor:
     role: Role
     count: int = 1
     takes_adapter: bool = True
+    takes_4bit: bool = True
     num_modules: int = 1
+
+    @property
+    def is_4bit(self) -> bool:
+        """QLoRA keeps it in 4 bits."""
+        return self.role == "linear" and self.takes_4bit
 
     @property
     def numel(self) -> int:
@@ -106,7 +113,8 @@ def layer_tensors(shape: ModelShape, kind: LayerKind) -> list[Tensor]:
         feed_forward = _mlp(shape, shape.intermediate_size)
     bare = NOT_ADAPTED.get(shape.model_type, frozenset())
     tensors = [*mixer, *feed_forward, *_layer_norms(shape)]
-    return [replace(tensor, takes_adapter=False) if tensor.module in bare else tensor for tensor in tensors]
+    quantised = shape.model_type not in NOT_QUANTISED
+    return [replace(tensor, takes_adapter=tensor.module not in bare, takes_4bit=quantised) for tensor in tensors]
 
 
 def head_tensor(shape: ModelShape) -> Tensor:

@@ -57,6 +57,7 @@ def scenario_of_run(
         lora_rank=config.lora_r,
         lora_targets=tuple(config.lora_target_modules) if config.lora_target_modules else None,
         lora_dropout=config.lora_dropout,
+        lora_parameters=tuple(config.lora_target_parameters or ()),
         nested_quant=config.use_bnb_nested_quant,
         zero_stage=plan.zero_stage if engine else None,
         offload_optimizer=_device_of(zero, "offload_optimizer"),

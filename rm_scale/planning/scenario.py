@@ -83,6 +83,7 @@ class Scenario:
         num_micro_steps: micro-steps per optimizer step.
         method: full, lora or qlora.
         lora_rank, lora_targets, lora_dropout: adapters; targets `None`: all linear layers.
+        lora_parameters: adapted tensors of experts.
         nested_quant: double quantisation of 4-bit weights.
         zero_stage: 0 to 3; `None`: plain torch, gradients averaged by DDP.
         offload_optimizer, offload_param: none, cpu or nvme.
@@ -115,6 +116,7 @@ class Scenario:
     lora_rank: int = 16
     lora_targets: tuple[str, ...] | None = None
     lora_dropout: float = 0.05
+    lora_parameters: tuple[str, ...] = ()
     nested_quant: bool = False
     zero_stage: int | None = 3
     offload_optimizer: str = "none"
@@ -162,7 +164,7 @@ class Scenario:
         """LoRA's matrices."""
         if self.method == "full":
             return []
-        return adapter_tensors(backbone_tensors(self.shape), self.lora_rank, self.lora_targets)
+        return adapter_tensors(backbone_tensors(self.shape), self.lora_rank, self.lora_targets, self.lora_parameters)
 
     @cached_property
     def trained(self) -> list[Tensor]:

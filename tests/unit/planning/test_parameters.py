@@ -27,10 +27,12 @@ SIZES = {
     "n_head": 4,
 }
 COMPARED = sorted(LAYER_STYLES.keys() - {"falcon", "bloom", "mpt", "gptj"})
+NEEDED = {"deepseek_v2": {"num_experts_per_tok": 2}}
+"""What these types have no default for."""
 
 
 def real_model(model_type: str, **changes: object) -> torch.nn.Module:
-    config = AutoConfig.for_model(model_type, num_labels=1, pad_token_id=0)
+    config = AutoConfig.for_model(model_type, num_labels=1, pad_token_id=0, **NEEDED.get(model_type, {}))
     for name, value in {**SIZES, **changes}.items():
         if hasattr(config, name) or name in changes:
             setattr(config, name, value)
