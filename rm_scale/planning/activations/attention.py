@@ -61,8 +61,8 @@ def _projections(step: MicroStep, inner: SizedTensor) -> tuple[SizedTensor, Size
             width = Size("tokens x 2 queries", 2 * width.elements)
         query = linear(step, "q_proj", inner, width)
         return query, linear(step, "k_proj", inner, step.kv), linear(step, "v_proj", inner, step.kv)
-    width = step.queries.elements + 2 * step.kv.elements
-    fused = linear(step, "qkv_proj", inner, Size("tokens x (queries + 2 kv)", width))
+    both = Size("tokens x (queries + 2 kv)", step.queries.elements + 2 * step.kv.elements)
+    fused = linear(step, "qkv_proj", inner, both)
     query, key = step.slice(fused, step.queries), step.slice(fused, step.kv)
     part = step.slice(fused, step.kv)
     value = step.copy("value", part)
