@@ -248,7 +248,8 @@ class Case:
     def name(self) -> str:
         """A line for the table."""
         options = self.options
-        parts = [self.model, f"{self.row.tokens} tokens", options.method, options.precision]
+        name = self.model if self.num_layers is None else f"{self.model} with {self.num_layers} layers"
+        parts = [name, f"{self.row.tokens} tokens", options.method, options.precision]
         parts += ["shared prompt"] if self.shares else []
         parts += ["checkpointing"] if options.checkpointing == "full" else []
         parts += ["reentrant"] if options.use_reentrant else []
@@ -296,7 +297,23 @@ def _further() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         ("Llama-2-7B", {"head": "lm"}, {}),
         ("Llama-2-7B", {"head": "lm", "method": "lora"}, {}),
         *((model, {}, {}) for model in ("Qwen3-4B", "Gemma-2-2B", "StarCoder2-3B", "OLMo-2-7B", "Phi-3-mini")),
+        *(
+            (model, {"method": method, **settings}, row)
+            for model, settings, row in _PARTS
+            for method in ("full", "lora")
+        ),
     ]
+
+
+# Experts, latent attention, delta nets and attention sinks.
+_PARTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("Qwen3-30B-A3B", {}, {}),
+    ("Qwen1.5-MoE-A2.7B", {}, {"num_layers": 4}),
+    ("DeepSeek-V3", {}, {"num_layers": 8}),
+    ("GPT-OSS-20B", {"attention": "matmul"}, {}),
+    ("Qwen3.5-9B", {"head": "score_all"}, {}),
+    ("Qwen3-Next-80B-A3B", {"head": "score_all"}, {"num_layers": 8}),
+]
 
 
 def allocator_cases() -> list[Case]:

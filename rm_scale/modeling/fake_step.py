@@ -21,7 +21,7 @@ import torch.nn.attention.varlen  # registers its operation counts, which FlopCo
 from peft import LoraConfig, TaskType, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from rm_scale.modeling.adapters import default_targets
 from rm_scale.planning.activations.settings import Options
@@ -275,7 +275,13 @@ def _counts() -> dict[Any, Any]:
     def grouped_backward(first: Any, second: Any, *_: Any, **__: Any) -> int:
         return 2 * grouped(first, second)
 
+    def convolution_backward(gradient: Any, inputs: Any, weight: Any, *rest: Any, **__: Any) -> int:
+        # torch's own count takes the weight's gradient of a convolution in groups for a dense one.
+        is_transposed, wanted = rest[4], rest[7]
+        return int(conv_flop_count(inputs, weight, gradient, is_transposed) * sum(wanted[:2]))
+
     return {
+        operators.convolution_backward: convolution_backward,
         operators._grouped_mm: grouped,
         torch.ops.transformers.grouped_mm_fallback: grouped,
         torch.ops.transformers.grouped_mm_fallback_backward: grouped_backward,

@@ -291,13 +291,13 @@ def _scan(
     while rest:
         count = max(1, rest - 2)
         rest -= count
-        read = _read_state(step, "keys", read_keys, state, sizes)
+        read = _read_state(step, "keys", read_keys, state, sizes, count)
         part = step.slice(new_values, sizes.chunk_values)
         values = _sum(step, "new values of a chunk", part, read, sizes.chunk_values, count)
         step.free(read, part)
-        between = _read_state(step, "queries", queries, state, sizes)
+        between = _read_state(step, "queries", queries, state, sizes, count)
         part = step.slice(within, sizes.chunk_pairs)
-        inside = _matmul(step, "attention in a chunk", part, values, sizes.chunk_values)
+        inside = _matmul(step, "attention in a chunk", part, values, sizes.chunk_values, count)
         both = step.add("result of a chunk", between, inside, sizes.chunk_values)
         result = step.write(result, both, "delta result in chunks")
         step.free(part, between, inside, both)
@@ -308,9 +308,11 @@ def _scan(
     return result
 
 
-def _read_state(step: MicroStep, name: str, tensor: SizedTensor, state: SizedTensor, sizes: _Sizes) -> SizedTensor:
+def _read_state(
+    step: MicroStep, name: str, tensor: SizedTensor, state: SizedTensor, sizes: _Sizes, count: int
+) -> SizedTensor:
     part = step.slice(tensor, sizes.chunk_keys)
-    read = _matmul(step, f"delta state read by {name}", part, state, sizes.chunk_values)
+    read = _matmul(step, f"delta state read by {name}", part, state, sizes.chunk_values, count)
     step.free(part)
     return read
 
@@ -323,7 +325,7 @@ def _next_state(
     if step.graph.is_recording and kept.needs_grad:  # for the gradient of the decay
         step.graph.nodes[-1].saved.append(step.memory.keep(state.allocation))
     part = step.slice(keys, sizes.chunk_keys)
-    update = _matmul(step, "update of delta state", part, values, sizes.state)
+    update = _matmul(step, "update of delta state", part, values, sizes.state, count)
     after = _sum(step, "delta state", kept, update, sizes.state, count)
     step.free(part, kept, update, state)
     return after
@@ -344,10 +346,15 @@ def _times(size: Size, count: int) -> Size:
     return size if count == 1 else Size(f"{count} x {size.formula}", count * size.elements)
 
 
-def _matmul(step: MicroStep, name: str, one: SizedTensor, other: SizedTensor, size: Size) -> SizedTensor:
-    """Multiply two tensors of the rule as matrices, which autocast does in the lower precision."""
+def _matmul(
+    step: MicroStep, name: str, one: SizedTensor, other: SizedTensor, size: Size, count: int = 1
+) -> SizedTensor:
+    """Multiply two tensors of the rule as matrices, which autocast does in the lower precision.
+
+    Of `count` chunks that are replayed at once all factors in the lower precision are kept.
+    """
     width = step.product_width if step.options.precision == "amp" else 4
-    factors = [step.cast(f"{name} input", value, width) for value in (one, other)]
+    factors = [_cast(step, f"{name} input", value, width, count) for value in (one, other)]
     needs_grad = one.needs_grad or other.needs_grad
     product = step.new(name, size, width, needs_grad)
     saved = [value.allocation for value, factor in zip(factors, reversed(factors), strict=True) if factor.needs_grad]
@@ -362,3 +369,15 @@ def _matmul(step: MicroStep, name: str, one: SizedTensor, other: SizedTensor, si
     step.graph.record(product, saved, backward)
     step.free(*factors)
     return product
+
+
+def _cast(step: MicroStep, name: str, value: SizedTensor, width: int, count: int) -> SizedTensor:
+    if value.width == width:
+        return step.hold(value)
+    name = f"{name} ({count})" if count > 1 else name
+    cast = SizedTensor(value.size, step.memory.allocate(name, _times(value.size, count), width), value.needs_grad)
+
+    def backward(gradient: Allocation) -> Gradients:
+        return [(value, step.memory.allocate("gradient in another type", value.size, value.width))]
+
+    return step.graph.record(cast, [], backward)

@@ -18,6 +18,7 @@ from rm_scale.planning.activations.activation_memory import activation_memory, a
 from rm_scale.planning.activations.settings import Options, Row
 from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.shape import shape_from_config
+from tests.support.families import FAMILIES, RARE_FAMILIES
 
 SHARED = {"prompt": 1536, "response": 256, "shares": True}
 TRACKED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -53,6 +54,41 @@ def test_memory_and_operations_are_what_torch_counts(model: str, options: dict[s
     assert predicted.stored_bytes == pytest.approx(measured.stored_bytes, rel=0.02)
     if case.options.attention != "matmul" and case.options.head != "lm":
         assert predict_flops(case) == pytest.approx(sum(measured.flops.values()), rel=0.01)
+
+
+SHORT = {"prompt": 160, "response": 70, "num_layers": 4}
+OTHER_PARTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("Qwen3-30B-A3B", {"checkpointing": "none"}, {}),
+    ("Qwen3-30B-A3B", {"method": "lora"}, {}),
+    ("Qwen1.5-MoE-A2.7B", {"method": "lora", "checkpointing": "none"}, {}),
+    ("DeepSeek-V3", {"checkpointing": "none"}, {"num_layers": 4}),
+    ("DeepSeek-V3", {"method": "lora"}, {"num_layers": 4}),
+    ("GPT-OSS-20B", {"checkpointing": "none", "attention": "matmul"}, {}),
+    ("GPT-OSS-20B", {"checkpointing": "none", "method": "lora", "attention": "matmul"}, {}),
+    ("Qwen3.5-9B", {"checkpointing": "none", "head": "score_all"}, SHORT),
+    ("Qwen3.5-9B", {"method": "lora", "head": "score_all"}, SHORT),
+    ("Qwen3.5-9B", {"checkpointing": "none", "method": "lora", "precision": "amp", "head": "score_all"}, SHORT),
+    ("Qwen3-Next-80B-A3B", {"checkpointing": "none", "method": "lora", "head": "score_all"}, SHORT),
+    ("Qwen3-Next-80B-A3B", {"head": "score_all"}, SHORT),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "row"), OTHER_PARTS)
+def test_memory_of_experts_latent_attention_delta_nets_and_sinks(
+    model: str, options: dict[str, Any], row: dict[str, Any]
+) -> None:
+    case = Case(model, Options(**options), **{"num_layers": 2, **row})
+    measured, predicted = measure(case), predict(case)
+    assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
+    assert predicted.stored_bytes == pytest.approx(measured.stored_bytes, rel=0.03)
+
+
+def test_a_delta_net_keeps_a_state_per_chunk() -> None:
+    # Each further chunk of a sequence saves a state of key_dim x value_dim per head, in fp32.
+    shape = replace(shape_from_config(MODELS["Qwen3.5-9B"]), num_layers=3)
+    memory = activation_memory(shape, Row(640, 640, 1), Options(checkpointing="none", method="lora", head="score_all"))
+    states = sum(part.num_bytes for name, part in memory.parts.items() if name.startswith("delta state"))
+    assert states == 3 * 10 * 32 * 128 * 128 * 4
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": "none", "method": "lora"}])
@@ -102,7 +138,8 @@ def test_more_tokens_need_more(method: Any, checkpointing: Any, precision: Any, 
 
 @pytest.mark.parametrize("model_type", sorted(LAYER_STYLES))
 def test_checkpointing_needs_less_whatever_the_layer(model_type: str) -> None:
-    config = {**MODELS["Llama-3.2-1B"], "model_type": model_type, "vocab_size": 1000}
+    config = {**{**FAMILIES, **RARE_FAMILIES}.get(model_type, {}), **MODELS["Llama-3.2-1B"], "model_type": model_type}
+    config["vocab_size"] = 1000
     shape, row = shape_from_config(config), Row(4096, 4096, 2)
     without = activation_memory(shape, row, Options(checkpointing="none"))
     assert activation_memory(shape, row).peak_bytes < without.peak_bytes / 4
