@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rm_scale.errors import ModelError
 from rm_scale.planning.activations.attention import attention
 from rm_scale.planning.activations.delta_net import delta_net
 from rm_scale.planning.activations.experts import experts
@@ -158,6 +159,11 @@ def _mix(step: MicroStep, inner: SizedTensor, kind: LayerKind) -> SizedTensor:
         return delta_net(step, inner, step.shape.delta)
     if kind.mixer == "latent" and step.shape.latent is not None:
         return latent_attention(step, inner, step.shape.latent)
+    if kind.mixer == "mamba":
+        raise ModelError(
+            f"{step.shape.model_type}: activation memory of Mamba layers is not modelled. Fix: plan with --exact, "
+            "which asks the model's own class (it imports torch)."
+        )
     return attention(step, inner)
 
 

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.activation_cases import MODELS, Case, all_cases
 from benchmarks.activation_counts import measure, measure_allocator
 from benchmarks.activations import predict, predict_flops
+from rm_scale.errors import ModelError
 from rm_scale.planning.activations.activation_memory import activation_memory, activations_of
 from rm_scale.planning.activations.settings import Options, Row
 from rm_scale.planning.families import LAYER_STYLES
@@ -136,11 +137,20 @@ def test_more_tokens_need_more(method: Any, checkpointing: Any, precision: Any, 
         assert memory.transient_bytes + memory.stored_bytes == memory.peak_bytes
 
 
-@pytest.mark.parametrize("model_type", sorted(LAYER_STYLES))
+def config_of_llama_s_size(model_type: str) -> dict[str, Any]:
+    known = {**FAMILIES, **RARE_FAMILIES, "mistral4": FAMILIES["deepseek_v3"]}.get(model_type, {})
+    return {**known, **MODELS["Llama-3.2-1B"], "model_type": model_type, "vocab_size": 1000}
+
+
+def test_mamba_layers_are_refused_by_name() -> None:
+    shape = shape_from_config(config_of_llama_s_size("jamba"))
+    with pytest.raises(ModelError, match=r"jamba: activation memory of Mamba layers .* --exact"):
+        activation_memory(shape, Row(64, 64, 2))
+
+
+@pytest.mark.parametrize("model_type", sorted(set(LAYER_STYLES) - {"jamba"}))
 def test_checkpointing_needs_less_whatever_the_layer(model_type: str) -> None:
-    config = {**{**FAMILIES, **RARE_FAMILIES}.get(model_type, {}), **MODELS["Llama-3.2-1B"], "model_type": model_type}
-    config["vocab_size"] = 1000
-    shape, row = shape_from_config(config), Row(4096, 4096, 2)
+    shape, row = shape_from_config(config_of_llama_s_size(model_type)), Row(4096, 4096, 2)
     without = activation_memory(shape, row, Options(checkpointing="none"))
     assert activation_memory(shape, row).peak_bytes < without.peak_bytes / 4
 
