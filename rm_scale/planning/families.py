@@ -170,7 +170,7 @@ def key_heads(text: Text, model_type: str, num_heads: int, numbers: Numbers) -> 
 
 def layer_kinds(text: Text, model_type: str, num_layers: int, numbers: Numbers) -> tuple[LayerKind, ...]:
     """Return the kind of each layer, in order."""
-    has_experts = _HAS_EXPERTS.get(model_type, lambda text, numbers, layer: False)
+    has_experts = _HAS_EXPERTS.get(model_type, _never)
     return tuple(
         LayerKind(
             mixer=_mixer(text, model_type, layer, numbers),
@@ -224,6 +224,14 @@ def _after_the_first(text: Text, numbers: Numbers, layer: int) -> bool:
 def _jamba_has_experts(text: Text, numbers: Numbers, layer: int) -> bool:
     period, offset = numbers.get("expert_layer_period", default=2), numbers.get("expert_layer_offset", default=0)
     return numbers.get("num_experts", "num_local_experts", default=16) > 1 and layer % period == offset
+
+
+def _never(text: Text, numbers: Numbers, layer: int) -> bool:
+    return False
+
+
+def _never(text: Text, numbers: Numbers, layer: int) -> bool:
+    return False
 
 
 def _always(text: Text, numbers: Numbers, layer: int) -> bool:
