@@ -1,0 +1,23 @@
+"""docs/models.md says what the tests found and what the code does."""
+
+from __future__ import annotations
+
+from tests.support.families import FAMILIES
+from tools.models_table import EXAMPLES, PAGE, VLLM, families, page, trained
+
+
+def test_the_page_is_what_the_tool_writes() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "run: python tools/models_table.py"
+
+
+def test_nothing_failed() -> None:
+    for family in families():
+        for method in ("full", "lora", "qlora"):
+            assert "FAILS" not in trained(family, method)
+
+
+def test_names_are_those_of_families() -> None:
+    assert not set(EXAMPLES) - set(families())
+    assert not set(VLLM) - set(families())
+    assert not set(FAMILIES) - set(families())
