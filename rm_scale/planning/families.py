@@ -230,10 +230,6 @@ def _never(text: Text, numbers: Numbers, layer: int) -> bool:
     return False
 
 
-def _never(text: Text, numbers: Numbers, layer: int) -> bool:
-    return False
-
-
 def _always(text: Text, numbers: Numbers, layer: int) -> bool:
     return True
 
