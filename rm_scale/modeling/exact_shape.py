@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
@@ -25,9 +26,10 @@ from rm_scale.modeling.adapters import default_targets
 from rm_scale.modeling.experts import expert_tensors, routers
 from rm_scale.modeling.fake_step import Batch, Measured, count_forward, run_micro_step, set_up, weight_type
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
-from rm_scale.modeling.loading import without_zero_init
+from rm_scale.modeling.loading import NO_CLASS, without_zero_init
 from rm_scale.planning.activations.activation_memory import ActivationMemory, Part
 from rm_scale.planning.activations.settings import Options, Row
+from rm_scale.planning.classifiers import no_classifier
 from rm_scale.planning.layer_parts import Experts
 from rm_scale.planning.model_class import ModelClass, Operations
 from rm_scale.planning.parameters import Role, Tensor, backbone_tensors
@@ -62,7 +64,7 @@ def exact_shape(
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise ModelError(
             f"model_name_or_path={name!r}: transformers can't read what kind of model it is ({one_line(error, 200)}). "
             "Fix: use a model that this transformers knows; for one with code of its own, --trust_remote_code if you "
@@ -131,6 +133,8 @@ class _Source:
         except ModelError:
             raise
         except Exception as error:  # a class may fail at anything in its config
+            if NO_CLASS in str(error):
+                raise ModelError(no_classifier("the model", config.model_type)) from error
             raise ModelError(
                 f"model type {config.model_type!r}: transformers can't build a sequence classifier of it "
                 f"({type(error).__name__}: {one_line(error, 200)}). Fix: use a decoder-only model that "

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,13 +38,15 @@ from rm_scale.modeling.quantization import (
 from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from, refuse_model_and_adapter
 from rm_scale.modeling.unexpected_tensors import refuse_unexpected
 from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, file_of, open_weights
+from rm_scale.planning.classifiers import no_classifier
 from rm_scale.planning.plan import Plan
 from rm_scale.planning.shape import check_sizes, refuse_endless_files
 from rm_scale.texts import one_line
 
 logger = get_logger(__name__)
 
-_NO_CLASSIFIER = "Unrecognized configuration class"
+NO_CLASS = "Unrecognized configuration class"
+"""How transformers says that its auto-class has none for a config."""
 _RAW_SCORES = "torch.nn.modules.linear.Identity"
 
 
@@ -327,8 +328,8 @@ def _load_sequence_classifier(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise  # no fault of the model's; who asked for it may know a place with more
-        if _NO_CLASSIFIER in str(error):
-            raise ModelError(_no_classifier(name, kwargs)) from error
+        if NO_CLASS in str(error):
+            raise ModelError(no_classifier(f"model_name_or_path={name!r}", _model_type(name, kwargs))) from error
         raise ModelError(
             f"model_name_or_path={name!r}: can't be loaded as a reward model ({one_line(error, 240)}). "
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
@@ -352,16 +353,9 @@ def _load_sequence_classifier(
     return model
 
 
-def _no_classifier(name: str, settings: dict[str, Any]) -> str:
-    """Say that transformers has no sequence classifier for this kind of model."""
+def _model_type(name: str, settings: dict[str, Any]) -> str:
     known = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-    kind = AutoConfig.from_pretrained(name, **known).model_type
-    return (
-        f"model_name_or_path={name!r}: transformers {transformers.__version__} has no sequence classifier for {kind} "
-        "models: it can't put a reward head on one, nor load one to score with. Fix: use a "
-        "model of a family that has one (Llama, Qwen, Gemma, Mistral, Mixtral, Phi, OLMo, SmolLM3, GPT-OSS, DeepSeek, "
-        "...), or a release of transformers that adds it."
-    )
+    return str(AutoConfig.from_pretrained(name, **known).model_type)
 
 
 def _check_sizes(name: str, revision: str) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 
 from rm_scale.config import RunConfig
 from rm_scale.logs import get_logger
-from rm_scale.planning.shape import ModelShape, is_known, read_model_config, shape_from_config
+from rm_scale.planning.shape import (
+    ModelShape,
+    is_known,
+    read_model_config,
+    refuse_without_classifier,
+    shape_from_config,
+)
 
 logger = get_logger(__name__)
 
@@ -42,6 +48,7 @@ def shape_of(
     Raises:
         ModelError: sizes are impossible, or transformers has no class for it.
     """
+    refuse_without_classifier(values, trust_remote_code)
     known = is_known(values, trust_remote_code)
     if known and not exact:
         return shape_from_config(values)

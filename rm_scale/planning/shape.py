@@ -15,6 +15,7 @@ from rm_scale.errors import ModelError
 from rm_scale.files import endless_model_file
 from rm_scale.json_values import OBJECT, Rule, broken_rule, parse_json, shown, whole
 from rm_scale.planning import families
+from rm_scale.planning.classifiers import WITHOUT_CLASSIFIER, no_classifier
 from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, LayerStyle, Mamba
 
 if TYPE_CHECKING:
@@ -178,8 +179,26 @@ def is_known(config: dict[str, Any], trust_remote_code: bool = False) -> bool:
         config: the content of `config.json`.
         trust_remote_code: code that comes with the model is run; if it has a classifier, that is what is trained.
     """
-    runs_own_code = trust_remote_code and _CLASSIFIER in (config.get("auto_map") or {})
-    return text_config(config)[1] in families.LAYER_STYLES and not runs_own_code
+    return text_config(config)[1] in families.LAYER_STYLES and not _runs_own_code(config, trust_remote_code)
+
+
+def _runs_own_code(config: dict[str, Any], trust_remote_code: bool) -> bool:
+    return trust_remote_code and _CLASSIFIER in (config.get("auto_map") or {})
+
+
+def refuse_without_classifier(config: dict[str, Any], trust_remote_code: bool = False) -> None:
+    """Refuse a kind of model that no reward head can be put on.
+
+    Args:
+        config: the content of `config.json`.
+        trust_remote_code: code that comes with the model is run, and may have a classifier of its own.
+
+    Raises:
+        ModelError: transformers has it as a causal model alone.
+    """
+    kind = text_config(config)[1]
+    if kind in WITHOUT_CLASSIFIER and not _runs_own_code(config, trust_remote_code):
+        raise ModelError(no_classifier(f"config.json of model type {config.get('model_type')!r}", kind))
 
 
 _CLASSIFIER = "AutoModelForSequenceClassification"
@@ -200,10 +219,11 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """Read the shape from the dictionary in `config.json`.
 
     Raises:
-        ModelError: a needed key is missing or its value impossible, or this is a kind of model that the formulas don't
-            know.
+        ModelError: a needed key is missing or its value impossible, or this is a kind of model that no reward head can
+            be put on, or one that the formulas don't know.
     """
     check_sizes(config)
+    refuse_without_classifier(config)
     text, kind = text_config(config)
     named = config.get("model_type")
 

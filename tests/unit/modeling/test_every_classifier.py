@@ -5,18 +5,23 @@ The three lists below are complete: a release of transformers with another class
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
-from rm_scale.errors import ModelError
+from rm_scale.config_parsing import config_from_dict
+from rm_scale.errors import ConfigError, ModelError
 from rm_scale.modeling.exact_shape import exact_shape
-from rm_scale.modeling.model_shape import shape_of
+from rm_scale.modeling.model_shape import shape_of, shape_of_run
+from rm_scale.planning.classifiers import WITHOUT_CLASSIFIER
 from rm_scale.planning.parameters import backbone_tensors, count_parameters, head_tensor, total
-from rm_scale.planning.shape import shape_from_config
+from rm_scale.planning.plan import make_plan
+from rm_scale.planning.shape import read_model_config, shape_from_config
 
 BY_FORMULA = {
     *("arcee", "bloom", "deepseek_v2", "deepseek_v3", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text"),
@@ -114,3 +119,36 @@ def test_what_no_reward_model_is_made_of_is_refused_by_name(model_type: str) -> 
         shape_from_config(values)
     with pytest.raises(ModelError, match=rf"{CLASSIFIERS[model_type]}|'{model_type}'"):
         exact_shape("a test's model", values=values)
+
+
+def test_causal_models_without_a_classifier_are_listed() -> None:
+    without = CAUSAL_MODELS.keys() - CLASSIFIERS.keys()
+    assert sorted(without - WITHOUT_CLASSIFIER) == [], "causal models of this transformers that no list names"
+    assert sorted(WITHOUT_CLASSIFIER - without) == [], "this transformers has a classifier for them, or knows them not"
+
+
+@pytest.mark.parametrize("model_type", ["granite", "falcon_h1", "qwen3_5_moe"])
+def test_a_plan_for_one_without_a_classifier_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    """By `make_plan`, with and without torch, and by `rm-scale plan`, all before anything is queued or loaded."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    parsed = config_from_dict({"model_name_or_path": str(tmp_path), "dataset_path": str(tmp_path / "config.json")})
+    expected = rf"transformers \S+ has no sequence classifier for {model_type}\w* models.*Fix: use a model of a family"
+    with pytest.raises(ConfigError, match=expected):
+        make_plan(parsed, 1, "cpu", check_output=False)
+    with pytest.raises(ConfigError, match=expected):
+        make_plan(parsed, 1, "cpu", check_output=False, shape_of=shape_of_run)
+    with pytest.raises(ModelError, match=expected):
+        shape_of(read_model_config(str(tmp_path)), str(tmp_path), exact=True)
+
+
+def test_what_transformers_has_no_classifier_for_is_refused_though_no_list_names_it() -> None:
+    values = AutoConfig.for_model("qwen3_vl").to_dict()
+    with pytest.raises(ModelError, match=r"'qwen3_vl'.*--exact"):
+        shape_from_config(values)
+    with pytest.raises(ModelError, match="has no sequence classifier for qwen3_vl"):
+        shape_of(values, "a test's model")
+
+
+def test_a_value_that_no_class_takes_is_named() -> None:
+    with pytest.raises(ModelError, match=r"can't read what kind of model it is .*use_mem_eff_path"):
+        shape_of({"model_type": "zamba2", "use_mem_eff_path": "often"}, "a test's model")
