@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rm_scale.config_parsing import ParsedConfig, parse_config
-from rm_scale.errors import ConfigError, UserError
+from rm_scale.errors import ConfigError, ModelError, UserError
 from rm_scale.launch.machine import Machine
 from rm_scale.logs import get_logger
 from rm_scale.modeling.model_shape import shape_of_run
@@ -34,18 +34,19 @@ class PlannedRun:
         parsed: the configuration that the settings come to.
         plan: what will run.
         lengths: of the data where they were measured, else full rows.
-        predicted: memory and time that it takes.
+        predicted: memory and time that it takes; `None` where these can't be predicted for this kind of model.
     """
 
     settings: list[str]
     parsed: ParsedConfig
     plan: Plan
     lengths: LengthMix
-    predicted: Estimate
+    predicted: Estimate | None
 
     def lines(self) -> str:
         """Return plan and prediction as text."""
-        return "\n".join([self.plan.summary(), *plan_text.estimate_lines(self.predicted)])
+        predicted = [] if self.predicted is None else plan_text.estimate_lines(self.predicted)
+        return "\n".join([self.plan.summary(), *predicted])
 
 
 def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_output: bool) -> PlannedRun:
@@ -68,8 +69,17 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
     parsed = parse_config(settings)
     device = "cpu" if machine.device.is_cpu else "cuda"
     plan = make_plan(parsed, machine.world_size, device, check_output=check_output, shape_of=shape_of_run)
-    predicted = estimate(scenario_for(parsed, plan, machine, lengths))
-    return PlannedRun(settings, parsed, plan, lengths, predicted)
+    return PlannedRun(settings, parsed, plan, lengths, _predict(parsed, plan, machine, lengths))
+
+
+def _predict(parsed: ParsedConfig, plan: Plan, machine: Machine, lengths: LengthMix) -> Estimate | None:
+    """Return what the run takes; `None`, with a warning, for layers whose activations no formula knows (Mamba)."""
+    try:
+        return estimate(scenario_for(parsed, plan, machine, lengths))
+    except ModelError as error:
+        cause = str(error).split(" Fix:")[0]
+        logger.warning(f"memory and time are not predicted, nor is it checked that the run fits. {cause}")
+        return None
 
 
 _MOST_DEVICES, _MOST_NODES = 1024, 99_999
@@ -189,9 +199,9 @@ def chosen_settings(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) 
         return []  # all problems are reported together, by the plan
     try:
         request = request_for(parsed, machine, lengths)
+        best = recommend(request)
     except UserError:
-        return []  # likewise
-    best = recommend(request)
+        return []  # likewise; or nothing can be predicted, which is said later
     given, chosen = parsed.given, {}
     if "deepspeed" not in given and best.zero_stage:
         chosen["deepspeed"] = deepspeed_name(best)
@@ -230,7 +240,7 @@ def refuse_what_does_not_fit(planned: PlannedRun, machine: Machine, forced: bool
         ConfigError: it was not forced; what would make it fit is in the text.
     """
     predicted = planned.predicted
-    if predicted.fits:
+    if predicted is None or predicted.fits:
         return
     need = max(predicted.peak_memory_bytes, predicted.load_peak_memory_bytes) / 1e9
     problem = f"the plan needs {need:.1f} GB per device, and there are {predicted.limit_bytes / 1e9:.1f}"

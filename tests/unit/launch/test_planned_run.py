@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import pytest
 from rm_scale.cli import main
 from rm_scale.errors import ConfigError
 from rm_scale.launch.machine import Machine
-from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size
+from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size, refuse_what_does_not_fit
 from rm_scale.planning.hardware import known_devices
+from tests.support.families import tiny_config
 
 
 @pytest.fixture
@@ -57,3 +60,19 @@ def test_more_devices_than_a_node_has_are_refused(
 
 def test_the_tier_of_a_size() -> None:
     assert [nearest_tier(int(size)) for size in (1e8, 3e9, 7e9, 13e9, 70e9)] == ["1b", "3b", "7b", "13b", "13b"]
+
+
+def test_a_model_whose_memory_cant_be_predicted_is_started_all_the_same(
+    settings: list[str], tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mamba's scan depends on which kernels are installed; training does not depend on a prediction."""
+    folder = tmp_path / "jamba"
+    shutil.copytree(tiny_model, folder)
+    config = tiny_config("jamba", vocab_size=400, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["JambaForCausalLM"]}))
+    machine = Machine(known_devices()["cpu"], 1, 1, None)
+    planned = plan_run(None, [*settings, "--model_name_or_path", str(folder)], machine, check_output=False)
+    assert planned.predicted is None
+    assert "jamba: activation memory of Mamba layers is not modelled" in caplog.text
+    refuse_what_does_not_fit(planned, machine, forced=False)
+    assert planned.lines() == planned.plan.summary()
