@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
@@ -69,6 +70,12 @@ def packed_rows_problem(model: PreTrainedModel) -> str | None:
     if not isinstance(getattr(model, model.base_model_prefix, None), torch.nn.Module):
         return f"{type(model).__name__}: its backbone can't be told from its head"
     return None
+
+
+def packed_backend(model: PreTrainedModel | PeftModel) -> str | None:
+    """Return the attention backend by which a model takes packed rows; `None` where it takes padded ones alone."""
+    name = str(getattr(model.config, "_attn_implementation", None))
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
 
 
 def enable_packed_rows(model: PreTrainedModel, backend: str) -> None:

@@ -22,6 +22,7 @@ from rm_scale.distributed import agreed_errors, sum_over_ranks
 from rm_scale.logs import get_logger
 from rm_scale.modeling.head import check_head_trainable
 from rm_scale.modeling.loading import name_exact_type
+from rm_scale.modeling.packed_model import packed_backend
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import batch_rewards
 from rm_scale.training.agreed_stop import StopOnRequest
@@ -356,7 +357,14 @@ class RewardTrainer(trl.RewardTrainer):
             super().save_model(str(folder), _internal_call=_internal_call)
             if self.args.should_save:
                 contract.save(folder)
-                verify_saved(folder, contract, self._head_to_save, self.args.device, parameter_bytes(self.model))
+                verify_saved(
+                    folder,
+                    contract,
+                    self._head_to_save,
+                    self.args.device,
+                    parameter_bytes(self.model),
+                    packed_backend(self.model),
+                )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the weights, with the head in fp32 and without the pickle that transformers adds."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
@@ -22,6 +23,7 @@ from rm_scale.modeling.golden_scores import allowed_drift, check_golden
 from rm_scale.modeling.head import active_head
 from rm_scale.modeling.loading import load_reward_model
 from rm_scale.modeling.out_of_memory import free_memory, is_out_of_memory
+from rm_scale.modeling.packed_model import enable_packed_rows
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import as_in_training, score_sequences
 from rm_scale.texts import one_line
@@ -61,6 +63,7 @@ def verify_saved(
     head_weight: torch.Tensor,
     device: torch.device | str = "cpu",
     model_bytes: int = 0,
+    backend: str | None = None,
 ) -> None:
     """Load a saved model again and compare head and golden scores with the ones in training.
 
@@ -73,6 +76,8 @@ def verify_saved(
         head_weight: fp32 head of the model in training, `(1, hidden_size)`.
         device: where this rank trains.
         model_bytes: memory that the whole model takes, unsharded.
+        backend: attention of packed rows in training, which padded rows go through as well. Scored by another one, a
+            router in half precision may send a token to other experts.
 
     Raises:
         CheckpointError: a tensor is empty or not finite, or the head differs.
@@ -85,7 +90,7 @@ def verify_saved(
     scores: list[float] | None = None
     if reason is None:
         try:
-            scores = _scores_after_reload(folder, contract, head_weight, device)
+            scores = _scores_after_reload(folder, contract, head_weight, device, backend)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,7 +99,7 @@ def verify_saved(
             free_memory()
     allowed = None
     if scores is None:
-        scores = _scores_after_reload(folder, contract, head_weight, torch.device("cpu"))
+        scores = _scores_after_reload(folder, contract, head_weight, torch.device("cpu"), None)
         allowed = allowed_drift(contract, contract.compute_dtype)
         logger.info(
             f"checking {_name_to_come(folder).name} on the CPU, where scores may differ by {allowed:.3g}: {reason}"
@@ -124,7 +129,7 @@ def _no_memory(device: torch.device, model_bytes: int) -> str | None:
 
 
 def _scores_after_reload(
-    folder: Path, contract: ScoringContract, head_weight: torch.Tensor, device: torch.device
+    folder: Path, contract: ScoringContract, head_weight: torch.Tensor, device: torch.device, backend: str | None
 ) -> list[float]:
     """Return the golden texts' scores by the model as it lies on the disk.
 
@@ -138,6 +143,8 @@ def _scores_after_reload(
             f"{folder}: the saved reward head is not the one in training. The save is not usable. "
             "Fix: keep the previous checkpoint and report this."
         )
+    if backend is not None:
+        enable_packed_rows(model.get_base_model() if isinstance(model, PeftModel) else model, backend)
     sequences = [golden.input_ids for golden in contract.golden_scores]
     with as_in_training(contract, device.type):
         scores = score_sequences(model, sequences, contract.pad_token_id, batch_size=1, device=device)

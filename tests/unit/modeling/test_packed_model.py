@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_scale.batching.collator import Batch, PackedCollator, PaddedCollator
@@ -17,7 +18,7 @@ from rm_scale.batching.packed.layout import GroupSpan, RowLayout
 from rm_scale.errors import ModelError
 from rm_scale.modeling import packed_model, recurrent_layers
 from rm_scale.modeling.head import install_scalar_head
-from rm_scale.modeling.packed_model import TakesPackedRows, enable_packed_rows
+from rm_scale.modeling.packed_model import TakesPackedRows, enable_packed_rows, packed_backend
 from rm_scale.modeling.token_scores import batch_rewards
 from rm_scale.planning.layout_choice import TESTED_MODEL_TYPES, TESTED_RECURRENT_TYPES
 from tests.support.families import FAMILIES, tiny_classifier
@@ -354,3 +355,12 @@ def test_a_layout_that_does_not_reach_attention_is_an_error() -> None:
     query = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ModelError, match="Linear was given a packed row without its layout"):
         attention(torch.nn.Linear(1, 1), query, query, query, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+def test_the_backend_of_a_model_is_known_beside_adapters_too() -> None:
+    model = tiny("llama")
+    assert packed_backend(model) is None
+    enable_packed_rows(model, "matmul")
+    assert packed_backend(model) == "matmul"
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_proj"]))
+    assert packed_backend(adapted) == "matmul"
