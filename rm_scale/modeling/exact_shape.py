@@ -26,7 +26,8 @@ from rm_scale.modeling.adapters import default_targets
 from rm_scale.modeling.experts import expert_tensors, routers
 from rm_scale.modeling.fake_step import Batch, Measured, count_forward, run_micro_step, set_up, weight_type
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
-from rm_scale.modeling.loading import NO_CLASS, without_zero_init
+from rm_scale.modeling.loading import NO_CLASS
+from rm_scale.modeling.zero_init import without_zero_init
 from rm_scale.planning.activations.activation_memory import ActivationMemory, Part
 from rm_scale.planning.activations.settings import Options, Row
 from rm_scale.planning.classifiers import no_classifier

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from rm_scale.batching.packed.backend_choice import choose_backend, has_sinks, head_size
 from rm_scale.config import RunConfig
@@ -26,6 +23,7 @@ from rm_scale.logs import get_logger, without_load_report
 from rm_scale.modeling.adapter_tensors import put_adapter_on
 from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
+from rm_scale.modeling.language_model import forget_other_names, language_model_in
 from rm_scale.modeling.out_of_memory import is_out_of_memory
 from rm_scale.modeling.packed_model import enable_packed_rows
 from rm_scale.modeling.quantization import (
@@ -37,7 +35,8 @@ from rm_scale.modeling.quantization import (
 )
 from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from, refuse_model_and_adapter
 from rm_scale.modeling.unexpected_tensors import refuse_unexpected
-from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, file_of, open_weights
+from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, checkpoint_tensors, file_of, open_weights
+from rm_scale.modeling.zero_init import without_zero_init
 from rm_scale.planning.classifiers import no_classifier
 from rm_scale.planning.plan import Plan
 from rm_scale.planning.shape import check_sizes, refuse_endless_files
@@ -312,6 +311,8 @@ def _load_sequence_classifier(
 ) -> PreTrainedModel:
     """Load the backbone with a head that is new, or `stored` where transformers knows it by its name.
 
+    Of a model that also sees or hears its language model alone is loaded.
+
     Raises:
         ModelError: it can't be loaded, its sizes are impossible, layers are missing, or it holds a head that is not
             `stored` or other tensors that may take part in its reward.
@@ -319,11 +320,14 @@ def _load_sequence_classifier(
     attention = kwargs.pop("attn_implementation", None)
     if attention is not None:
         kwargs["attn_implementation"] = attention
-    _check_sizes(name, kwargs.get("revision", "main"))
+    revision = kwargs.get("revision", "main")
+    _check_sizes(name, revision)
     try:
+        inside = language_model_in(name, revision, kwargs.get("trust_remote_code", False))
+        kwargs |= {"num_labels": 1} if inside is None else inside.load_settings
         with without_load_report():
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
@@ -339,8 +343,13 @@ def _load_sequence_classifier(
             f"model_name_or_path={name!r}: transformers can't build it from its config.json "
             f"({type(error).__name__}: {one_line(error, 200)}). Fix: correct the value, or download the model again."
         ) from error
+    unexpected = set(info["unexpected_keys"])
+    if inside is not None:
+        logger.info(f"{name}: {inside.describe(checkpoint_tensors(name, revision))}")
+        forget_other_names(model)
+        unexpected = {key for key in unexpected if not inside.leaves_out(key)}
     known = () if stored is None else (stored.key, stored.bias_key)
-    refuse_unexpected(name, kwargs.get("revision", "main"), model, info["unexpected_keys"], known)
+    refuse_unexpected(name, revision, model, unexpected, known)
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES]
     if missing:
         raise ModelError(
@@ -440,14 +449,3 @@ def _set_exact_head(model: torch.nn.Module, weight: torch.Tensor) -> None:
     head = active_head(model)
     head.weight.data = weight.to(head.weight.device)
     head.residual = torch.zeros_like(head.weight, dtype=torch.float32)
-
-
-@contextlib.contextmanager
-def without_zero_init() -> Iterator[None]:
-    """Load whole weights on this rank alone even while a ZeRO-3 run is going on."""
-    saved = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = saved

@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -149,6 +150,21 @@ RARE_FAMILIES: dict[str, dict[str, Any]] = {
 }
 """The same for some that only the tests of packed rows take."""
 
+_TOWER: dict[str, Any] = {"hidden_size": 16, "patch_size": 4}
+_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}
+WITH_A_TOWER: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": "gemma3_text", "vision_config": {**_TOWER, **_LAYERS}, "mm_tokens_per_image": 4},
+    "qwen3_5": {
+        "text_config": "qwen3_5_text",
+        "vision_config": {**_TOWER, "depth": 2, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16},
+    },
+    "mistral3": {
+        "text_config": "ministral3",
+        "vision_config": {**_TOWER, **_LAYERS, "model_type": "pixtral", "head_dim": 8},
+    },
+}
+"""Models that see, and the family of the language model in each."""
+
 _HEADS = ("head_dim", "num_key_value_heads")
 _NOT_KNOWN_TO = {
     "bloom": (*_HEADS, "intermediate_size"),
@@ -175,11 +191,29 @@ def tiny_classifier(model_type: str, **extra: Any) -> PreTrainedModel:
 
 def write_causal_model(folder: Path, model_type: str, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> Path:
     """Write a tiny causal language model of this family with a tokenizer, as a user would bring it; fp32, no head."""
+    config = _config_for(model_type, tokenizer, **extra)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _config_for(model_type: str, tokenizer: PreTrainedTokenizerBase, **extra: Any) -> PreTrainedConfig:
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     # At this width the libraries' 0.02 would let a layer hardly change its input.
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "initializer_range": 0.14, "num_labels": 2}
-    config = tiny_config(model_type, **{**ids, **sizes, **extra})
+    return tiny_config(model_type, **{**ids, **sizes, **extra})
+
+
+def write_model_that_sees(
+    folder: Path, model_type: str, tokenizer: PreTrainedTokenizerBase, scalar_head: bool = False
+) -> Path:
+    """Write a tiny model with a tower for pictures, fp32: to generate text, or a classifier with one output."""
+    values = WITH_A_TOWER[model_type]
+    text = _config_for(values["text_config"], tokenizer, num_labels=1)
+    config = AutoConfig.for_model(model_type, **{**values, "text_config": text.to_dict()}, num_labels=1)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    kind: Any = AutoModelForSequenceClassification if scalar_head else AutoModelForImageTextToText
+    kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
