@@ -47,6 +47,7 @@ def predict_flops(case: Case) -> float:
         checkpointing=options.checkpointing == "full",
         use_reentrant=options.use_reentrant,
         lora_rank=None if options.method == "full" else options.lora_rank,
+        lora_parameters=options.lora_parameters,
     )
 
 

@@ -34,7 +34,7 @@ def lora_config(config: RunConfig, model: PreTrainedModel) -> LoraConfig:
         task_type=TaskType.SEQ_CLS,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        # PEFT refuses dropout for all when a single target is a tensor of experts; `_set_dropout` gives it to the rest.
+        # PEFT refuses dropout for all when a single target is a tensor of experts; `set_dropout` gives it to the rest.
         lora_dropout=0.0 if expert_tensors(model) else config.lora_dropout,
         target_modules=config.lora_target_modules or default_targets(model),
         target_parameters=config.lora_target_parameters,
@@ -88,7 +88,7 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
         adapted = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=not keep_dtype)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise ModelError(_refused(error, model, config)) from error
-    _set_dropout(adapted, config.lora_dropout)
+    set_dropout(adapted, config.lora_dropout)
     check_head_trainable(adapted)
     logger.info(describe_adapters(adapted))
     return adapted
@@ -144,7 +144,7 @@ def _lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _set_dropout(adapted: PeftModel, share: float) -> None:
+def set_dropout(adapted: PeftModel, share: float) -> None:
     """Give linear layers the dropout that PEFT was not told of. Tensors of experts can't have any.
 
     Without such tensors the saved configuration names it as well; PEFT would refuse it for those.

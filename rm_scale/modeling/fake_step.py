@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
-from rm_scale.modeling.adapters import default_targets
+from rm_scale.modeling.adapters import default_targets, set_dropout
 from rm_scale.planning.activations.settings import Options
 
 Batch = dict[str, Any]
@@ -87,10 +87,16 @@ def _adapt(model: Any, options: Options) -> Any:
     task = TaskType.CAUSAL_LM if options.head.startswith("lm") else TaskType.SEQ_CLS
     targets = default_targets(model) if options.lora_targets is None else list(options.lora_targets)
     settings = LoraConfig(
-        task_type=task, r=options.lora_rank, lora_dropout=options.lora_dropout, target_modules=targets
+        task_type=task,
+        r=options.lora_rank,
+        # PEFT refuses dropout where experts are adapted; `set_dropout` gives it to the rest.
+        lora_dropout=0.0 if options.lora_parameters else options.lora_dropout,
+        target_modules=targets,
+        target_parameters=list(options.lora_parameters) or None,
     )
     dtype = weight_type(options)
     model = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    set_dropout(model, options.lora_dropout)
     trained_in = dtype if options.precision == "bf16" else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -167,7 +167,8 @@ def activations(scenario: Scenario) -> ActivationMemory:
     They don't depend on how states are sharded, so that scenarios which differ in that alone share one prediction.
     """
     reentrant = scenario.method != "full" and scenario.zero_stage == 3
-    kind = (scenario.method, scenario.lora_rank, scenario.lora_targets, scenario.lora_dropout, scenario.precision)
+    adapters = (scenario.lora_rank, scenario.lora_targets, scenario.lora_parameters, scenario.lora_dropout)
+    kind = (scenario.method, *adapters, scenario.precision)
     how = (scenario.checkpointing, reentrant, scenario.attention, scenario.head, scenario.packed)
     key = (scenario.shape, scenario.load, scenario.largest_tokens, *kind, *how)
     if key not in _KNOWN:

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rm_scale.planning.layer_parts import LayerKind
-from rm_scale.planning.parameters import Tensor, active_share, adapter_tensors, is_adapted, layer_tensors
+from rm_scale.planning.parameters import (
+    Tensor,
+    active_share,
+    adapter_tensors,
+    backbone_tensors,
+    is_adapted,
+    layer_tensors,
+)
 from rm_scale.planning.parameters import total as num_elements
 from rm_scale.planning.shape import ModelShape
 
@@ -148,6 +155,30 @@ BACKWARD_ATTENTION = 2.5
 weights again (arXiv 2205.14135); a backend that keeps them does four."""
 
 
+MERGES = 2
+"""Times that PEFT adds the adapters of experts to a copy of their tensor in a forward pass: torch's `parametrize` does
+it once to check the result, and once when the tensor is used."""
+
+
+def adapted_experts(shape: ModelShape, parameters: Sequence[str]) -> list[Tensor]:
+    """Return the tensors of experts that have adapters."""
+    return [tensor for tensor in backbone_tensors(shape) if tensor.role == "experts" and tensor.name in parameters]
+
+
+def expert_adapter_flops(
+    shape: ModelShape, tokens: float, rank: int, parameters: Sequence[str], checkpointing: bool
+) -> float:
+    """Count what adapters of experts add to a micro-step.
+
+    They are multiplied out and added to a copy of all experts, however few tokens there are. The copy has a gradient,
+    which frozen experts have not: one more product per token with the experts that are chosen for it.
+    """
+    adapted = adapted_experts(shape, parameters)
+    merges = MERGES * (2 if checkpointing else 1)
+    chosen = sum(tensor.count * tensor.numel * active_share(shape, tensor) for tensor in adapted)
+    return 2.0 * rank * num_elements(adapted) * (merges + 2) + 2.0 * tokens * chosen
+
+
 def executed_flops(
     shape: ModelShape,
     tokens: float,
@@ -157,6 +188,7 @@ def executed_flops(
     use_reentrant: bool = False,
     lora_rank: int | None = None,
     lora_targets: Sequence[str] | None = None,
+    lora_parameters: Sequence[str] = (),
     backward_attention: float = BACKWARD_ATTENTION,
 ) -> float:
     """Count the floating-point operations that a micro-step does, forward and backward, useful or not.
@@ -174,15 +206,17 @@ def executed_flops(
             nothing needs.
         lora_rank: rank of the adapters; `None` for full fine-tuning.
         lora_targets: adapted modules; `None` for all linear layers.
+        lora_parameters: adapted tensors of experts.
         backward_attention: see `BACKWARD_ATTENTION`.
     """
     is_full = lora_rank is None
+    of_experts = expert_adapter_flops(shape, tokens, lora_rank or 0, lora_parameters, checkpointing)
     if shape.exact is not None:
         added = [] if is_full else adapter_tensors(shape.exact.tensors, lora_rank or 0, lora_targets)
         again = 1 if checkpointing else 0
         products = linear_parameters(shape) * ((3 if is_full else 2) + again) + num_elements(added) * (3 + again)
         of_attention = 4.0 * attention_widths(shape) * pairs * (1 + backward_attention + again)
-        return 2.0 * tokens * products + of_attention
+        return 2.0 * tokens * products + of_attention + of_experts
     total = 0.0
     for place, kind in enumerate(shape.layers):
         linear = [tensor for tensor in layer_tensors(shape, kind) if tensor.role in _MULTIPLIED]
@@ -200,7 +234,7 @@ def executed_flops(
             total -= 2.0 * tokens * sum(tensor.numel for tensor in first)
             total -= 2.0 * tokens * (lora_rank or 0) * sum(t.shape[1] for t in first if t in adapted)
     passes = 4 if checkpointing else 3
-    return total + passes * tokens * state_flops_per_token(shape)
+    return total + passes * tokens * state_flops_per_token(shape) + of_experts
 
 
 _FIRST_PRODUCTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "in_proj"} | {

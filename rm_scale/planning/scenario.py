@@ -167,6 +167,11 @@ class Scenario:
         return adapter_tensors(backbone_tensors(self.shape), self.lora_rank, self.lora_targets, self.lora_parameters)
 
     @cached_property
+    def linear_adapters(self) -> list[Tensor]:
+        """LoRA's matrices beside linear layers, without those of experts."""
+        return adapter_tensors(backbone_tensors(self.shape), self.lora_rank, self.lora_targets) if self.adapters else []
+
+    @cached_property
     def trained(self) -> list[Tensor]:
         """What the optimizer updates: everything, or adapters and head."""
         head = [head_tensor(self.shape)] if self.head == "score" else []

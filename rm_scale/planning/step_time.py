@@ -12,8 +12,11 @@ from rm_scale.planning import network
 from rm_scale.planning.elementwise import adapter_bytes, layers_bytes
 from rm_scale.planning.flops import (
     BACKWARD_ATTENTION,
+    MERGES,
     StepFlops,
+    adapted_experts,
     attention_widths,
+    expert_adapter_flops,
     linear_parameters,
     quantised_parameters,
     read_parameters,
@@ -146,8 +149,11 @@ def micro_step_flops(scenario: Scenario) -> MicroStepFlops:
     recomputed = 1.0 if scenario.checkpointing else 0.0
     products = SELECTIVE_PRODUCTS if scenario.selective_checkpointing else recomputed
     passes = products + (3.0 if scenario.method == "full" else 2.0)
-    adapters = total(scenario.adapters) * (3.0 + recomputed)
+    adapters = total(scenario.linear_adapters) * (3.0 + recomputed)
     linear = 2.0 * load.tokens * (linear_parameters(shape) * passes + adapters)
+    if scenario.adapters:
+        parameters, rank = scenario.lora_parameters, scenario.lora_rank
+        linear += expert_adapter_flops(shape, load.tokens, rank, parameters, scenario.checkpointing)
     linear += load.tokens * state_flops_per_token(shape) * (3.0 + recomputed)
     attention = 2.0 * attention_widths(shape) * load.squared * (1.0 + recomputed + BACKWARD_ATTENTION)
     head = 0.0
@@ -194,16 +200,24 @@ def elementwise_bytes(scenario: Scenario) -> float:
     """Return the bytes that a micro-step's norms, activations, residuals and adapters move."""
     fused, recomputed = scenario.fused, scenario.checkpointing
     layers = layers_bytes(scenario.shape, fused)
-    adapters = adapter_bytes(scenario.adapters, scenario.lora_dropout > 0, fused)
+    adapters = adapter_bytes(scenario.linear_adapters, scenario.lora_dropout > 0, fused)
     return scenario.load.tokens * (
         layers.passes(recomputed or scenario.selective_checkpointing) + adapters.passes(recomputed)
     )
 
 
 def weight_traffic(scenario: Scenario) -> float:
-    """Return the bytes of weights read in each pass and of their gradients: with few tokens these take longest."""
+    """Return the bytes of weights read in each pass and of their gradients: with few tokens these take longest.
+
+    Experts with adapters are read and written whole each time that adapters are added to them, and so is the gradient
+    of the result: written once, and read for the gradient of either of an adapter's matrices.
+    """
     passes = _passes(scenario) + (2 if scenario.method == "full" else 0)
-    return read_parameters(scenario.shape, scenario.load.tokens) * passes * scenario.product_bytes
+    elements = read_parameters(scenario.shape, scenario.load.tokens) * passes
+    if scenario.adapters:
+        merges = MERGES * (2 if scenario.checkpointing else 1)
+        elements += total(adapted_experts(scenario.shape, scenario.lora_parameters)) * (2 * merges + 3)
+    return elements * scenario.product_bytes
 
 
 def head_traffic(scenario: Scenario) -> float:

@@ -121,6 +121,7 @@ def activations_of(scenario: Scenario) -> ActivationMemory:
         method=scenario.method,
         lora_rank=scenario.lora_rank,
         lora_targets=scenario.lora_targets,
+        lora_parameters=scenario.lora_parameters,
         lora_dropout=scenario.lora_dropout,
         precision=scenario.precision,
         attention="varlen" if scenario.attention == "flash1" else scenario.attention,  # type: ignore[arg-type]

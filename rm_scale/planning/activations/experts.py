@@ -96,12 +96,16 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
 
     selected = _gather_by(step, "tokens by expert", inner, hidden, kept[0])
     chosen_weights = step.gather("weights by expert", weights, order)
-    first = _grouped(step, "experts' gate and up", selected, both, parts.num * 2 * parts.width)
+    all_first = Size("experts x 2 expert x hidden", parts.num * 2 * parts.width * step.shape.hidden_size)
+    all_second = Size("experts x expert x hidden", parts.num * parts.width * step.shape.hidden_size)
+    merged_first = _with_adapters(step, "experts.gate_up_proj", all_first, parts)
+    first = _grouped(step, "experts' gate and up", selected, both, all_first, merged_first)
     biases = step.memory.allocate("experts' biases by token", both if parts.biases else Size("none", 0), first.width)
     product = _clamped_gate(step, first, width) if parts.biases else _gate(step, first, width)
     step.free(first)
     step.memory.release(biases)
-    second = _grouped(step, "experts' down", product, hidden, parts.num * parts.width)
+    merged_second = _with_adapters(step, "experts.down_proj", all_second, parts)
+    second = _grouped(step, "experts' down", product, hidden, all_second, merged_second)
     biases = step.memory.allocate("experts' biases by token", hidden if parts.biases else Size("none", 0), first.width)
     step.free(product)
     weighted = step.multiply_rows("experts' weighted results", second, chosen_weights)
@@ -110,6 +114,7 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
     summed = _sum_over_chosen(step, ordered, hidden)
     output = step.cast("experts' sum, narrow", summed, inner.width)
     step.free(summed, ordered, selected, second, chosen_weights)
+    step.free(*(merged for merged in (merged_first, merged_second) if merged is not None))
     step.memory.release(*kept, biases)
     return output
 
@@ -121,26 +126,51 @@ def _gather_by(step: MicroStep, name: str, value: SizedTensor, size: Size, index
     return gathered
 
 
-def _grouped(step: MicroStep, name: str, value: SizedTensor, size: Size, columns: int) -> SizedTensor:
-    """Multiply each expert's tokens with its matrix; the gradient of a layer's experts is one tensor."""
-    inputs = value.size.elements // (step.row.tokens * _chosen(step))
-    weight = Size(f"all {name}", columns * (inputs if "gate" in name else step.shape.hidden_size))
-    output = step.new(name, size, step.product_width, value.needs_grad or step.is_full)
+def _with_adapters(step: MicroStep, tensor: str, weight: Size, parts: Experts) -> SizedTensor | None:
+    """Add the adapters of a layer's experts to a copy of their tensor, as PEFT does; `None` where it has none.
+
+    PEFT keeps the copy while the experts run, and autograd keeps it for the gradient of their input.
+    """
+    if step.is_full or tensor not in step.options.lora_parameters:
+        return None
+    width, formula = (2 * parts.width, "2 expert") if "gate" in tensor else (parts.width, "expert")
+    num_factors = parts.num * step.options.lora_rank * (step.shape.hidden_size + width)
+    factors = Size(f"experts x rank x (hidden + {formula})", num_factors)
+    merged = step.new(f"{tensor} with adapters", weight, step.base_width, True)
+
+    def backward(gradient: Allocation) -> Gradients:
+        return [(None, step.memory.allocate("gradients of experts' adapters", factors, step.base_width))]
+
+    return step.graph.record(merged, [], backward)
+
+
+def _grouped(
+    step: MicroStep, name: str, value: SizedTensor, size: Size, weight: Size, merged: SizedTensor | None
+) -> SizedTensor:
+    """Multiply each expert's tokens with its matrix; the gradient of a layer's experts is one tensor.
+
+    Args:
+        step: the micro-step.
+        name: of the product.
+        value: the tokens, sorted by expert.
+        size: of the result.
+        weight: of all experts' matrices.
+        merged: these with their adapters, where they have some.
+    """
+    is_trained = step.is_full or merged is not None
+    output = step.new(name, size, step.product_width, value.needs_grad or is_trained)
+    saved = [value.allocation] if is_trained else []
+    saved += [merged.allocation] if merged is not None else []
 
     def backward(gradient: Allocation) -> Gradients:
         results: Gradients = []
         if value.needs_grad:
             results.append((value, step.memory.allocate(f"gradient of input of {name}", value.size, value.width)))
-        if step.is_full:
-            results.append((None, step.memory.allocate(f"gradient of {name}", weight, step.product_width)))
+        if is_trained:
+            results.append((merged, step.memory.allocate(f"gradient of all {name}", weight, step.product_width)))
         return results
 
-    return step.graph.record(output, [value.allocation] if step.is_full else [], backward)
-
-
-def _chosen(step: MicroStep) -> int:
-    assert step.shape.experts is not None
-    return step.shape.experts.chosen
+    return step.graph.record(output, saved, backward)
 
 
 def _gate(step: MicroStep, value: SizedTensor, size: Size) -> SizedTensor:

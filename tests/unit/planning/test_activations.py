@@ -57,10 +57,15 @@ def test_memory_and_operations_are_what_torch_counts(model: str, options: dict[s
         assert predict_flops(case) == pytest.approx(sum(measured.flops.values()), rel=0.01)
 
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 SHORT = {"prompt": 160, "response": 70, "num_layers": 4}
 OTHER_PARTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("Qwen3-30B-A3B", {"checkpointing": "none"}, {}),
     ("Qwen3-30B-A3B", {"method": "lora"}, {}),
+    ("Qwen3-30B-A3B", {"method": "lora", "lora_parameters": EXPERTS}, {}),
+    ("Qwen3-30B-A3B", {"method": "lora", "lora_parameters": EXPERTS, "checkpointing": "none"}, {}),
+    ("Qwen3-30B-A3B", {"method": "lora", "lora_parameters": EXPERTS[:1], "lora_dropout": 0.05}, {}),
+    ("GPT-OSS-20B", {"method": "lora", "lora_parameters": EXPERTS, "checkpointing": "none", "attention": "matmul"}, {}),
     ("Qwen1.5-MoE-A2.7B", {"method": "lora", "checkpointing": "none"}, {}),
     ("DeepSeek-V3", {"checkpointing": "none"}, {"num_layers": 4}),
     ("DeepSeek-V3", {"method": "lora"}, {"num_layers": 4}),
@@ -82,6 +87,8 @@ def test_memory_of_experts_latent_attention_delta_nets_and_sinks(
     measured, predicted = measure(case), predict(case)
     assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
     assert predicted.stored_bytes == pytest.approx(measured.stored_bytes, rel=0.03)
+    if case.options.lora_parameters and case.options.attention != "matmul":
+        assert predict_flops(case) == pytest.approx(sum(measured.flops.values()), rel=0.001)
 
 
 def test_a_delta_net_keeps_a_state_per_chunk() -> None:
