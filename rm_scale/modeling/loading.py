@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -338,7 +339,7 @@ def _load_sequence_classifier(
             f"model_name_or_path={name!r}: can't be loaded as a reward model ({one_line(error, 240)}). "
             "Fix: use a decoder-only model in safetensors format that AutoModelForSequenceClassification knows."
         ) from error
-    except (KeyError, TypeError, AssertionError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, AssertionError, ZeroDivisionError, StrictDataclassError) as error:
         raise ModelError(
             f"model_name_or_path={name!r}: transformers can't build it from its config.json "
             f"({type(error).__name__}: {one_line(error, 200)}). Fix: correct the value, or download the model again."

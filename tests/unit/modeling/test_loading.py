@@ -85,6 +85,13 @@ def test_checkpoint_with_missing_layers_is_refused(tiny_model: Path, tmp_path: P
         load(folder)
 
 
+def test_a_value_that_no_config_takes_is_named(reward_model: Path) -> None:
+    config = json.loads((reward_model / "config.json").read_text())
+    (reward_model / "config.json").write_text(json.dumps({**config, "hidden_act": 3}))
+    with pytest.raises(ModelError, match=r"can't build it from its config\.json .*hidden_act.*Fix: correct the value"):
+        load_reward_model(reward_model)
+
+
 def test_folder_without_a_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json or adapter_config\.json"):
         load_reward_model(tmp_path)
