@@ -63,7 +63,7 @@ def model_states(scenario: Scenario) -> ModelStates:
     if scenario.offload_optimizer != "none" and scenario.zero_stage == 3:
         offloaded += gradients
     if scenario.offload_param != "none":
-        offloaded += weights - _whole_small_tensors(scenario)
+        offloaded += weights - whole_small_tensors(scenario)
     return ModelStates(weights, second, masters, moments, gradients, offloaded)
 
 
@@ -95,7 +95,7 @@ def _weights(scenario: Scenario) -> int:
     if scenario.zero_stage is None and scenario.master_bytes and scenario.method != "full":
         trained_bytes = 4  # adapters without an engine are their own master
     if scenario.zero_stage == 3:
-        whole = _whole_small_tensors(scenario)
+        whole = whole_small_tensors(scenario)
         return whole + _sharded(scenario, trained, trained_bytes) + _frozen_sharded(scenario, frozen)
     if scenario.zero_stage:
         groups = _optimizer_groups(trained)
@@ -139,26 +139,26 @@ def _frozen_sharded(scenario: Scenario, frozen: list[Tensor]) -> int:
         if not tensor.is_4bit:
             whole += _sharded(scenario, [tensor], size)
             continue
-        shard = math.ceil(_stored_elements(scenario, tensor) / scenario.num_devices) * size
+        shard = math.ceil(stored_elements(scenario, tensor) / scenario.num_devices) * size
         whole += tensor.count * (shard + constants_bytes(scenario, tensor))
     return whole
 
 
-def _whole_small_tensors(scenario: Scenario) -> int:
-    """Return the bytes of small tensors, which ZeRO-3 keeps whole on every rank beside its part of them."""
+def whole_small_tensors(scenario: Scenario) -> int:
+    """Return the bytes of small tensors, which ZeRO-3 keeps whole on every rank beside its part of them.
+
+    They are gathered from equal parts, so that the padding of the last part is there too.
+    """
     if scenario.zero_stage != 3:
         return 0
-    trained = sum(
-        tensor.count * tensor.numel for tensor in scenario.trained if tensor.numel <= scenario.zero.persistent
-    )
-    frozen = 0
-    for tensor in scenario.frozen:
-        stored = _stored_elements(scenario, tensor)
-        frozen += tensor.count * stored if stored <= scenario.zero.persistent else 0
-    return (trained + frozen) * scenario.weight_bytes
+    ranks = scenario.num_devices
+    whole = [(tensor.count, tensor.numel) for tensor in scenario.trained]
+    whole += [(tensor.count, stored_elements(scenario, tensor)) for tensor in scenario.frozen]
+    padded = sum(count * math.ceil(n / ranks) * ranks for count, n in whole if n <= scenario.zero.persistent)
+    return padded * scenario.weight_bytes
 
 
-def _stored_elements(scenario: Scenario, tensor: Tensor) -> int:
+def stored_elements(scenario: Scenario, tensor: Tensor) -> int:
     """Count the elements of the compute type in which a frozen tensor is stored; ZeRO-3 shards 4-bit ones so."""
     if scenario.method == "qlora" and tensor.is_4bit:
         return _packed(tensor.numel) // scenario.weight_bytes

@@ -90,12 +90,18 @@ class Launches:
         groups: cases and their flags, as for `run_cases`, by group.
         ranks: of every launch.
         env: of the processes.
+        runner: the script that trains a launch's cases.
     """
 
     def __init__(
-        self, folder: Path, groups: dict[str, dict[str, list[str]]], ranks: int = 2, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        groups: dict[str, dict[str, list[str]]],
+        ranks: int = 2,
+        env: dict[str, str] | None = None,
+        runner: Path = CASE_RUNNER,
     ) -> None:
-        self.folder, self._groups, self._ranks, self._env = folder, groups, ranks, env
+        self.folder, self._groups, self._ranks, self._env, self._runner = folder, groups, ranks, env, runner
         self._launched: dict[str, str] = {}
 
     def __getitem__(self, case: str) -> Path:
@@ -106,7 +112,9 @@ class Launches:
         """Return what the launch of this case printed."""
         group = next(name for name, cases in self._groups.items() if case in cases)
         if group not in self._launched:
-            finished = run_cases(self.folder, self._groups[group], ranks=self._ranks, env=self._env)
+            finished = run_cases(
+                self.folder, self._groups[group], ranks=self._ranks, env=self._env, runner=self._runner
+            )
             assert finished.code == 0, finished.output[-6000:]
             self._launched[group] = finished.output
         return self._launched[group]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,35 @@ def states(trainer: Any) -> dict[str, int]:
     }
 
 
+def watch_gathering() -> Callable[[], int]:
+    """Let ZeRO-3 note how many elements of whole parameters it holds; the result gives the most since it last did."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    original = PartitionedParameterCoordinator.fetch_sub_module
+    most = [0]
+
+    def fetch_sub_module(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        most[0] = max(most[0], self._PartitionedParameterCoordinator__n_available_params)
+
+    def most_since() -> int:
+        found, most[0] = most[0], 0
+        return found
+
+    PartitionedParameterCoordinator.fetch_sub_module = fetch_sub_module
+    return most_since
+
+
 def watch_training() -> None:
     """Let `rm_scale.training_run.train` write `run/states-rank.json` when it is done."""
     from rm_scale import training_run
 
     original = training_run.train
+    most_gathered = watch_gathering()
 
     def train(trainer: Any, attempt: Any) -> int:
         seen: dict[str, int] = {}
+        most_gathered()
         before = trainer._get_grad_norm
 
         def at_step(model: torch.nn.Module, grad_norm: Any = None) -> Any:
@@ -104,7 +125,7 @@ def watch_training() -> None:
         trainer.accelerator.prepare = prepare
         code = original(trainer, attempt)
         folder = Path(trainer.args.output_dir) / "run"
-        record = {**states(trainer), **seen}
+        record = {**states(trainer), **seen, "gathered_elements": most_gathered()}
         (folder / f"states-{trainer.args.process_index}.json").write_text(json.dumps(record))
         return code
 
