@@ -12,7 +12,7 @@ from rm_scale.planning.host_memory import (
     stays_in_memory,
     update_block_bytes,
 )
-from rm_scale.planning.memory import frozen_bytes, model_states
+from rm_scale.planning.memory import frozen_bytes, model_states, stored_elements
 from rm_scale.planning.network import break_even_tokens
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
@@ -177,16 +177,22 @@ def activations(scenario: Scenario) -> ActivationMemory:
 
 
 def gathered_bytes(scenario: Scenario) -> int:
-    """Return the bytes of whole weights that ZeRO-3 holds at once: it gathers until `live` elements are there."""
+    """Return the bytes of whole weights that ZeRO-3 holds at once: it gathers ahead until `live` elements are there.
+
+    The tensor that passes the limit is gathered whole; and what the module at work needs is gathered whatever the
+    limit: of a mixture all experts of a layer, which are one module. Elements are those of storage: of 4-bit weights
+    four are in one.
+    """
     if scenario.zero_stage != 3 or scenario.num_devices == 1:
         return 0
-    elements = total([*scenario.trained, *scenario.frozen])
-    size: float = scenario.weight_bytes
-    if scenario.method == "qlora":
-        size *= frozen_bytes(scenario) / max(1, total(scenario.frozen) * scenario.weight_bytes)
-    largest = max(tensor.numel for tensor in [*scenario.trained, *scenario.frozen])
-    live = min(elements, max(scenario.zero.live, largest) + scenario.zero.prefetch)
-    return int(live * size)
+    stored = [(tensor, tensor.numel) for tensor in scenario.trained]
+    stored += [(tensor, stored_elements(scenario, tensor)) for tensor in scenario.frozen]
+    elements = sum(tensor.count * numel for tensor, numel in stored)
+    largest = max(numel for _, numel in stored)
+    of_experts = sum(numel for tensor, numel in stored if tensor.role == "experts")
+    zero = scenario.zero
+    live = max(zero.live + max(zero.prefetch, largest), of_experts + zero.prefetch)
+    return int(min(elements, live) * scenario.weight_bytes)
 
 
 def bucket_bytes(scenario: Scenario) -> int:
