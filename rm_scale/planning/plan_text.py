@@ -66,7 +66,9 @@ def experts_lines(request: Request) -> list[str]:
     ]
     if request.method != "full":
         adapted = sorted({t.module for t in tensors if is_adapted(t, request.lora_targets)})
-        lines.append(f"LoRA adapts {', '.join(adapted)}; not the experts, which lora_target_parameters would add")
+        named = ", ".join(request.lora_parameters)
+        rest = f"of the experts {named}" if named else "not the experts, which lora_target_parameters would add"
+        lines.append(f"LoRA adapts {', '.join(adapted)}; {rest}")
     if request.method == "qlora":
         lines.append(
             f"4 bits: linear layers alone. bitsandbytes leaves the experts' 3-D tensors in 16 bits, "
@@ -247,7 +249,7 @@ def explanation(estimated: Estimate) -> str:
         f"  gradients {states.gradients:,} B; masters {states.masters:,} B = {scenario.master_bytes} x {elements:,}; "
         f"moments {states.moments:,} B = {scenario.optimizer_bytes:g} x {elements:,} [ZeRO, arXiv 1910.02054]",
         f"  gathered weights {estimated.memory['gathered_weights']:,} B: at most {scenario.zero.live:,.0f} elements "
-        "[stage3_max_live_parameters]",
+        "and a layer's experts [stage3_max_live_parameters]",
         f"  buffers {estimated.memory['communication_buffers']:,} B: reduce bucket {scenario.zero.reduce:,.0f} elements"
         f"{' twice (overlap_comm)' if scenario.zero.overlaps else ''} and the largest tensor",
     ]

@@ -24,7 +24,7 @@ from rm_scale.planning.flops import (
     step_flops,
 )
 from rm_scale.planning.launches import num_launches, num_unpacking_launches
-from rm_scale.planning.parameters import total
+from rm_scale.planning.parameters import backbone_tensors, total
 from rm_scale.planning.scenario import Scenario
 
 ATTENTION_SHARE = 0.72
@@ -61,6 +61,10 @@ UNFUSED_PASSES = 3.0
 in 16 bits: decay 4 bytes, first moment 6, second 10, root 4, its correction 8, the weight 8: 40; gradients' norm and
 clipping 6; one kernel moves 14."""
 
+EXPERT_TILE = 128
+"""Tokens for which a GPU's grouped products compute at once (tiles of 64 to 128 rows in CUTLASS's). An expert's last
+tile is computed whole, so that uneven loads cost up to a tile for each expert that has tokens. Not measured here."""
+
 HOST_BANDWIDTH = 100e9
 """Bytes/s of a node's memory, shared by its ranks, when the optimizer runs there."""
 
@@ -81,6 +85,7 @@ class StepTime:
         step_communication: of collectives once per step.
         update: of the optimizer.
         num_micro_steps: per optimizer step.
+        imbalance: what the least even loads of experts add to a micro-step's computation.
     """
 
     compute: float
@@ -88,6 +93,7 @@ class StepTime:
     step_communication: float
     update: float
     num_micro_steps: float
+    imbalance: float = 0.0
 
     @property
     def low(self) -> float:
@@ -96,8 +102,8 @@ class StepTime:
 
     @property
     def high(self) -> float:
-        """Nothing overlaps."""
-        return self.num_micro_steps * (self.compute + self.communication) + self._once
+        """Nothing overlaps, and experts are loaded as unevenly as can be."""
+        return self.num_micro_steps * (self.compute + self.imbalance + self.communication) + self._once
 
     @property
     def expected(self) -> float:
@@ -123,6 +129,7 @@ def step_time(scenario: Scenario) -> StepTime:
         step_communication=network.step_seconds(scenario),
         update=update_seconds(scenario),
         num_micro_steps=scenario.num_micro_steps,
+        imbalance=imbalance_seconds(scenario),
     )
 
 
@@ -146,9 +153,7 @@ def micro_step_flops(scenario: Scenario) -> MicroStepFlops:
     `compute.executed_flops` counts more exactly what torch executes, for measured runs.
     """
     shape, load = scenario.shape, scenario.load
-    recomputed = 1.0 if scenario.checkpointing else 0.0
-    products = SELECTIVE_PRODUCTS if scenario.selective_checkpointing else recomputed
-    passes = products + (3.0 if scenario.method == "full" else 2.0)
+    recomputed, passes = 1.0 if scenario.checkpointing else 0.0, product_passes(scenario)
     adapters = total(scenario.linear_adapters) * (3.0 + recomputed)
     linear = 2.0 * load.tokens * (linear_parameters(shape) * passes + adapters)
     if scenario.adapters:
@@ -160,6 +165,29 @@ def micro_step_flops(scenario: Scenario) -> MicroStepFlops:
     if scenario.head != "score":
         head = 2.0 * load.tokens * shape.vocab_size * shape.hidden_size * (3.0 if scenario.method == "full" else 2.0)
     return MicroStepFlops(linear, attention, head)
+
+
+def product_passes(scenario: Scenario) -> float:
+    """Count the times that a micro-step multiplies with each weight, recomputation included."""
+    recomputed = 1.0 if scenario.checkpointing else 0.0
+    products = SELECTIVE_PRODUCTS if scenario.selective_checkpointing else recomputed
+    return products + (3.0 if scenario.method == "full" else 2.0)
+
+
+def imbalance_seconds(scenario: Scenario) -> float:
+    """Return what a micro-step takes longer when tokens are spread over experts as unevenly as can be.
+
+    How many tokens are multiplied doesn't depend on it, since every rank has all experts. What grows is the rounding of
+    each expert's tokens to whole tiles. Processors have no such tiles.
+    """
+    shape, device = scenario.shape, scenario.device
+    if shape.experts is None or device.is_cpu:
+        return 0.0
+    experts = shape.experts
+    at_work = min(experts.num, scenario.load.tokens * experts.chosen)
+    weights = sum(t.count * t.numel for t in backbone_tensors(shape) if t.role == "experts") / experts.num
+    flops = 2.0 * at_work * (EXPERT_TILE - 1) * weights * product_passes(scenario)
+    return flops / (device.matmul_flops * device.step_efficiency)
 
 
 def useful_flops(scenario: Scenario) -> float:

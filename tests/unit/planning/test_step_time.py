@@ -11,7 +11,7 @@ from rm_scale.planning.elementwise import DROPOUT, Moved, adapter_bytes, layer_b
 from rm_scale.planning.families import LAYER_STYLES
 from rm_scale.planning.hardware import known_devices
 from rm_scale.planning.launches import num_launches
-from rm_scale.planning.layer_parts import LayerKind
+from rm_scale.planning.layer_parts import Experts, LayerKind
 from rm_scale.planning.parameters import Tensor
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.shape import ModelShape
@@ -19,6 +19,12 @@ from tests.support.row_loads import uniform_rows
 
 LLAMA = ModelShape("llama", 1024, 16, 16, 4, 64, 4096, 32000)
 GPT = ModelShape("gpt_neox", 1024, 16, 16, 16, 64, 4096, 32000, style=LAYER_STYLES["gpt_neox"])
+MIXTURE = replace(
+    LLAMA,
+    model_type="mixtral",
+    experts=Experts(num=8, chosen=2, width=512),
+    kinds=(LayerKind(feed_forward="experts"),) * 16,
+)
 DEVICE = known_devices()["a100-80g"]
 
 
@@ -116,6 +122,33 @@ def test_a_single_figure_lies_within_the_band() -> None:
     time = step_time.StepTime(compute=3.0, communication=2.0, step_communication=0.1, update=0.2, num_micro_steps=2)
     assert (time.low, time.high) == (pytest.approx(6.3), pytest.approx(10.3))
     assert time.expected == pytest.approx(10.3 - 0.25 * 4)
+
+
+def test_uneven_loads_of_experts_widen_the_band() -> None:
+    # 8 experts of 3 x 1,024 x 512 weights in each of 16 layers; at worst each computes 127 rows too many.
+    run = scenario(shape=MIXTURE)
+    time = step_time.step_time(run)
+    rate = DEVICE.matmul_flops * DEVICE.step_efficiency
+    assert time.imbalance == pytest.approx(2 * 8 * 127 * 16 * 3 * 1024 * 512 * 3 / rate)
+    assert time.high - time.low >= time.imbalance
+    # A single token is at two experts only; and dense layers and processors have no such tiles.
+    one = scenario(shape=MIXTURE, load=replace(run.load, tokens=1))
+    assert step_time.step_time(one).imbalance == pytest.approx(time.imbalance / 4)
+    assert step_time.step_time(scenario()).imbalance == 0
+    assert step_time.step_time(scenario(shape=MIXTURE, device=known_devices()["cpu"])).imbalance == 0
+
+
+def test_adapters_of_experts_cost_passes_over_all_experts() -> None:
+    of_experts = 16 * 8 * 3 * 1024 * 512
+    without = scenario(shape=MIXTURE, method="lora")
+    adapted = replace(without, lora_parameters=("experts.gate_up_proj", "experts.down_proj"))
+    # Twice read and written forwards; the copy's gradient written once and read twice.
+    moved = step_time.weight_traffic(adapted) - step_time.weight_traffic(without)
+    assert moved == 2 * of_experts * (2 * 2 + 3)
+    # Multiplied out twice forwards, two products backwards; and the weight's gradient of two experts in eight.
+    added = step_time.micro_step_flops(adapted).linear - step_time.micro_step_flops(without).linear
+    assert added == pytest.approx(2 * 16 * of_experts * 4 + 2 * without.load.tokens * of_experts / 4)
+    assert step_time.elementwise_bytes(adapted) == step_time.elementwise_bytes(without)
 
 
 def test_selective_checkpointing_recomputes_half_of_the_products() -> None:
