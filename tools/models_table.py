@@ -18,7 +18,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY)]
 
-from rm_scale.planning.families import LAYER_STYLES  # noqa: E402
+from rm_scale.planning.families import LAYER_STYLES, TEXT_TYPES  # noqa: E402
 from rm_scale.planning.layout_choice import (  # noqa: E402
     REFUSED_MODEL_TYPES,
     TESTED_MODEL_TYPES,
@@ -41,7 +41,9 @@ EXAMPLES = {
     "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3 1B; the text model of 4B to 27B",
+    "gemma3_text": "Gemma 3 1B",
+    "gemma3": "Gemma 3 4B to 27B, without the vision tower",
+    "qwen3_5": "Qwen3.5, without the vision tower",
     "mistral": "Mistral 7B, Ministral-8B-2410",
     "ministral": "Ministral 3 with windows",
     "ministral3": "Ministral 3",
@@ -92,6 +94,7 @@ def families() -> list[str]:
     """Return all families that the table has, those that were trained first."""
     trained = {name.split("/")[0].removesuffix("-experts") for name in _cells()}
     known = set(LAYER_STYLES) | TESTED_MODEL_TYPES | set(REFUSED_MODEL_TYPES)
+    known |= {family for family, text in TEXT_TYPES.items() if text in LAYER_STYLES}
     return [*sorted(trained), *sorted(known - trained)]
 
 
@@ -105,12 +108,21 @@ def trained(family: str, method: str) -> str:
     found = []
     for stage, title in STAGES.items():
         cell = _cells().get(f"{family}/{stage}/{method}")
-        if cell is None:
+        if cell is None or "trains" not in cell:
             continue
         failed = [what for what, passed in sorted(cell.items()) if passed is False]
         resumed = ", resumed" if cell.get("resumes") else ""
         found.append(f"{title} FAILS ({', '.join(failed)})" if failed else f"{title}{resumed}")
     return "; ".join(found) or "not run"
+
+
+def exported(family: str) -> str:
+    """Return what was exported and loaded by plain transformers: a full model, and what was merged into one."""
+    kinds = {"full model": f"{family}/zero2/full", "merged LoRA": f"{family}/zero3/lora"}
+    kinds["of experts too"] = f"{family}-experts/zero3/lora"
+    found = {what: _cells().get(cell, {}).get("exports") for what, cell in kinds.items()}
+    shown = [what if passed else f"{what} FAILS" for what, passed in found.items() if passed is not None]
+    return ", ".join(shown) or "not run"
 
 
 def packed(family: str) -> str:
@@ -124,13 +136,14 @@ def packed(family: str) -> str:
 
 def table() -> str:
     """Return the table in Markdown."""
-    heads = ["family", "models", *METHODS.values(), "packed rows", "planner", "vLLM class"]
+    heads = ["family", "models", *METHODS.values(), "export", "packed rows", "planner", "vLLM class"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for family in families():
         row = [f"`{family}`", EXAMPLES.get(family, ""), *(trained(family, method) for method in METHODS)]
-        planner = "formulas" if family in LAYER_STYLES else "`--exact`"
-        vllm = f"`{VLLM[family]}`" if family in VLLM else ""
-        lines.append(f"| {' | '.join([*row, packed(family), planner, vllm])} |")
+        text = TEXT_TYPES.get(family, family)
+        planner = "formulas" if text in LAYER_STYLES else "`--exact`"
+        vllm = f"`{VLLM[text]}`" if text in VLLM else ""
+        lines.append(f"| {' | '.join([*row, exported(family), packed(text), planner, vllm])} |")
     return "\n".join(lines)
 
 

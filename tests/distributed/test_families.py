@@ -1,4 +1,4 @@
-"""Every family of models on two real ranks: trained, saved with its head, loaded by plain transformers, resumed.
+"""Every family of models on two real ranks: trained, saved with its head, loaded by transformers, resumed, exported.
 
 A cell is a family, an engine and a method; a launch per engine and method trains all families in turn. By default a
 family has three cells, which meet every engine and every method once; `RM_SCALE_ALL_CELLS=1` runs all nine of each.
@@ -21,9 +21,11 @@ from filelock import FileLock
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from rm_scale.inference.export.export_model import export
+from rm_scale.modeling.language_model import language_model_in
 from rm_scale.modeling.loading import load_reward_model
 from rm_scale.modeling.token_scores import score_sequences
-from tests.support.families import write_causal_model
+from tests.support.families import write_causal_model, write_model_that_sees
 from tests.support.launching import REPOSITORY, environment, losses, read_json, read_lines, run_cases, weights
 
 pytestmark = pytest.mark.distributed
@@ -48,6 +50,8 @@ FAMILIES = (
     "zamba2",
     "jamba",
 )
+SEEING = ("gemma3", "qwen3_5")
+"""Their language model alone is trained."""
 MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "jamba")
 BALANCED_BY_A_LOSS = ("qwen3_moe", "mixtral", "gpt_oss", "jamba")
 WITH_EXPERTS_ADAPTED = tuple(f"{family}-experts" for family in MIXTURES)
@@ -82,6 +86,10 @@ def _parameters(engines: list[tuple[str, str]], families: tuple[str, ...] = FAMI
     ]
 
 
+MORE = [*_parameters([("zero3", "lora")], WITH_EXPERTS_ADAPTED), *_parameters(RESUMED, SEEING)]
+"""Cells of some families alone."""
+
+
 class Cells:
     """Trains the cells of an engine and a method when the first of them is asked for.
 
@@ -101,7 +109,10 @@ class Cells:
     def model(self, family: str) -> Path:
         """Return the folder of a family's causal model."""
         folder = self._folder / "models" / family
-        return folder if folder.exists() else write_causal_model(folder, family, self._tokenizer)
+        if folder.exists():
+            return folder
+        write = write_model_that_sees if family in SEEING else write_causal_model
+        return write(folder, family, self._tokenizer)
 
     def __getitem__(self, cell: Cell) -> Path:
         """Return the output directory of a cell that was trained to its end."""
@@ -176,7 +187,7 @@ def kept(cell: Cell, what: str, seconds: float | None = None) -> Iterator[None]:
                 path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-@pytest.mark.parametrize("cell", [*_parameters(CHOSEN), *_parameters([("zero3", "lora")], WITH_EXPERTS_ADAPTED)])
+@pytest.mark.parametrize("cell", [*_parameters(CHOSEN), *MORE])
 def test_trains_and_keeps_its_head(cell: Cell, cells: Cells) -> None:
     with kept(cell, "trains", cells.seconds(cell)):
         folder = cells[cell]
@@ -208,7 +219,7 @@ def test_load_of_experts_is_logged(cell: Cell, cells: Cells) -> None:
         assert line.get("router_aux_loss", 2.0) > 1.5
 
 
-@pytest.mark.parametrize("cell", [*_parameters(CHOSEN), *_parameters([("zero3", "lora")], WITH_EXPERTS_ADAPTED)])
+@pytest.mark.parametrize("cell", [*_parameters(CHOSEN), *MORE])
 def test_plain_transformers_gives_the_same_scores(cell: Cell, cells: Cells) -> None:
     """In fp32, as they lie on the disk: that these are the scores of training has been verified by the save."""
     with kept(cell, "reloads"):
@@ -223,16 +234,37 @@ def test_plain_transformers_gives_the_same_scores(cell: Cell, cells: Cells) -> N
             assert plain.dtype == torch.float32
         else:
             name = contract["base_model"]["name"]
-            base = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=torch.float32, pad_token_id=pad
-            )
+            inside = language_model_in(name)
+            settings = {"num_labels": 1} if inside is None else inside.load_settings
+            base = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **settings)
+            base.config.pad_token_id = pad
             plain = PeftModel.from_pretrained(base, str(folder))
         found = score_sequences(plain, texts, pad, len(texts), "cpu")
         assert found == pytest.approx(expected, abs=1e-5)
         assert len(set(found)) > 1
 
 
-@pytest.mark.parametrize("cell", [*_parameters(RESUMED), *_parameters([("zero3", "lora")], WITH_EXPERTS_ADAPTED)])
+@pytest.mark.parametrize("cell", [*_parameters(RESUMED), *MORE])
+def test_its_export_is_one_plain_model_with_the_same_scores(cell: Cell, cells: Cells, tmp_path: Path) -> None:
+    """Adapters are merged. In fp32: in fewer bits a merged model scores a little differently, as it should."""
+    with kept(cell, "exports"):
+        folder = cells[cell]
+        exported = export(folder, tmp_path / "export", dtype="float32").folder
+        contract = read_json(folder / "scoring_contract.json")
+        texts = [golden["input_ids"] for golden in contract["golden_scores"]]
+        pad = contract["pad_token_id"]
+        ours = load_reward_model(folder, dtype=torch.float32, quantized=False)
+        expected = score_sequences(ours, texts, pad, len(texts), "cpu")
+        plain, loading = AutoModelForSequenceClassification.from_pretrained(exported, output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+        found = score_sequences(plain, texts, pad, len(texts), "cpu")
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert len(set(found)) > 1
+        names = weights(exported).keys()
+        assert "score.weight" in names and not [name for name in names if "lora" in name or "base_layer" in name]
+
+
+@pytest.mark.parametrize("cell", [*_parameters(RESUMED), *MORE])
 def test_a_resumed_run_ends_bit_for_bit_the_same(cell: Cell, cells: Cells) -> None:
     with kept(cell, "resumes"):
         whole = cells[cell]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.support.families import FAMILIES
-from tools.models_table import EXAMPLES, PAGE, VLLM, families, page, trained
+from tools.models_table import EXAMPLES, PAGE, VLLM, exported, families, page, trained
 
 
 def test_the_page_is_what_the_tool_writes() -> None:
@@ -15,6 +15,7 @@ def test_nothing_failed() -> None:
     for family in families():
         for method in ("full", "lora", "qlora"):
             assert "FAILS" not in trained(family, method)
+        assert "FAILS" not in exported(family)
 
 
 def test_names_are_those_of_families() -> None:
