@@ -185,7 +185,7 @@ def constants_set(values: Values) -> Iterator[None]:
 
 def with_device(scenario: Scenario, values: Values) -> Scenario:
     """Return the scenario on a device with other figures, where some of them are the device's."""
-    own = {
+    own: dict[str, Any] = {
         constant.field: values[constant.name]
         for constant in CONSTANTS
         if constant.name in values
