@@ -180,8 +180,8 @@ def gathered_bytes(scenario: Scenario) -> int:
     """Return the bytes of whole weights that ZeRO-3 holds at once: it gathers ahead until `live` elements are there.
 
     The tensor that passes the limit is gathered whole; and what the module at work needs is gathered whatever the
-    limit: of a mixture all experts of a layer, which are one module. Elements are those of storage: of 4-bit weights
-    four are in one.
+    limit: of a mixture all experts of a layer, which are one module, beside what else its layer and the next have.
+    Elements are those of storage: of 4-bit weights four are in one.
     """
     if scenario.zero_stage != 3 or scenario.num_devices == 1:
         return 0
@@ -189,9 +189,12 @@ def gathered_bytes(scenario: Scenario) -> int:
     stored += [(tensor, stored_elements(scenario, tensor)) for tensor in scenario.frozen]
     elements = sum(tensor.count * numel for tensor, numel in stored)
     largest = max(numel for _, numel in stored)
-    of_experts = sum(numel for tensor, numel in stored if tensor.role == "experts")
     zero = scenario.zero
-    live = max(zero.live + max(zero.prefetch, largest), of_experts + zero.prefetch)
+    live = zero.live + max(zero.prefetch, largest)
+    of_experts = sum(numel for tensor, numel in stored if tensor.role == "experts")
+    if of_experts:
+        rest = sum(tensor.count * numel for tensor, numel in stored if tensor.role not in {"experts", "embedding"})
+        live = max(live, of_experts + 2 * rest / scenario.shape.num_layers + zero.prefetch)
     return int(min(elements, live) * scenario.weight_bytes)
 
 
