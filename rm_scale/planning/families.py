@@ -114,7 +114,7 @@ class Numbers:
             value = self.text.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-        raise self._refuse(f"has none of {', '.join(names)}")
+        raise self._refuse(f"has none of {', '.join(names)}, so its shape can't be read")
 
 
 def style_of(text: Text, model_type: str) -> LayerStyle:
