@@ -345,7 +345,7 @@ def test_a_config_that_is_nested_without_end(tmp_path: Path, reward_model: Path,
 def test_configs_of_another_form(text: Any) -> None:
     with pytest.raises(ModelError, match="shape can't be read"):
         shape_from_config({"model_type": "llama", "text_config": text})
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
+    sizes = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
     with pytest.raises(ModelError, match="head_dim=x: must be a number"):
         shape_from_config({**sizes, "head_dim": "x"})
 
