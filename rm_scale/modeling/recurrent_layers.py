@@ -85,6 +85,7 @@ def _convolution(function: Callable[..., Any], layout: RowLayout, given: dict[st
     """Run `causal_conv1d_fn`."""
     inputs = given.pop("hidden_states")
     kernel = given["weight"].shape[-1]
+    # The row by position, since kernels name it otherwise; they have the same names for the rest.
     return segment_convolution(lambda row: function(row, **given), inputs, kernel, layout)
 
 
@@ -94,8 +95,10 @@ def _delta_rule(function: Callable[..., Any], layout: RowLayout, given: dict[str
     rest = {name: value for name, value in given.items() if name not in names}
 
     def scan(inputs: list[torch.Tensor], start: torch.Tensor | None, wants_end: bool) -> tuple[Any, Any]:
+        query, key, value, g, beta = inputs
         states = {"initial_state": start, "output_final_state": wants_end}
-        output, end = function(**dict(zip(names, inputs, strict=True)), **{**rest, **states})
+        # By position, as transformers' layers do it: the kernel has other names for them.
+        output, end = function(query, key, value, g=g, beta=beta, **{**rest, **states})
         return output, end
 
     return forked_scan(scan, [given[name] for name in names], layout), None
