@@ -35,7 +35,8 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int) -> Con
 def _gemma3(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, window: int) -> Config:
     kinds = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(layers)]
     sizes = _sizes(hidden, layers, heads, kv_heads, 256, mlp, vocabulary)
-    more = {"sliding_window": window, "layer_types": kinds, "max_position_embeddings": 131072}
+    positions = 32768 if hidden < 2000 else 131072
+    more = {"sliding_window": window, "layer_types": kinds, "max_position_embeddings": positions}
     return {"model_type": "gemma3_text", **sizes, **more}
 
 

@@ -58,6 +58,9 @@ class Ready:
 _APACHE = "Apache-2.0"
 _MIT = "MIT"
 _GATED = "gated; accept its licence on the hub and set HF_TOKEN in the environment"
+_LLAMA = f"Llama 3.2 Community License; {_GATED}"
+_GEMMA = f"Gemma Terms of Use; {_GATED}"
+_MISTRAL = f"Mistral AI Research License, no commercial use; {_GATED}"
 
 
 def _runs(name: str, model: str, licence: str, **stages: int) -> list[Ready]:
@@ -72,12 +75,12 @@ READY = [
     *_runs("qwen3_8b", "Qwen/Qwen3-8B", _APACHE, full=3, lora=2, qlora=2),
     *_runs("qwen3_14b", "Qwen/Qwen3-14B", _APACHE, full=3, lora=2, qlora=2),
     *_runs("qwen3_30b_a3b", "Qwen/Qwen3-30B-A3B", _APACHE, full=3, lora=3),
-    *_runs("llama_3.2_3b", "meta-llama/Llama-3.2-3B-Instruct", _GATED, full=3, lora=2),
-    *_runs("gemma_3_1b", "google/gemma-3-1b-it", _GATED, full=2),
-    *_runs("gemma_3_4b", "google/gemma-3-4b-it", _GATED, full=3, lora=2),
-    *_runs("gemma_3_12b", "google/gemma-3-12b-it", _GATED, lora=2, qlora=2),
+    *_runs("llama_3.2_3b", "meta-llama/Llama-3.2-3B-Instruct", _LLAMA, full=3, lora=2),
+    *_runs("gemma_3_1b", "google/gemma-3-1b-it", _GEMMA, full=2),
+    *_runs("gemma_3_4b", "google/gemma-3-4b-it", _GEMMA, full=3, lora=2),
+    *_runs("gemma_3_12b", "google/gemma-3-12b-it", _GEMMA, lora=2, qlora=2),
     *_runs("olmo_3_7b", "allenai/Olmo-3-7B-Instruct", _APACHE, full=3, lora=2),
-    *_runs("ministral_8b", "mistralai/Ministral-8B-Instruct-2410", _GATED, full=3, lora=2),
+    *_runs("ministral_8b", "mistralai/Ministral-8B-Instruct-2410", _MISTRAL, full=3, lora=2),
     *_runs("phi_4", "microsoft/phi-4", _MIT, lora=2, qlora=2),
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rm_scale.errors import ConfigError, ModelError, collect_problems
 from rm_scale.known_models import KNOWN_MODELS
+from rm_scale.logs import get_logger
 from rm_scale.modeling.model_shape import shape_of
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Request, changes_that_fit, recommend
@@ -20,6 +21,8 @@ from rm_scale.planning.scenario import Method
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
 from rm_scale.texts import one_line, range_rule
 from rm_scale.tiers import model_tier
+
+logger = get_logger(__name__)
 
 HELP = "will it fit, how fast, for how much: before anything is queued"
 DESCRIPTION = "Predict memory, speed and cost of a run from the model's config.json and a machine's figures."
@@ -177,6 +180,7 @@ def _config_of(name: str) -> dict[str, Any]:
     except ModelError:
         if name not in KNOWN_MODELS:
             raise
+        logger.warning(f"the hub gave no config.json of {name}: planned with the shape that comes with rm_scale")
         return KNOWN_MODELS[name]
 
 

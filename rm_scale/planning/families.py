@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from rm_scale.planning.class_defaults import CLASS_DEFAULTS
 from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, LayerStyle, Mamba
 
 _LAYER_NORM_STYLE = LayerStyle(gated_mlp=False, qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True)
@@ -82,6 +83,28 @@ NOT_QUANTISED = frozenset(["falcon"])
 """Types whose linear layers are a subclass of torch's, which bitsandbytes leaves in 16 bits."""
 
 Text = dict[str, Any]
+
+
+_ALIASES = (
+    ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "expansion_ratio"),
+    ("max_position_embeddings", "n_positions"),
+    ("num_key_value_heads", "num_kv_heads"),
+    ("num_experts", "num_local_experts", "n_routed_experts"),
+    ("num_experts_per_tok", "experts_per_token"),
+    ("sliding_window", "attention_window"),
+)
+"""Names for one and the same size, of which a `config.json` has one."""
+
+
+def with_class_defaults(text: Text, model_type: str) -> Text:
+    """Return the values with those that the model's class fills in where nothing is said; null is something said."""
+    given = set(text)
+    for names in _ALIASES:
+        if given & set(names):
+            given |= set(names)
+    filled = {name: value for name, value in CLASS_DEFAULTS[model_type].items() if name not in given}
+    return {**filled, **text}
 
 
 class Numbers:
@@ -205,10 +228,19 @@ def _window(text: Text, model_type: str, layer: int, numbers: Numbers) -> int | 
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and layer < len(kinds):
         return window if kinds[layer] == "sliding_attention" else None
+    if model_type in _EVERY_SO_MANY_IS_FULL:
+        every = numbers.get(
+            "sliding_window_pattern", "_sliding_window_pattern", default=_EVERY_SO_MANY_IS_FULL[model_type]
+        )
+        return window if (layer + 1) % every else None
     if model_type in {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}:
         first = numbers.get("max_window_layers")
         return window if text.get("use_sliding_window") and layer >= first else None
-    return window if model_type in {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"} else None
+    return window if model_type in {"ministral", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"} else None
+
+
+_EVERY_SO_MANY_IS_FULL = {"exaone4": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
+"""Of every so many layers the last sees all tokens, the others a window, where `layer_types` is not given."""
 
 
 def _every_so_many(text: Text, numbers: Numbers, layer: int) -> bool:
@@ -279,7 +311,7 @@ def latent_attention(model_type: str, numbers: Numbers) -> LatentAttention | Non
         kv_rank=numbers.need("kv_lora_rank"),
         rope_dim=numbers.need("qk_rope_head_dim"),
         nope_dim=numbers.need("qk_nope_head_dim"),
-        value_dim=numbers.need("v_head_dim"),
+        value_dim=numbers.get("v_head_dim") or numbers.need("hidden_size") // numbers.need("num_attention_heads"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from rm_scale.config import RunConfig
+from rm_scale.planning.shape import text_config
 
 Packing = Literal["none", "padding_free", "prefix_shared"]
 
@@ -118,7 +119,7 @@ def is_tested(model: dict[str, Any]) -> bool:
 
 
 def _model_type(model: dict[str, Any]) -> str:
-    return str(model.get("text_config", model).get("model_type", model.get("model_type")))
+    return text_config(model)[1]
 
 
 def attention_dropout(model: dict[str, Any]) -> float:

@@ -235,6 +235,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
 
     if kind not in families.LAYER_STYLES:
         raise _unknown(named)
+    text = families.with_class_defaults(text, kind)
     numbers = families.Numbers(text, refuse)
     hidden = numbers.need("hidden_size", "n_embd", "d_model")
     heads = numbers.need("num_attention_heads", "n_head", "n_heads", "num_heads")
