@@ -76,12 +76,23 @@ def check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | N
     if shape.quantization is not None:
         problems.append(
             f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised "
-            f"({shape.quantization}); "
-            "they can't be sharded or trained here. Fix: give the unquantised model, with load_in_4bit: true for QLoRA."
+            f"({shape.quantization}); they can't be sharded or trained here. Fix: {_unquantised(shape.quantization)}."
         )
     if values is not None and offload_device(values) == "nvme" and zero_stage(values) != 3:
         problems.append(f"deepspeed={config.deepspeed!r}: offload to NVMe needs ZeRO-3. Fix: set the stage to 3.")
     return problems
+
+
+def _unquantised(method: str) -> str:
+    """Say how to come by weights that can be trained; GPT-OSS and DeepSeek-V3 are published in 4 and 8 bits alone."""
+    classes = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+    if method not in classes:
+        return "give the unquantised model, with load_in_4bit: true for QLoRA"
+    return (
+        "save a bfloat16 copy once, with transformers' AutoModelForCausalLM.from_pretrained(NAME, dtype='bfloat16', "
+        f"quantization_config={classes[method]}(dequantize=True)).save_pretrained(FOLDER), and give that folder with "
+        "the tokenizer's files beside it"
+    )
 
 
 def check_files(config: RunConfig) -> list[str]:

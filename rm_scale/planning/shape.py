@@ -77,6 +77,11 @@ class ModelShape:
                 f"{self.model_type}: the formulas don't know this kind of model; parameters, activations and "
                 f"operations are counted on its class {self.exact.name}, element-wise work is as of a plain layer"
             )
+        if self.quantization is not None:
+            notes.append(
+                f"its weights are stored in {self.quantization}, and training refuses them: the plan is that of a "
+                "bfloat16 copy"
+            )
         return tuple(notes)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from rm_scale.config_parsing import config_from_dict, parse_config
 from rm_scale.errors import ConfigError, ModelError
@@ -245,6 +246,18 @@ def test_quantised_checkpoints_are_refused(model: Path, data: Path) -> None:
     (model / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ConfigError, match=r"already quantised \(gptq\)"):
         plan(model, data)
+
+
+@pytest.mark.parametrize(("method", "name"), [("mxfp4", "Mxfp4Config"), ("fp8", "FineGrainedFP8Config")])
+def test_what_is_published_quantised_alone_is_told_how_to_unpack(
+    model: Path, data: Path, method: str, name: str
+) -> None:
+    (model / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ConfigError, match=rf"\({method}\); .* Fix: save a bfloat16 copy once.*{name}\(dequantize=True"):
+        plan(model, data)
+    assert hasattr(transformers, name)
+    shape = shape_from_config({**LLAMA_8B, "quantization_config": {"quant_method": method}})
+    assert "bfloat16 copy" in shape.notes[-1]
 
 
 def test_texts_longer_than_the_models_positions_are_refused(model: Path, data: Path) -> None:
