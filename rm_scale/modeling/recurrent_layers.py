@@ -12,14 +12,25 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rm_scale.batching.packed.layout import RowLayout
 from rm_scale.batching.packed.recurrence import forked_scan, repeated_scan, segment_convolution
+from rm_scale.errors import ModelError
 
-_ROW: ContextVar[RowLayout | None] = ContextVar("packed row that a recurrent layer runs on", default=None)
+
+@dataclass
+class _Row:
+    """A packed row that a recurrent layer runs on, and which parts of the layer have run on its segments so far."""
+
+    layout: RowLayout
+    reached: set[str] = field(default_factory=set)
+
+
+_ROW: ContextVar[_Row | None] = ContextVar("packed row that a recurrent layer runs on", default=None)
 
 RECURRENT_LAYERS = frozenset(
     ["Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "JambaMambaMixer", "ZambaMambaMixer", "Zamba2MambaMixer"]
@@ -36,15 +47,24 @@ class KeepsResponsesApart:
         """Run on padded rows as ever, or on a packed row, whose layout is given or was set by the layer around this."""
         layout = packed_layout if packed_layout is not None else self.packed_layout
         forward = super().forward  # type: ignore[misc]
-        return forward(*args, **kwargs) if layout is None else _run_untraced(forward, layout, args, kwargs)
+        return forward(*args, **kwargs) if layout is None else _run_untraced(self, forward, layout, args, kwargs)
 
 
-def _run_on_row(forward: Callable[..., Any], layout: RowLayout, args: Any, kwargs: Any) -> Any:
-    token = _ROW.set(layout)
+def _run_on_row(layer: Any, forward: Callable[..., Any], layout: RowLayout, args: Any, kwargs: Any) -> Any:
+    row = _Row(layout)
+    token = _ROW.set(row)
     try:
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
     finally:
         _ROW.reset(token)
+    missed = [part for part, functions in _PARTS.items() if not row.reached & functions]
+    if missed:
+        raise ModelError(
+            f"{type(layer).__name__} ran its {' and '.join(missed)} by other code than the functions of transformers "
+            "that keep the responses of a packed row apart (a kernel in their place?), so its rewards would be wrong. "
+            "Fix: set packing: none, or leave the kernel out."
+        )
+    return output
 
 
 # Rows differ in every step: tracing through here would compile a new graph each time.
@@ -57,25 +77,28 @@ def keep_responses_apart(layer: torch.nn.Module) -> None:
     if issubclass(kind, KeepsResponsesApart):
         return
     module = sys.modules[kind.__module__]
-    for name, replacement in _REPLACEMENTS.items():
+    for name in _REPLACEMENTS:
         function = getattr(module, name, None)
         if function is not None and not hasattr(function, "whole_rows"):
-            setattr(module, name, _by_segments(function, replacement))
+            setattr(module, name, _by_segments(name, function))
     layer.__class__ = type(kind.__name__, (KeepsResponsesApart, kind), {"__module__": kind.__module__})
 
 
-def _by_segments(function: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+def _by_segments(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a module of transformers that runs a packed row by its segments, and other rows whole."""
+    replacement = _REPLACEMENTS[name]
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        layout = _ROW.get()
-        if layout is None:
+        row = _ROW.get()
+        if row is None:
             return function(*args, **kwargs)
+        row.reached.add(name)
         bound = signature.bind(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         given.pop("kwargs", None)
-        return replacement(function, layout, given)
+        return replacement(function, row.layout, given)
 
     run.whole_rows = function  # type: ignore[attr-defined]
     return run
@@ -145,3 +168,9 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": _selective_scan,
 }
 """By the functions' names in transformers' modules."""
+
+_PARTS: dict[str, frozenset[str]] = {
+    "convolution": frozenset(["causal_conv1d_fn"]),
+    "scan": frozenset(["torch_chunk_gated_delta_rule", "mamba2_chunk_scan", "mamba_selective_scan"]),
+}
+"""What every layer of `RECURRENT_LAYERS` is made of, and the functions that run it: one of each must be reached."""

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 from rm_scale.batching.collator import PackedCollator, PaddedCollator
+from rm_scale.errors import ModelError
 from rm_scale.modeling.packed_model import enable_packed_rows
+from rm_scale.modeling.recurrent_layers import KeepsResponsesApart
 from rm_scale.modeling.token_scores import batch_rewards
 from rm_scale.planning.layout_choice import TESTED_RECURRENT_TYPES
 from tests.support.families import tiny_classifier
@@ -173,3 +175,28 @@ def test_kernels_are_called_with_arguments_that_they_know(model_type: str, monke
         called.clear()
         torch.testing.assert_close(rewards(model, share_prompts), wanted, rtol=0, atol=1e-4)
         assert len(set(called)) == 2, "a convolution and a scan"
+
+
+SCANS = {"torch_chunk_gated_delta_rule", "mamba2_chunk_scan", "mamba_selective_scan"}
+
+
+@pytest.mark.parametrize("part", ["convolution", "scan"])
+@pytest.mark.parametrize("model_type", sorted(TESTED_RECURRENT_TYPES))
+def test_a_function_that_was_put_in_later_is_noticed(
+    model_type: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a kernel: it would run on through the whole row."""
+    model = tiny_classifier(model_type).eval()
+    enable_packed_rows(model, "matmul")
+    wanted = rewards(model, None)
+    module = sys.modules[type(model).__module__]
+    (name,) = {"causal_conv1d_fn"} if part == "convolution" else {name for name in SCANS if hasattr(module, name)}
+    monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+    with pytest.raises(ModelError, match=f"{type(recurrent(model)).__name__} ran its {part} by other code .* Fix: set"):
+        rewards(model, True)
+    assert torch.equal(rewards(model, None), wanted)
+
+
+def recurrent(model: PreTrainedModel) -> torch.nn.Module:
+    """Return the first layer that carries a state."""
+    return next(module for module in model.modules() if isinstance(module, KeepsResponsesApart))
