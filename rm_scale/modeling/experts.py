@@ -37,14 +37,28 @@ def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return the modules that choose experts for each token, by name and in the order of the layers.
 
     Each gives `(logits, weights, indices)`: `(tokens, experts)`, `(tokens, top_k)` and `(tokens, top_k)`. They are
-    those from which transformers records `router_logits`.
+    those from whose first output transformers records `router_logits`. The few modules that give these logits at
+    another place (JetMoe's, Doge's) give no such three, and are left out: see `num_uncounted_routers`.
     """
-    classes: set[type[torch.nn.Module]] = set()
+    return {name: module for name, module, place in _recorded(model) if place == 0}
+
+
+def num_uncounted_routers(model: torch.nn.Module) -> int:
+    """Return how many modules choose experts in a way that `routers` does not read."""
+    return sum(place != 0 for _, _, place in _recorded(model))
+
+
+def _recorded(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, int]]:
+    """Return the modules from which transformers records `router_logits`, and at which place of their outputs."""
+    places: dict[type[torch.nn.Module], int] = {}
     for module in model.modules():
         recorder = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits")
         for one in recorder if isinstance(recorder, list) else [recorder]:
             found = getattr(one, "target_class", one)
             if isinstance(found, type):
-                classes.add(found)
-    kinds: tuple[type[torch.nn.Module], ...] = tuple(classes)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+                places[found] = getattr(one, "index", 0)
+    return [
+        (name, module, next(place for kind, place in places.items() if isinstance(module, kind)))
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(places))
+    ]

@@ -8,6 +8,7 @@ graph and layers run once more, and nothing is counted twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from rm_scale.distributed import sum_over_ranks
 from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
-from rm_scale.modeling.experts import routers
+from rm_scale.modeling.experts import num_uncounted_routers, routers
 
 logger = get_logger(__name__)
 
@@ -37,12 +38,16 @@ def router_coefficient(asked: float | None, model: torch.nn.Module) -> float:
         ModelError: a coefficient was asked for that this kind of model has no use for.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    found = routers(model)
+    found, uncounted = routers(model), num_uncounted_routers(model)
     if asked and not (found and _has_balancing_loss(model)):
-        reason = "its routers are balanced in another way" if found else "it has no experts"
         raise ModelError(
-            f"router_aux_loss_coef={asked:g}: transformers knows no load-balancing loss of {config.model_type} models, "
-            f"{reason}. Fix: leave router_aux_loss_coef out."
+            f"router_aux_loss_coef={asked:g}: there is no load-balancing loss of {config.model_type} models here, "
+            f"{_reason_against(bool(found), bool(uncounted))}. Fix: leave router_aux_loss_coef out."
+        )
+    if uncounted:
+        logger.info(
+            f"{uncounted} routers of a {config.model_type} model choose experts in a way of their own: the load of "
+            "these experts is not counted, and no auxiliary loss is added"
         )
     if not found:
         return 0.0
@@ -55,6 +60,12 @@ def router_coefficient(asked: float | None, model: torch.nn.Module) -> float:
         f"{own:g})"
     )
     return used
+
+
+def _reason_against(counts_some: bool, leaves_some: bool) -> str:
+    if counts_some:
+        return "its routers are balanced in another way"
+    return "its routers choose experts in a way of their own" if leaves_some else "it has no experts"
 
 
 def _has_balancing_loss(model: torch.nn.Module) -> bool:
@@ -158,8 +169,8 @@ class Routing:
         self._pairs = 0.0
         self._window: torch.Tensor | None = None
         self._warned = False
-        for router in routers(model).values():
-            router.register_forward_hook(self._after_router)
+        for name, router in routers(model).items():
+            router.register_forward_hook(functools.partial(self._after_router, name))
 
     @contextlib.contextmanager
     def watching(self, batch: dict[str, Any]) -> Iterator[None]:
@@ -173,7 +184,10 @@ class Routing:
             if self._current is not None:
                 self._keep_counts(self._current)
 
-    def _after_router(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    def _after_router(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, tuple) or len(output) != 3:
+            self._leave_out(name)
+            return output
         logits, weights, chosen = output
         current = self._current
         if current is None or (not self._is_open and not torch.is_grad_enabled()):
@@ -185,6 +199,13 @@ class Routing:
             return output
         return logits, _AddAtRouter.apply(weights, logits, current), chosen  # type: ignore[no-untyped-call]
 
+    def _leave_out(self, name: str) -> None:
+        """Count one router no more, and say so once: what it gives is not known."""
+        if name not in self.layers:
+            return
+        self.layers.remove(name)
+        logger.warning(f"{name} gives no logits, weights and experts as other routers do: its load is not counted")
+
     def loss(self, num_pairs: int, step_pairs: float) -> torch.Tensor | float:
         """Return the auxiliary loss's part of the step's loss; call it last in a micro-batch, and add it.
 
@@ -195,7 +216,7 @@ class Routing:
             step_pairs: of the step, over all ranks.
         """
         current = self._current
-        if current is None or not self.coefficient:
+        if current is None or not self.coefficient or not current.counts:
             return 0.0
         value = current.loss()
         self._loss_sum = value * num_pairs if self._loss_sum is None else self._loss_sum + value * num_pairs

@@ -138,6 +138,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 RARE_FAMILIES: dict[str, dict[str, Any]] = {
     "axk1": {**_LATENT_ATTENTION, **_ROUTED},
+    "doge": {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "kv_channels": 8},
     "minicpm3": _LATENT_ATTENTION,
     "zamba": {
         "num_hidden_layers": 5,
@@ -148,7 +150,7 @@ RARE_FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4,
     },
 }
-"""The same for some that only the tests of packed rows take."""
+"""The same for some that few tests take."""
 
 _TOWER: dict[str, Any] = {"hidden_size": 16, "patch_size": 4}
 _LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}

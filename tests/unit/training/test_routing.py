@@ -102,6 +102,60 @@ def test_loss_and_gradients_are_those_of_transformers(model_type: str, checkpoin
         assert any(moved), f"the auxiliary loss does not move {router}"
 
 
+@pytest.mark.parametrize("model_type", ["axk1", "deepseek_v2", "deepseek_v3", *BALANCED_BY_A_LOSS])
+def test_the_load_of_every_layer_is_counted(model_type: str) -> None:
+    model = _model(model_type).train()
+    routing = Routing(model, 0.0)
+    batch = _batch()
+    _with_loss(model, routing, batch, 1.0)
+    load = routing.read()["expert_load"]
+    assert len(load["share"]) == NUM_EXPERTS
+    assert len(load["layer_max"]) == len(routers(model)) > 0
+
+
+@pytest.mark.parametrize("model_type", ["doge", "jetmoe"])
+def test_routers_of_another_form_are_left_out_and_said(
+    model_type: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rm_scale"), "propagate", True)
+    caplog.set_level(logging.INFO, "rm_scale")
+    model = _model(model_type).train()
+    assert router_coefficient(None, model) == 0.0
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"routers of a {model_type} model choose experts in a way of their own" in line for line in said] == [True]
+    with pytest.raises(ModelError, match=f"router_aux_loss_coef=0.1: .* {model_type} models .* in a way of their own"):
+        router_coefficient(0.1, model)
+    routing = Routing(model, COEFFICIENT)
+    gradients = _with_loss(model, routing, _batch(), 1.0)
+    assert gradients and routing.read() == {}
+
+
+def test_a_router_with_unknown_outputs_is_left_out_and_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rm_scale"), "propagate", True)
+    model = _model("qwen3_moe").train()
+    known = routers(model)
+    unknown = "model.layers.1.mlp"
+    found = {**known, unknown: model.get_submodule(unknown)}  # gives one tensor
+    monkeypatch.setattr("rm_scale.training.routing.routers", lambda model: found)
+    routing = Routing(model, COEFFICIENT)
+    for _ in range(2):
+        _with_loss(model, routing, _batch(), 1.0)
+    assert routing.layers == list(known)
+    assert len(routing.read()["expert_load"]["layer_max"]) == len(known)
+    assert [unknown in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_pass_that_meets_no_router_has_no_loss() -> None:
+    batch = _batch()
+    routing = Routing(_model("qwen3_moe").train(), COEFFICIENT)
+    with routing.watching(batch):
+        pass
+    assert routing.loss(2, 2) == 0.0
+    assert routing.read() == {}
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_tokens_are_counted_once_and_padding_never(checkpointing: str) -> None:
     batch = _batch()
