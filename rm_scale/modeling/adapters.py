@@ -17,6 +17,7 @@ from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.experts import expert_tensors, num_weights, routers
 from rm_scale.modeling.head import HEAD_NAMES, check_head_trainable
+from rm_scale.planning.plan_checks import expert_names_problem
 from rm_scale.texts import first_line, large_number, one_line
 
 logger = get_logger(__name__)
@@ -80,9 +81,13 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
         keep_dtype: leave adapters in the backbone's type, which ZeRO-3 needs (TRL#6089); else they are fp32.
 
     Raises:
-        ModelError: a target module or parameter does not exist, or the head would be frozen.
+        ModelError: a target module or parameter does not exist or would be read as another, or the head would be
+            frozen.
     """
     _refuse_unread_layers(model, config)
+    problem = expert_names_problem(config, model.config.model_type, _read_as_experts(model))
+    if problem is not None:
+        raise ModelError(problem)
     _refuse_unknown_parameters(model, config)
     try:
         adapted = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=not keep_dtype)
@@ -215,12 +220,6 @@ def _listed(names: list[str]) -> str:
 def _refused(error: Exception, model: PreTrainedModel, config: RunConfig) -> str:
     """Return what PEFT refused; with a fix only where the cause is known, since other fixes would mislead."""
     text = one_line(error, 400)
-    if "because they are fused into" in text:
-        return (
-            f"lora_target_modules={config.lora_target_modules}: of {type(model).__name__} PEFT reads these names as "
-            f"experts, whose tensors it can't adapt in part ({text}). Fix: name both, or leave them out and name the "
-            "experts by lora_target_parameters."
-        )
     if ParamWrapper.__name__ in text and config.use_dora:
         return (
             f"use_dora=True: tensors of experts can't have it ({text}). Fix: set use_dora: false, or adapt linear "

@@ -79,6 +79,19 @@ NOT_ADAPTED = {
 """Linear layers without an adapter unless asked for, as `modeling/adapters.py` explains and a test compares: PEFT would
 read these names as the experts, and Jamba reads one weight past its layer."""
 
+_OF_QWEN = _READ_AS_EXPERTS | {"gate"}
+_OF_MIXTRAL = frozenset(["gate", "w1", "w2", "w3"])
+READ_AS_EXPERTS = {
+    "qwen3_moe": _OF_QWEN,
+    "qwen3_next": _OF_QWEN,
+    "deepseek_v2": _OF_QWEN,
+    "deepseek_v3": _OF_QWEN,
+    "hunyuan_v1_moe": _OF_QWEN,
+    "mixtral": _OF_MIXTRAL,
+    "minimax": _OF_MIXTRAL,
+}
+"""Names in `lora_target_modules` by which PEFT adapts all experts of such models, or the router; a test asks PEFT."""
+
 NOT_QUANTISED = frozenset(["falcon"])
 """Types whose linear layers are a subclass of torch's, which bitsandbytes leaves in 16 bits."""
 

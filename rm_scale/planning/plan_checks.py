@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rm_scale.files import files_of_pattern, read_small_text
 from rm_scale.output_lock import LOCK_FILE, refuse, running_owner
 from rm_scale.output_paths import all_that_is_read, removed_with_a_run, run_output_problem
 from rm_scale.planning.deepspeed_config import offload_device, zero_stage
+from rm_scale.planning.families import READ_AS_EXPERTS
 from rm_scale.planning.shape import ModelShape
 from rm_scale.texts import nearest_file
 
@@ -78,6 +79,8 @@ def check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | N
             f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised "
             f"({shape.quantization}); they can't be sharded or trained here. Fix: {_unquantised(shape.quantization)}."
         )
+    experts = expert_names_problem(config, shape.model_type, READ_AS_EXPERTS.get(shape.model_type, ()))
+    problems += [experts] if config.use_peft and experts is not None else []
     if values is not None and offload_device(values) == "nvme" and zero_stage(values) != 3:
         problems.append(f"deepspeed={config.deepspeed!r}: offload to NVMe needs ZeRO-3. Fix: set the stage to 3.")
     return problems
@@ -92,6 +95,29 @@ def _unquantised(method: str) -> str:
         "save a bfloat16 copy once, with transformers' AutoModelForCausalLM.from_pretrained(NAME, dtype='bfloat16', "
         f"quantization_config={classes[method]}(dequantize=True)).save_pretrained(FOLDER), and give that folder with "
         "the tokenizer's files beside it"
+    )
+
+
+def expert_names_problem(config: RunConfig, model_type: str, read_as_experts: Collection[str]) -> str | None:
+    """Say why `lora_target_modules` names what PEFT would read as the experts or the router; `None` if it does not.
+
+    PEFT takes such names, also at the end of dotted ones, for those of older versions of transformers, and adapts the
+    tensors of all experts in place of the linear layers of that name: a hundred times the weights that are meant.
+
+    Args:
+        config: the settings.
+        model_type: transformers' name of the family.
+        read_as_experts: the names that PEFT reads so in this family.
+    """
+    targets = config.lora_target_modules or []
+    found = [target for target in targets if target.rpartition(".")[2] in read_as_experts]
+    if not found:
+        return None
+    names = ", ".join(found)
+    return (
+        f"lora_target_modules={targets}: of {model_type} models PEFT reads {names} as the tensors of all experts or of "
+        f"the router, not as linear layers. Fix: leave {names} out, and set lora_target_parameters: "
+        "[experts.gate_up_proj, experts.down_proj] to adapt the experts."
     )
 
 

@@ -105,7 +105,9 @@ def test_experts_are_adapted_by_name(model_type: str, tmp_path: Path) -> None:
     [
         ({"lora_target_parameters": ["experts.w1"]}, r"Fix: choose among experts.down_proj, experts.gate_up_proj"),
         ({"lora_target_parameters": EXPERTS, "use_dora": True}, r"use_dora=True: .*Fix: set use_dora: false"),
-        ({"lora_target_modules": ["q_proj", "gate_proj"]}, r"gate_proj.*Fix: name both, or"),
+        ({"lora_target_modules": ["q_proj", "gate_proj"]}, r"reads gate_proj as .*Fix: leave gate_proj out, and set"),
+        ({"lora_target_modules": ["q_proj", "mlp.down_proj"]}, r"Fix: leave mlp.down_proj out, and set"),
+        ({"lora_target_modules": ["q_proj", "gate"]}, r"reads gate as .* of the router"),
     ],
 )
 def test_what_experts_can_not_have_is_refused_with_a_fix(settings: dict[str, Any], message: str) -> None:

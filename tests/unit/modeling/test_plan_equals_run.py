@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import transformers_weight_conversion
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rm_scale.config_parsing import config_from_dict
-from rm_scale.errors import ModelError
+from rm_scale.errors import ConfigError, ModelError
 from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.experts import num_weights
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
 from rm_scale.modeling.loading import load_for_training
 from rm_scale.modeling.model_shape import shape_of, shape_of_run
 from rm_scale.modeling.packed_model import TakesPackedRows, enable_packed_rows
+from rm_scale.planning.families import READ_AS_EXPERTS
 from rm_scale.planning.group_lengths import full_rows
 from rm_scale.planning.hardware import find_device
 from rm_scale.planning.layout_choice import REFUSED_MODEL_TYPES
@@ -116,6 +119,37 @@ def test_adapters_of_experts_are_those_that_are_planned(model_type: str) -> None
     for tensor in planned:
         expected[tensor.numel] += tensor.count
     assert real == expected
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES))
+def test_names_that_peft_reads_as_experts_are_those_of_the_plan(model_type: str) -> None:
+    kind = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    names = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING.get(kind, {})
+    assert READ_AS_EXPERTS.get(model_type, frozenset()) == set(names)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_the_usual_names_are_refused_or_planned_as_they_are_trained(model_type: str, tmp_path: Path) -> None:
+    """By the plan as by the run: PEFT would adapt all experts of some families by them, at twice the rank."""
+    usual = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"]
+    (tmp_path / "config.json").write_text(tiny_config(model_type).to_json_string())
+    (tmp_path / "pairs.jsonl").touch()
+    files = {"model_name_or_path": str(tmp_path), "dataset_path": [str(tmp_path / "pairs.jsonl")], "max_length": 64}
+    settings = {**METHODS["LoRA"], "output_dir": str(tmp_path / "out"), "lora_target_modules": usual}
+    parsed = config_from_dict({**files, **settings})
+    model = tiny_classifier(model_type)
+    install_scalar_head(model)
+    if model_type in READ_AS_EXPERTS:
+        told = f"of {model_type} models PEFT reads .* as the tensors of all experts .* Fix: leave .* out, and set"
+        with pytest.raises(ConfigError, match=told):
+            make_plan(parsed, 1, "cpu")
+        with pytest.raises(ModelError, match=told):
+            add_adapters(model, parsed.config, keep_dtype=False)
+        return
+    make_plan(parsed, 1, "cpu")
+    tensors = backbone_tensors(shape_of(tiny_config(model_type).to_dict(), model_type))
+    planned = adapter_tensors(tensors, RANK, usual)
+    assert lora_sizes(add_adapters(model, parsed.config, keep_dtype=False)) == sizes(planned)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() & REFUSED_MODEL_TYPES.keys()))
