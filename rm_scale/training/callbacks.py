@@ -18,10 +18,15 @@ logger = get_logger(__name__)
 
 
 class MetricsFile(TrainerCallback):
-    """Append every logged step to `run/metrics.jsonl`, one JSON object per line."""
+    """Append every logged step to `run/metrics.jsonl`, one JSON object per line.
+
+    Attributes:
+        details: what the next line has beside the logs: tables, which loggers such as TensorBoard do not take.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.details: dict[str, Any] = {}
         self._file = RecordFile(path)
         self.records = (self._file,)
 
@@ -37,7 +42,8 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         record = {"step": state.global_step, **{key: _jsonable(value) for key, value in logs.items()}}
-        self._file.append(record)
+        self._file.append({**record, **self.details})
+        self.details = {}
 
 
 def _jsonable(value: Any) -> Any:

@@ -235,6 +235,7 @@ class Routing:
         - `router_aux_loss_coef`, `router_aux_loss`: the coefficient, and the loss before it is multiplied by that.
         - `expert_load`: shares of the tokens' choices: of each expert over all layers (`share`), and of the fullest and
           emptiest expert of each layer (`layer_max`, `layer_min`). An equal share is 1 / experts.
+        - `expert_load_max`, `expert_load_min`: the same of the fullest and emptiest expert of all layers.
         - `dead_experts`: experts of all layers that got no token.
 
         A collective.
@@ -297,4 +298,5 @@ def _load(counts: torch.Tensor) -> dict[str, Any]:
         "layer_max": rounded(shares.amax(1)),
         "layer_min": rounded(shares.amin(1)),
     }
-    return {"expert_load": load, "dead_experts": int((counts == 0).sum())}
+    extremes = {"expert_load_max": max(load["layer_max"]), "expert_load_min": min(load["layer_min"])}
+    return {"expert_load": load, **extremes, "dead_experts": int((counts == 0).sum())}

@@ -26,6 +26,7 @@ from rm_scale.modeling.packed_model import packed_backend
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import batch_rewards
 from rm_scale.training.agreed_stop import StopOnRequest
+from rm_scale.training.callbacks import MetricsFile
 from rm_scale.training.checkpoint.optimizer_state import holds_portable_state
 from rm_scale.training.checkpoint.reload_check import (
     disk_errors_explained,
@@ -304,10 +305,18 @@ class RewardTrainer(trl.RewardTrainer):
         if "loss" in logs:
             seconds = self.meter.running_seconds()
             logs.update(self.meter.read())
-            logs.update(self.routing.read())
+            logs.update(self._scalars(self.routing.read()))
             logs.update(name_slow_ranks(self.watchdog, seconds))
         self.meter.pause()
         super().log(logs, start_time)
+
+    def _scalars(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Return what every logger takes of these figures; hand the tables among them to the metrics file alone."""
+        tables = {name: value for name, value in figures.items() if isinstance(value, dict)}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, MetricsFile):
+                callback.details = tables
+        return {name: value for name, value in figures.items() if name not in tables}
 
     # --- Evaluation ----------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import one_hot
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rm_scale.batching.collator import PackedCollator, PaddedCollator
 from rm_scale.batching.device_transfer import move_batch
@@ -17,7 +18,9 @@ from rm_scale.errors import ModelError
 from rm_scale.modeling.experts import routers
 from rm_scale.modeling.token_scores import batch_rewards
 from rm_scale.training.routing import EXPECTED_TOKENS, Routing, router_coefficient
-from tests.support.families import tiny_classifier
+from tests.support.families import tiny_classifier, write_causal_model
+from tests.support.in_process import train_here
+from tests.support.launching import read_lines
 
 BALANCED_BY_A_LOSS = ["gpt_oss", "jamba", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"]
 COEFFICIENT = 1.0
@@ -235,6 +238,26 @@ def test_dead_experts_are_named_once(caplog: pytest.LogCaptureFixture, monkeypat
     said = [record.getMessage() for record in caplog.records if "[dead_experts]" in record.getMessage()]
     assert len(said) == 1
     assert "2 of 12 experts" in said[0] and "2 of model.layers.1.mlp.gate, 3 of model.layers.1.mlp.gate" in said[0]
+
+
+def test_loggers_get_figures_and_the_metrics_file_the_whole_load(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard warned of the table in every line."""
+    model = write_causal_model(tmp_path / "model", "qwen3_moe", AutoTokenizer.from_pretrained(tiny_model))
+    output = tmp_path / "run"
+    flags = ["--model_name_or_path", str(model), "--dataset_path", str(pairs_file), "--output_dir", str(output)]
+    flags += ["--bf16", "false", "--max_length", "128", "--max_steps", "2", "--logging_steps", "1", "--disable_tqdm"]
+    done = train_here([*flags, "--sample_scores", "0", "--report_to", "tensorboard"], capfd)
+    assert done.code == 0, done.output[-3000:]
+    assert "attempting to log" not in done.output
+    lines = [line for line in read_lines(output / "run" / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        load = line["expert_load"]
+        assert line["expert_load_max"] == max(load["layer_max"]) > line["expert_load_min"] == min(load["layer_min"])
+    events = b"".join(file.read_bytes() for file in output.rglob("events.out.tfevents*"))
+    assert b"train/expert_load_max" in events and b"expert_load/" not in events
 
 
 def test_coefficient_is_the_models_own_only_where_its_config_trains_with_it() -> None:

@@ -80,6 +80,15 @@ def test_metrics_file_has_one_object_a_line(tmp_path: Path) -> None:
     assert lines == [{"step": 0, "loss": 0.5, "tensor": 2.0}, {"step": 0, "loss": "nan"}]
 
 
+def test_a_table_is_in_one_line_of_the_metrics_file(tmp_path: Path) -> None:
+    callback = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    callback.details = {"load": {"share": [0.5, 0.5]}}
+    log(callback, loss=0.5)
+    log(callback, loss=0.25)
+    lines = [json.loads(line) for line in callback.path.read_text().splitlines()]
+    assert lines == [{"step": 0, "loss": 0.5, "load": {"share": [0.5, 0.5]}}, {"step": 0, "loss": 0.25}]
+
+
 @pytest.fixture(scope="module")
 def trainer_and_config(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A real trainer on the tiny model, in this process."""
