@@ -210,6 +210,7 @@ def test_of_a_scenario() -> None:
         zero_stage=3,
         lora_rank=8,
         lora_targets=None,
+        lora_parameters=(),
         lora_dropout=0.0,
         precision="bf16",
         attention="varlen",
