@@ -21,7 +21,7 @@ class MetricsFile(TrainerCallback):
     """Append every logged step to `run/metrics.jsonl`, one JSON object per line.
 
     Attributes:
-        details: what the next line has beside the logs: tables, which loggers such as TensorBoard do not take.
+        details: what the next line has beside the logs: tables and lists, which loggers such as TensorBoard don't take.
     """
 
     def __init__(self, path: Path) -> None:

@@ -304,15 +304,14 @@ class RewardTrainer(trl.RewardTrainer):
         """Log, and add to a line of training what the meters have counted. A collective."""
         if "loss" in logs:
             seconds = self.meter.running_seconds()
-            logs.update(self.meter.read())
-            logs.update(self._scalars(self.routing.read()))
-            logs.update(name_slow_ranks(self.watchdog, seconds))
+            figures = {**self.meter.read(), **self.routing.read()}
+            logs.update(self._scalars({**figures, **name_slow_ranks(self.watchdog, seconds)}))
         self.meter.pause()
         super().log(logs, start_time)
 
     def _scalars(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Return what every logger takes of these figures; hand the tables among them to the metrics file alone."""
-        tables = {name: value for name, value in figures.items() if isinstance(value, dict)}
+        """Return what every logger takes of these figures; hand tables and lists to the metrics file alone."""
+        tables = {name: value for name, value in figures.items() if isinstance(value, dict | list)}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MetricsFile):
                 callback.details = tables
