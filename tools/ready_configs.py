@@ -25,6 +25,8 @@ from rm_scale.texts import large_number  # noqa: E402
 MAX_LENGTH, GLOBAL_BATCH, LORA_RANK = 2048, 64, 64
 DEVICES = {"80 GB": "h100-80g", "40 GB": "a100-40g", "24 GB": "rtx4090"}
 MOST_DEVICES = 64
+ROUTER_COEFFICIENT = 0.001
+"""transformers' default for Qwen3's mixtures of experts."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,16 @@ def _learning_rate(ready: Ready) -> str:
     return "learning_rate: 1.0e-4\nnum_train_epochs: 1"
 
 
+def _balance(ready: Ready) -> str:
+    """Return the setting that keeps trained routers balanced; adapters leave routers frozen."""
+    if shape_from_config(KNOWN_MODELS[ready.model]).experts is None or ready.method != "full":
+        return ""
+    return (
+        "# Keeps tokens spread over the experts: full fine-tuning trains routers too, by default without this loss.\n"
+        f"router_aux_loss_coef: {ROUTER_COEFFICIENT}\n"
+    )
+
+
 def _model_settings(ready: Ready) -> str:
     lines = [f"model_name_or_path: {ready.model}"]
     if ready.method != "full":
@@ -193,7 +205,7 @@ max_length: {MAX_LENGTH}
 global_batch_size: {GLOBAL_BATCH}
 warmup_ratio: 0.03
 center_rewards_coefficient: 0.01
-bf16: true
+{_balance(ready)}bf16: true
 gradient_checkpointing: true
 deepspeed: zero{ready.zero}
 
