@@ -57,8 +57,9 @@ def _recorded(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, int]]:
             found = getattr(one, "target_class", one)
             if isinstance(found, type):
                 places[found] = getattr(one, "index", 0)
+    kinds: tuple[type[torch.nn.Module], ...] = tuple(places)
     return [
         (name, module, next(place for kind, place in places.items() if isinstance(module, kind)))
         for name, module in model.named_modules()
-        if isinstance(module, tuple(places))
+        if isinstance(module, kinds)
     ]
