@@ -55,7 +55,9 @@ SEEING = ("gemma3", "qwen3_5")
 MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "jamba")
 BALANCED_BY_A_LOSS = ("qwen3_moe", "mixtral", "gpt_oss", "jamba")
 WITH_EXPERTS_ADAPTED = tuple(f"{family}-experts" for family in MIXTURES)
-SHORT = ("qwen3_moe", "qwen3_5_text")
+_WITHOUT = "-without-coefficient"
+WITHOUT_A_COEFFICIENT = tuple(f"{family}{_WITHOUT}" for family in BALANCED_BY_A_LOSS)
+SHORT = ("qwen3_moe", "qwen3_5_text", f"qwen3_moe{_WITHOUT}")
 STAGES: dict[str, list[str]] = {"none": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
 METHODS: dict[str, list[str]] = {
     "full": ["--gradient_checkpointing", "true"],
@@ -84,6 +86,10 @@ def _parameters(engines: list[tuple[str, str]], families: tuple[str, ...] = FAMI
         for stage, method in engines
         for family in families
     ]
+
+
+def _with_coefficient(cell: Cell) -> Cell:
+    return cell[0].removesuffix(_WITHOUT), cell[1], cell[2]
 
 
 MORE = [*_parameters([("zero3", "lora")], WITH_EXPERTS_ADAPTED), *_parameters(RESUMED, SEEING)]
@@ -148,12 +154,12 @@ class Cells:
         return folder / family
 
     def _flags(self, family: str) -> list[str]:
-        name = family.removesuffix("-experts")
+        name = family.removesuffix("-experts").removesuffix(_WITHOUT)
         flags = ["--model_name_or_path", str(self.model(name)), "--dataset_path", str(self._pairs), "--disable_tqdm"]
         flags += ["--eval_split_size", str(NUM_EVAL), "--per_device_train_batch_size", "2", "--max_length", "128"]
         flags += ["--max_steps", str(NUM_STEPS), "--learning_rate", "5e-3", "--logging_steps", "1"]
         flags += ["--sample_scores", "0"]
-        if name in BALANCED_BY_A_LOSS:
+        if name in BALANCED_BY_A_LOSS and not family.endswith(_WITHOUT):
             flags += ["--router_aux_loss_coef", str(COEFFICIENT)]
         return [*flags, "--lora_target_parameters", *EXPERTS] if family.endswith("-experts") else flags
 
@@ -163,6 +169,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path, request: p
     """The cells of the tests that were selected, in one launch for each engine and method."""
     items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
     asked: list[Cell] = [item.callspec.params["cell"] for item in items]
+    asked += [_with_coefficient(cell) for cell in asked if cell[0].endswith(_WITHOUT)]
     return Cells(tmp_path_factory.mktemp("families"), pairs_file, asked)
 
 
@@ -206,17 +213,31 @@ def test_trains_and_keeps_its_head(cell: Cell, cells: Cells) -> None:
 
 @pytest.mark.parametrize("cell", _parameters(CHOSEN, MIXTURES))
 def test_load_of_experts_is_logged(cell: Cell, cells: Cells) -> None:
-    """And the auxiliary loss, where the family has one."""
+    """And the auxiliary loss, where the family has one. The load is that of the real tokens of both ranks."""
     lines = [line for line in read_lines(cells[cell] / "run" / "metrics.jsonl") if "loss" in line]
     assert len(lines) == NUM_STEPS
     for line in lines:
         load = line["expert_load"]
         assert len(load["share"]) == 4 and sum(load["share"]) == pytest.approx(1.0, abs=1e-4)
-        assert all(low <= 0.25 <= high for low, high in zip(load["layer_min"], load["layer_max"], strict=True))
+        choices = 2 * line["num_tokens"]["real"]  # of two experts for each token
+        counts = [share * choices for share in [*load["layer_max"], *load["layer_min"]]]
+        assert counts == pytest.approx([round(count) for count in counts], abs=choices * 1e-6)
         assert line["router_aux_loss_coef"] == (COEFFICIENT if cell[0] in BALANCED_BY_A_LOSS else 0.0)
         # Two of four experts are chosen: 2 is an equal share.
         assert ("router_aux_loss" in line) == (cell[0] in BALANCED_BY_A_LOSS)
         assert line.get("router_aux_loss", 2.0) > 1.5
+
+
+@pytest.mark.parametrize("cell", _parameters([("zero3", "lora")], WITHOUT_A_COEFFICIENT))
+def test_the_auxiliary_loss_changes_what_is_trained(cell: Cell, cells: Cells) -> None:
+    """Compared with the same run without it, which would end bit for bit the same."""
+    without, balanced = cells[cell], cells[_with_coefficient(cell)]
+    lines = [line for line in read_lines(without / "run" / "metrics.jsonl") if "loss" in line]
+    assert [(line["router_aux_loss_coef"], "router_aux_loss" in line) for line in lines] == [(0.0, False)] * NUM_STEPS
+    expected, found = weights(without), weights(balanced)
+    assert found.keys() == expected.keys()
+    adapters = [name for name in expected if ".lora_" in name]
+    assert adapters and not any(torch.equal(found[name], expected[name]) for name in adapters)
 
 
 @pytest.mark.parametrize("cell", [*_parameters(CHOSEN), *MORE])
