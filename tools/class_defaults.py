@@ -1,6 +1,6 @@
 """Write rm_scale/planning/class_defaults.py from the installed transformers:  python tools/class_defaults.py
 
-A `config.json` may leave out what its class fills in. The planner, which imports no transformers, must fill in the same.
+A `config.json` may leave out what its class fills in. The planner, which imports no transformers, fills in the same.
 """
 
 from __future__ import annotations
