@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
+from _pytest.logging import LogCaptureHandler
 from filelock import FileLock
 
 
@@ -41,6 +43,15 @@ def no_process_group_left() -> Iterator[None]:
 
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def no_log_handler_left() -> Iterator[None]:
+    """pytest has one capturing handler for all tests: left on the package's logger it shows later ones each line twice."""
+    yield
+    package = logging.getLogger("rm_scale")
+    for handler in [one for one in package.handlers if isinstance(one, LogCaptureHandler)]:
+        package.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
