@@ -47,7 +47,7 @@ def no_process_group_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_log_handler_left() -> Iterator[None]:
-    """pytest has one capturing handler for all tests: left on the package's logger it shows later ones each line twice."""
+    """pytest has one capturing handler for all tests: left on our logger, it shows later tests each line twice."""
     yield
     package = logging.getLogger("rm_scale")
     for handler in [one for one in package.handlers if isinstance(one, LogCaptureHandler)]:
