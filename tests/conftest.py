@@ -17,7 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
-from _pytest.logging import LogCaptureHandler
 from filelock import FileLock
 
 
@@ -46,12 +45,21 @@ def no_process_group_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_log_handler_left() -> Iterator[None]:
-    """pytest has one capturing handler for all tests: left on our logger, it shows later tests each line twice."""
+def our_logger_is_fresh() -> Iterator[None]:
+    """Undo what a command did to our logger: pytest 9.2 captures loggers that don't propagate, and root too.
+
+    A test that turns propagation on again would see each line twice.
+    """
+    _refresh_our_logger()
     yield
+    _refresh_our_logger()
+
+
+def _refresh_our_logger() -> None:
     package = logging.getLogger("rm_scale")
-    for handler in [one for one in package.handlers if isinstance(one, LogCaptureHandler)]:
-        package.removeHandler(handler)
+    package.handlers.clear()
+    package.propagate = True
+    package.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
