@@ -16,6 +16,7 @@ from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Request, changes_that_fit, recommend
 from rm_scale.planning.group_lengths import LengthMix, full_rows
 from rm_scale.planning.hardware import GBIT, Device, find_device
+from rm_scale.planning.parameters import backbone_tensors
 from rm_scale.planning.plan_json import to_dict
 from rm_scale.planning.scenario import Method
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--trust_remote_code", action="store_true", help="with --exact: run code that comes with it")
     model.add_argument("--method", choices=METHODS, default="full")
     model.add_argument("--lora_r", type=int, default=16)
+    model.add_argument("--lora_target_modules", nargs="+", metavar="NAME", help="default: all linear layers")
+    model.add_argument("--lora_target_parameters", nargs="+", metavar="NAME", help="of experts; default: none")
     model.add_argument("--use_bnb_nested_quant", action="store_true", help="double quantisation of 4-bit weights")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--gpus", type=int, default=8, help="devices in all")
@@ -125,6 +128,9 @@ def read_request(options: argparse.Namespace) -> Request:
     if problems:
         raise ConfigError(problems, heading="the plan can't be made")
     assert device is not None and shape is not None
+    problems = _adapter_problems(shape, options)
+    if problems:
+        raise ConfigError(problems, heading="the plan can't be made")
     device = _with_network(device, options.node_bandwidth_gbit)
     nodes = options.nodes or math.ceil(options.gpus / device.devices_per_node)
     return Request(
@@ -145,6 +151,8 @@ def read_request(options: argparse.Namespace) -> Request:
         micro_batch=options.micro_batch,
         hpz=options.hpz,
         lora_rank=options.lora_r,
+        lora_targets=tuple(options.lora_target_modules) if options.lora_target_modules else None,
+        lora_parameters=tuple(options.lora_target_parameters or ()),
         nested_quant=options.use_bnb_nested_quant,
     )
 
@@ -231,6 +239,25 @@ def _problems(options: argparse.Namespace) -> list[str]:
             f"max_tokens={options.max_tokens} with seq={options.seq}: a row must hold a sequence. Fix: "
             f"--max_tokens {2 * options.seq}."
         )
+    return found
+
+
+def _adapter_problems(shape: ModelShape, options: argparse.Namespace) -> list[str]:
+    """Say which names of adapted layers the model doesn't have: their adapters would count nothing."""
+    asked = {name: getattr(options, name) or [] for name in ("lora_target_modules", "lora_target_parameters")}
+    given = [name for name, values in asked.items() if values]
+    if given and options.method == "full" and not options.compare:
+        return [f"{given[0]}={asked[given[0]]} with method=full: adapters are LoRA's. Fix: --method lora."]
+    tensors = backbone_tensors(shape)
+    known = {
+        "lora_target_modules": sorted({tensor.module for tensor in tensors if tensor.role == "linear"}),
+        "lora_target_parameters": sorted({tensor.name for tensor in tensors if tensor.role == "experts"}),
+    }
+    found = []
+    for name in given:
+        unknown = [value for value in asked[name] if value not in known[name]]
+        fix = f"one of {', '.join(known[name])}" if known[name] else f"leave {name} out; the model has no experts"
+        found += [f"{name}={unknown}: this model has no such layer. Fix: {fix}."] if unknown else []
     return found
 
 

@@ -13,6 +13,7 @@ def to_dict(request: Request, choice: Choice, changes: list[tuple[str, Choice]])
         "model": request.name,
         "num_parameters": count_parameters(request.shape),
         "num_active_parameters": active_parameters(request.shape),
+        "num_trained_parameters": scenario.num_trained,
         "method": request.method,
         "gpu": request.device.name,
         "gpus": request.num_devices,

@@ -50,6 +50,26 @@ def test_a_mixture_of_experts_is_planned_as_one(
     assert answer["memory"]["weights"] == pytest.approx(2 * 30.22e9 / 8, rel=0.01)
 
 
+def test_the_layers_that_are_adapted_can_be_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of all experts are larger than the attention's, and rank 16 on two layers is less than on all."""
+    monkeypatch.setattr("rm_scale.planning.shape._hub_has_an_address", lambda: False)
+    words = ["plan", "--model", "Qwen/Qwen3-30B-A3B", "--gpus", "8", "--zero", "3", "--method", "lora", "--json"]
+    experts = ["--lora_target_parameters", "experts.gate_up_proj", "experts.down_proj"]
+    trained = [
+        json.loads(run(capsys, *words, *more)[1])["num_trained_parameters"]
+        for more in ([], ["--lora_target_modules", "q_proj", "v_proj"], experts)
+    ]
+    layers, hidden, queries, values, rank = 48, 2048, 4096, 512, 16
+    assert trained[1] == layers * rank * (hidden + queries + hidden + values) + hidden  # the head
+    width, num_experts = 768, 128
+    of_experts = layers * num_experts * rank * ((hidden + 2 * width) + (width + hidden))
+    assert trained[1] < trained[0] and trained[2] == trained[0] + of_experts
+    code, out, _ = run(capsys, *words[:-1], *experts)
+    assert code == 0 and "of the experts experts.gate_up_proj, experts.down_proj" in out
+
+
 def test_an_unknown_kind_of_model_is_refused_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange_moe", **sizes}))
@@ -134,6 +154,15 @@ def test_real_lengths_drive_the_plan(capsys: pytest.CaptureFixture[str], pairs_f
         (["--tier", "7b", "--packing", "none", "--max_tokens", "9000"], "padded rows are sized by --micro_batch"),
         (["--tier", "7b", "--max_tokens", "100"], "a row must hold a sequence"),
         (["--tier", "7b", "--gpu_hour_price", "-1"], "gpu_hour_price=-1: must be a positive number"),
+        (["--tier", "7b", "--lora_target_modules", "q_proj"], "with method=full: adapters are LoRA's"),
+        (
+            ["--tier", "7b", "--method", "lora", "--lora_target_modules", "q_proj", "query"],
+            "lora_target_modules=['query']: this model has no such layer. Fix: one of down_proj, gate_proj",
+        ),
+        (
+            ["--tier", "7b", "--method", "lora", "--lora_target_parameters", "experts.down_proj"],
+            "leave lora_target_parameters out; the model has no experts",
+        ),
         (["--model", "/no/such/folder"], "there is no such folder"),
     ],
 )
