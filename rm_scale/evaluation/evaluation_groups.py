@@ -13,7 +13,7 @@ from rm_scale.data.data_report import DataReport, IntArray, raise_if_too_many
 from rm_scale.data.preparation import EvaluationData, prepare_evaluation, prepare_held_out
 from rm_scale.errors import DataError
 from rm_scale.files import files_of_pattern, read_json_object
-from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.inference.scoring.contract_scorer import ContractScorer
 from rm_scale.training.losses import LossSettings
 
 _FILE_SETTINGS = ("dataset_path", "eval_dataset_path")
@@ -96,7 +96,7 @@ class EvaluationGroups:
         if not self.is_own or self.run_config is not None:  # scores from a file need no data
             _ = self.config
 
-    def for_scorer(self, scorer: RewardScorer) -> EvaluationData:
+    def for_scorer(self, scorer: ContractScorer) -> EvaluationData:
         """Return the groups as this model's tokens.
 
         Raises:

@@ -17,7 +17,7 @@ from rm_scale.evaluation.evaluation_groups import EvaluationGroups
 from rm_scale.evaluation.requirements import Wanted, check_names
 from rm_scale.evaluation.scored_groups import data_use, score_benchmark, score_groups
 from rm_scale.evaluation.scores_file import read_scores
-from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.inference.scoring.contract_scorer import ContractScorer
 
 BenchmarkResults = dict[str, dict[str, dict[str, Any]]]
 """A benchmark's numbers by the model's name and the benchmark's."""
@@ -47,7 +47,7 @@ class ScoringRequest:
 
 
 def score_models(
-    request: ScoringRequest, load: Callable[[Path], RewardScorer]
+    request: ScoringRequest, load: Callable[[Path], ContractScorer]
 ) -> tuple[list[ScoredModel], BenchmarkResults]:
     """Return every model's rewards on the groups, and its results on the benchmarks.
 
@@ -94,13 +94,12 @@ def _check_names_early(
 
 
 def _score_model(
-    model: EvaluatedModel, scorer: RewardScorer, data: EvaluationData, groups: EvaluationGroups, batch_size: int
+    model: EvaluatedModel, scorer: ContractScorer, data: EvaluationData, groups: EvaluationGroups, batch_size: int
 ) -> ScoredModel:
     rewards = score_groups(data, scorer, batch_size)
     found = list(tqdm(rewards, total=len(data.groups), unit=" groups", desc=model.name, mininterval=1.0, disable=None))
     settings, keep_ties = groups.loss_settings()
-    dtype = str(next(scorer.model.parameters()).dtype).removeprefix("torch.")
-    facts = {"dtype": dtype, "device": str(scorer.device), "max_length": scorer.encoder.rules.max_length}
+    facts = {"dtype": scorer.dtype, "device": str(scorer.device), "max_length": scorer.encoder.rules.max_length}
     return ScoredModel(model.name, str(model.path), found, settings, keep_ties, facts, data_use(data.sources))
 
 
@@ -111,7 +110,7 @@ def read_benchmarks(files: Sequence[str], benchmark_format: str) -> dict[str, Be
 
 
 def _score_benchmarks(
-    benchmarks: Mapping[str, Benchmark], scorer: RewardScorer, request: ScoringRequest
+    benchmarks: Mapping[str, Benchmark], scorer: ContractScorer, request: ScoringRequest
 ) -> dict[str, dict[str, Any]]:
     return {
         name: score_benchmark(benchmark, scorer, request.batch_size, request.max_rejected_share, name)

@@ -13,7 +13,7 @@ from rm_scale.data.rejected_rows import REJECTION_REASONS, RejectedRow
 from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks import Benchmark
 from rm_scale.evaluation.evaluation_document import DataUse
-from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.inference.scoring.contract_scorer import ContractScorer
 from rm_scale.modeling.known_scores import KnownScores
 from rm_scale.training.pair_counts import ScoredGroup
 
@@ -21,7 +21,7 @@ from rm_scale.training.pair_counts import ScoredGroup
 _GROUPS_PER_BATCH_ELEMENT = 16
 
 
-def score_groups(data: EvaluationData, scorer: RewardScorer, batch_size: int) -> Iterator[ScoredGroup]:
+def score_groups(data: EvaluationData, scorer: ContractScorer, batch_size: int) -> Iterator[ScoredGroup]:
     """Yield every group with the rewards of its responses, in the data's order.
 
     Args:
@@ -43,7 +43,7 @@ def score_groups(data: EvaluationData, scorer: RewardScorer, batch_size: int) ->
 
 
 def score_texts(
-    prompts: Sequence[Text], completions: Sequence[Sequence[Text]], scorer: RewardScorer, batch_size: int
+    prompts: Sequence[Text], completions: Sequence[Sequence[Text]], scorer: ContractScorer, batch_size: int
 ) -> list[list[float] | RejectedRow]:
     """Return the rewards of several completions of each prompt, or why one of them can't be scored.
 
@@ -76,7 +76,7 @@ def score_texts(
 
 
 def _score_new(
-    sequences: Sequence[Sequence[int]], keys: Sequence[str], scorer: RewardScorer, batch_size: int, known: KnownScores
+    sequences: Sequence[Sequence[int]], keys: Sequence[str], scorer: ContractScorer, batch_size: int, known: KnownScores
 ) -> list[float]:
     """Return the rewards of token sequences; those that came before have the reward that they had."""
 
@@ -87,7 +87,7 @@ def _score_new(
 
 
 def score_benchmark(
-    benchmark: Benchmark, scorer: RewardScorer, batch_size: int, max_rejected_share: float, name: str
+    benchmark: Benchmark, scorer: ContractScorer, batch_size: int, max_rejected_share: float, name: str
 ) -> dict[str, Any]:
     """Return a model's result on a benchmark; see `Benchmark.score`.
 

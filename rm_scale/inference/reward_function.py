@@ -17,6 +17,7 @@ from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import ConfigError, DataError, ModelError
 from rm_scale.inference.model_folder import local_folder, require_reward_model
 from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
+from rm_scale.inference.scoring.contract_scorer import prompt_keys
 from rm_scale.inference.scoring.encode_completions import (
     Completion,
     encode_completions,
@@ -24,7 +25,7 @@ from rm_scale.inference.scoring.encode_completions import (
     refuse_unread_columns,
     tools_per_prompt,
 )
-from rm_scale.inference.scoring.scorer import RewardScorer, prompt_keys
+from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.logs import get_logger
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, ScoringContract
 from rm_scale.modeling.tokenizers import read_tokenizer

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from rm_scale.batching.packed.layout import common_prefix_length
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import ModelError
+from rm_scale.inference.scoring.contract_scorer import ContractScorer, prompt_keys
 from rm_scale.inference.scoring.row_files import Scorable
-from rm_scale.inference.scoring.scorer import RewardScorer, prompt_keys
 from rm_scale.modeling.known_scores import sequence_key
 
 Combine = Literal["mean", "min"]
@@ -50,7 +50,7 @@ class Ensemble:
         ModelError: there are several, and one of them has no mean and standard deviation.
     """
 
-    def __init__(self, scorers: Sequence[RewardScorer], combine: Combine = "mean", raw: bool = False) -> None:
+    def __init__(self, scorers: Sequence[ContractScorer], combine: Combine = "mean", raw: bool = False) -> None:
         assert scorers
         self.scorers = list(scorers)
         self.combine = combine
@@ -65,7 +65,7 @@ class Ensemble:
                     )
 
     @staticmethod
-    def _is_normalizable(scorer: RewardScorer) -> bool:
+    def _is_normalizable(scorer: ContractScorer) -> bool:
         return scorer.contract.score_mean is not None and bool(scorer.contract.score_std)
 
     def score(self, texts: Sequence[Scorable], max_tokens: int) -> list[Scored]:
@@ -88,7 +88,7 @@ class Ensemble:
         return results
 
     def _score_with(
-        self, scorer: RewardScorer, texts: Sequence[Scorable], max_tokens: int
+        self, scorer: ContractScorer, texts: Sequence[Scorable], max_tokens: int
     ) -> list[tuple[float, list[int]] | str]:
         """Return the raw score of each text by one model, and its tokens; or why it has none."""
         found, keys = _encode(scorer, texts)
@@ -126,7 +126,7 @@ class Ensemble:
         }
 
 
-def _encode(scorer: RewardScorer, texts: Sequence[Scorable]) -> tuple[list[list[int] | RejectedRow], list[str]]:
+def _encode(scorer: ContractScorer, texts: Sequence[Scorable]) -> tuple[list[list[int] | RejectedRow], list[str]]:
     """Return the token ids of each text, or why it has none, and keys that are equal for a shared beginning."""
     encoder = scorer.encoder
     pairs = [number for number, text in enumerate(texts) if text.text is None]

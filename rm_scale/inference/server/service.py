@@ -13,9 +13,10 @@ from fastapi import Request
 
 from rm_scale.data.encoding import unscorable_text
 from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.inference.scoring.contract_scorer import prompt_keys
 from rm_scale.inference.scoring.golden_check import check_golden_scores
 from rm_scale.inference.scoring.row_files import Scorable
-from rm_scale.inference.scoring.scorer import RewardScorer, prompt_keys
+from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.inference.server.batcher import Batcher
 from rm_scale.inference.server.middleware import Admission
 from rm_scale.inference.server.prometheus_metrics import Metrics
@@ -59,7 +60,7 @@ class Service:
     @property
     def dtype(self) -> str:
         """The type of the backbone as it was loaded."""
-        return str(next(self.scorer.model.parameters()).dtype).removeprefix("torch.")
+        return self.scorer.dtype
 
     def close(self) -> None:
         """Finish what waits, and stop."""
