@@ -10,6 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rm_scale.commands.endpoint_options import (
+    add_endpoint_arguments,
+    endpoint_problems,
+    endpoint_scorer,
+    open_endpoints,
+)
 from rm_scale.commands.scoring_options import add_scoring_arguments, load_scorer, tokens_per_batch
 from rm_scale.errors import ConfigError
 from rm_scale.files import write_whole
@@ -63,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_selection(parser)
     _add_curves(parser)
     add_scoring_arguments(parser)
+    add_endpoint_arguments(parser)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +154,7 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Raise `ConfigError` with all that is wrong with the options, before anything is read."""
     problems = [*_source_problems(options), *_selection_problems(options), *_number_problems(options)]
+    problems += endpoint_problems(options)
     if problems:
         raise ConfigError(problems, "rm-scale rank: the options can't be used")
 
@@ -226,6 +234,9 @@ def _score(groups: Iterable[CandidateGroup], options: argparse.Namespace) -> Ite
     from rm_scale.inference.ranking.rank_candidates import score_groups
     from rm_scale.launch.devices import rank_device
 
+    if options.endpoint is not None:
+        (endpoint,) = open_endpoints(options)
+        return score_groups(groups, endpoint_scorer(options.model, endpoint, options))
     device = rank_device(options.device, world)
     return score_groups(groups, load_scorer(options.model, options, device), tokens_per_batch(options, device))
 

@@ -6,13 +6,24 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rm_scale.commands.endpoint_options import (
+    add_endpoint_arguments,
+    endpoint_problems,
+    endpoint_scorer,
+    open_endpoints,
+)
 from rm_scale.commands.scoring_options import add_scoring_arguments, load_scorer, tokens_per_batch
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.logs import get_logger, setup_logging
 from rm_scale.output_paths import file_problem
+
+if TYPE_CHECKING:
+    from rm_scale.inference.endpoint import Endpoint
+    from rm_scale.inference.scoring.contract_scorer import ContractScorer
 
 logger = get_logger(__name__)
 
@@ -50,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--ensemble", choices=("mean", "min"), default="mean", help="how their scores become one")
     several.add_argument("--combine_raw", action="store_true", help="raw scores instead of standard ones")
     add_scoring_arguments(parser)
+    add_endpoint_arguments(parser, several=True)
     how = parser.add_argument_group("how")
     how.add_argument("--num_processes", type=int, metavar="N", help="ranks on this machine, one per GPU")
     how.add_argument("--chunk_rows", type=int, default=512, help="rows of a part: what a kill costs (default 512)")
@@ -89,6 +101,7 @@ def _check(options: argparse.Namespace) -> None:
     read = [options.input, *options.model, *([options.chat_template_path] if options.chat_template_path else [])]
     problem = file_problem(f"output={options.output}", options.output, overwrite=options.overwrite, read=read)
     problems += [problem] if problem is not None else []
+    problems += endpoint_problems(options)
     if problems:
         raise ConfigError(problems, "rm-scale score: the options can't be used")
 
@@ -134,18 +147,21 @@ def _score(options: argparse.Namespace, world: Any) -> int:
     prepare_environment(world)
     # Before torch is imported. Else MKL may add in another order with another number of threads, and so of ranks.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    from rm_scale.inference.scoring.batch_scoring import ScoringJob, forget_parts, parts_held, run_job
+    from rm_scale.inference.scoring.batch_scoring import BLOCK_ROWS, ScoringJob, forget_parts, parts_held, run_job
     from rm_scale.inference.scoring.ensemble import Ensemble
     from rm_scale.inference.scoring.row_files import open_rows, output_suffix
     from rm_scale.launch.devices import rank_device
 
     output_suffix(options.output)
-    device = rank_device(options.device, world)
+    endpoints = open_endpoints(options)
+    device = "cpu" if endpoints else rank_device(options.device, world)
     with open_rows(options.input, options.ignore_columns) as rows:
         job = ScoringJob(
             output=Path(options.output),
-            facts=_facts(options, rows.identity),
+            facts=_facts(options, rows.identity, endpoints),
             chunk_rows=options.chunk_rows,
+            # A server has batches of its own, and is kept busy by as many texts as there are.
+            block_rows=options.chunk_rows if endpoints else BLOCK_ROWS,
             max_tokens=tokens_per_batch(options, device),
             max_rejected_share=options.max_rejected_share,
             stop_at_bad_row=options.on_bad_row == "stop",
@@ -155,8 +171,7 @@ def _score(options: argparse.Namespace, world: Any) -> int:
                 _check(options)  # once more: another start may have written the output meanwhile
             if options.restart and world.is_main:
                 forget_parts(job)
-            scorers = [load_scorer(folder, options, device) for folder in options.model]
-            ensemble = Ensemble(scorers, options.ensemble, options.combine_raw)
+            ensemble = Ensemble(_scorers(options, endpoints, device), options.ensemble, options.combine_raw)
             with _progress(len(rows), world.is_main) as bar:
                 summary = run_job(job, rows, ensemble, world, lambda done: bar.update(done - bar.n))
     if summary is not None:
@@ -166,18 +181,31 @@ def _score(options: argparse.Namespace, world: Any) -> int:
     return 0
 
 
-def _facts(options: argparse.Namespace, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return all that decides the scores: input, models, settings."""
+def _scorers(options: argparse.Namespace, endpoints: Sequence[Endpoint], device: str) -> list[ContractScorer]:
+    if not endpoints:
+        return [load_scorer(folder, options, device) for folder in options.model]
+    return [endpoint_scorer(folder, one, options) for folder, one in zip(options.model, endpoints, strict=True)]
+
+
+def _facts(options: argparse.Namespace, identity: dict[str, Any], endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """Return all that decides the scores: input, models, settings, and whose servers compute them.
+
+    Not where: a server may come back at another address, and is held to the golden scores again.
+    """
     from rm_scale.inference.model_folder import local_folder, require_reward_model
     from rm_scale.inference.scoring.batch_scoring import model_facts
 
     models = {}
     for name in options.model:
         folder = local_folder(name)
-        require_reward_model(folder)
+        if not endpoints:  # else its weights are somewhere else
+            require_reward_model(folder)
         models[str(folder.resolve())] = model_facts(folder)
     names = ("ensemble", "combine_raw", "dtype", "chat_template_path", "force", "ignore_columns")
-    return {"input": identity, "models": models, "settings": {name: getattr(options, name) for name in names}}
+    settings = {name: getattr(options, name) for name in names}
+    if endpoints:
+        settings["endpoints"] = [{"kind": one.served.kind, "model": one.served.model} for one in endpoints]
+    return {"input": identity, "models": models, "settings": settings}
 
 
 def _progress(num_rows: int, shown: bool) -> Any:

@@ -35,6 +35,20 @@ def tokens_per_batch(options: argparse.Namespace, device: str) -> int:
     return options.max_tokens_per_batch or MAX_TOKENS[device.split(":")[0]]
 
 
+def read_template(path: str | None) -> str | None:
+    """Return the text of a chat template's file; `None` where none was given.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    if path is None:
+        return None
+    try:
+        return read_small_text(path, MAX_TEMPLATE_BYTES)
+    except ValueError as error:
+        raise UserError(f"chat_template_path={path}: can't be read ({error}). Fix: give a Jinja file.") from error
+
+
 def load_scorer(folder: str, options: argparse.Namespace, device: str) -> RewardScorer:
     """Load a model as the options of `add_scoring_arguments` say.
 
@@ -43,20 +57,12 @@ def load_scorer(folder: str, options: argparse.Namespace, device: str) -> Reward
     """
     from rm_scale.inference.scoring.scorer import RewardScorer
 
-    template = None
-    if options.chat_template_path is not None:
-        try:
-            template = read_small_text(options.chat_template_path, MAX_TEMPLATE_BYTES)
-        except ValueError as error:
-            raise UserError(
-                f"chat_template_path={options.chat_template_path}: can't be read ({error}). Fix: give a Jinja file."
-            ) from error
     return RewardScorer.from_pretrained(
         folder,
         device=device,
         dtype=None if options.dtype == "auto" else options.dtype,
         trust_remote_code=options.trust_remote_code,
-        chat_template=template,
+        chat_template=read_template(options.chat_template_path),
         force_template="template" in options.force,
         allow_missing_contract=options.no_contract,
     )

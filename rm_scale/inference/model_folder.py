@@ -14,11 +14,11 @@ from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.errors import ModelError
 from rm_scale.json_values import parse_json
 from rm_scale.logs import get_logger
-from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.modeling.adapter_base import base_in_peft_config, has_head_among_tensors
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, BaseModel, ScoringContract
-from rm_scale.modeling.stored_head import SIDE_FILES, StoredHead, find_stored_head
-from rm_scale.modeling.tokenizers import load_tokenizer
-from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, read_header
+from rm_scale.modeling.stored_head import SIDE_FILES, StoredHead, find_stored_head, head_beside_adapter
+from rm_scale.modeling.tokenizers import load_tokenizer, read_tokenizer
+from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE
 from rm_scale.planning.shape import check_sizes, refuse_endless_files
 from rm_scale.texts import one_line
 
@@ -105,20 +105,16 @@ def _require_head_in_adapter(folder: Path) -> None:
     file = folder / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
         raise ModelError(f"{folder}: holds adapter_config.json but no {file.name}. Fix: copy the whole folder.")
-    names = read_header(file)
-    if any(part in HEAD_NAMES for name in names for part in name.split(".")):
+    if has_head_among_tensors(folder):
         return
-    beside = next((name for name in SIDE_FILES if (folder / name).is_file()), None)
-    if beside is not None:
-        raise ModelError(
-            f"{folder}: is an adapter whose head lies in {beside}, as LLaMA-Factory writes them. Fix: merge the "
-            f"adapter into its base with peft (merge_and_unload), save that, copy {beside} and the tokenizer's files "
-            "beside it, and score it with --no_contract (in Python allow_missing_contract=True)."
-        )
+    # Of a run's own adapter the head is among its tensors: its contract speaks of no other.
+    if not (folder / CONTRACT_FILE).exists() and head_beside_adapter(folder) is not None:
+        return
     task = _read(folder / "adapter_config.json").get("task_type")
     raise ModelError(
         f"{folder}: the adapter (task_type {task}) holds no reward head, so scores would be those of a random one. "
-        "Fix: train it with task_type SEQ_CLS, as rm_scale does; the head can't be got back."
+        f"Fix: if its project saved the head in a file of its own ({SIDE_FILES[0]}), copy it beside the adapter; else "
+        "train it with task_type SEQ_CLS, as rm_scale does: the head can't be got back."
     )
 
 
@@ -138,13 +134,8 @@ def contract_of_plain_model(
             does; else padding is a token that does not end texts, and the last token is read.
 
     Raises:
-        ModelError: not asked for; an adapter, whose base only a contract tells; or the tokenizer can't be used.
+        ModelError: not asked for; an adapter whose base is not known; or the tokenizer can't be used.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{folder}: an adapter without {CONTRACT_FILE} can't be scored with. Fix: merge it into its base with peft "
-            "(merge_and_unload), save that, and score it with --no_contract (in Python allow_missing_contract=True)."
-        )
     if not asked:
         raise ModelError(
             f"{folder}: a reward model without {CONTRACT_FILE}, so it is not known how its texts became tokens in "
@@ -152,37 +143,52 @@ def contract_of_plain_model(
             "allow_missing_contract=True) to go by its tokenizer and config alone."
         )
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    config = _model_config(folder, trust_remote_code)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    base, revision = base_in_peft_config(folder) if is_adapter else (str(folder), "main")
+    config = _model_config(base, revision, trust_remote_code)
     text_config = config.get_text_config()
     limit = _longest_text(tokenizer.model_max_length, text_config)
     encoder = TextEncoder(tokenizer, EncodingRules(max_length=limit))
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    pad = _pad_token_of(config, find_stored_head(str(folder)) if transformers_padding else None)
+    stored = None if is_adapter or not transformers_padding else find_stored_head(str(folder))
+    pad = _padding_of_home(folder, config, stored, trust_remote_code) if transformers_padding else None
     logger.warning(
         f"{folder} has no {CONTRACT_FILE}: scoring by its tokenizer and config (at most {limit} tokens, plain text "
         f"ends with {tokenizer.eos_token!r}, {_padding_in_words(pad, tokenizer)}). Whether it was trained so is not "
         "known."
     )
-    mean, std = getattr(config, "mean", None), getattr(config, "std", None)  # as OpenRLHF saves them
-    has_moments = isinstance(mean, float) and isinstance(std, float)
+    mean, std = _moments(config, stored) or (None, None)
     return ScoringContract(
         encoding=encoder.describe(),
         pad_token_id=tokenizer.pad_token_id if pad is None else pad,
         vocab_size=int(text_config.vocab_size or len(tokenizer)),
         dtype=dtype,
         compute_dtype=dtype,
-        base_model=BaseModel(str(folder)),
-        score_mean=mean if has_moments else None,
-        score_std=std if has_moments else None,
+        base_model=BaseModel(base, revision),
+        score_mean=mean,
+        score_std=std,
     )
 
 
-def _model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def _moments(config: PreTrainedConfig, stored: StoredHead | None) -> tuple[float, float] | None:
+    """Return mean and standard deviation of rewards that home code can normalise by: in its config or its weights."""
+    mean, std = getattr(config, "mean", None), getattr(config, "std", None)  # as OpenRLHF saves them
+    found = (mean, std) if isinstance(mean, float) and isinstance(std, float) else None
+    found = found or (None if stored is None else stored.moments())
+    if found is not None and (getattr(config, "normalize_reward", False) or getattr(config, "do_normalize", False)):
+        logger.warning(
+            "its config.json asks for normalised rewards, which its own code gives; here they are raw unless you ask "
+            "for normalised ones (--normalized)"
+        )
+    return found
+
+
+def _model_config(name: str, revision: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{folder}: its config.json can't be used ({one_line(error, 200)}). Fix: it must be that of a model that "
+            f"{name}: its config.json can't be used ({one_line(error, 200)}). Fix: it must be that of a model that "
             "this transformers knows; for a model with its own code, --trust_remote_code if you trust it."
         ) from error
 
@@ -194,19 +200,34 @@ def _longest_text(tokenizer_limit: int | None, config: PreTrainedConfig) -> int:
     return min(known, default=_LONGEST_UNKNOWN)
 
 
-def _pad_token_of(config: PreTrainedConfig, stored: StoredHead | None) -> int | None:
-    """Return the padding token by which transformers' own classifier would find the last token; `None`: that is free.
+def _padding_of_home(
+    folder: Path, config: PreTrainedConfig, stored: StoredHead | None, trust_remote_code: bool
+) -> int | None:
+    """Return the padding token by which home code finds the last token; `None`: any will do.
 
-    transformers reads the score at the last token that is not `config.pad_token_id`, be it EOS. Heads that only other
-    trainers' code reads are read at the last token.
+    transformers' own classifiers read the score at the last token that is not `config.pad_token_id`, be it EOS. Heads
+    that only other trainers' code reads are read at the last token.
+
+    Args:
+        folder: the model, or an adapter with a tokenizer.
+        config: of the model, or of the adapter's base.
+        stored: the model's head, `None` for an adapter.
+        trust_remote_code: run code that comes with the tokenizer.
     """
     text_config = config.get_text_config()
-    pad = text_config.pad_token_id
+    if stored is None:
+        # A trainer writes its tokenizer's padding into the config of the base, which is not saved with an adapter.
+        saved = read_tokenizer(str(folder), trust_remote_code=trust_remote_code).pad_token_id
+        pad = text_config.pad_token_id if saved is None else saved
+        is_read_by_padding = has_head_among_tensors(folder)
+    else:
+        pad = text_config.pad_token_id
+        # OpenRLHF's classes read the last token of the mask, under transformers' name of the head too.
+        is_plain_class = "".join((config.architectures or [""])[:1]).endswith("ForSequenceClassification")
+        is_openrlhf = hasattr(config, "normalize_reward") or not is_plain_class
+        is_read_by_padding = stored.is_transformers_own() and not is_openrlhf
     is_usable = isinstance(pad, int) and 0 <= pad < text_config.vocab_size
-    # OpenRLHF's classes read the last token of the mask, under transformers' name of the head too.
-    is_plain_class = "".join((config.architectures or [""])[:1]).endswith("ForSequenceClassification")
-    is_openrlhf = hasattr(config, "normalize_reward") or not is_plain_class
-    return pad if is_usable and stored is not None and stored.is_transformers_own() and not is_openrlhf else None
+    return pad if is_usable and is_read_by_padding else None
 
 
 def _padding_in_words(pad: int | None, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, cast
-from urllib.parse import urlsplit
-
-import httpx
 
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import REJECTION_REASONS
-from rm_scale.errors import DataError, UserError
+from rm_scale.errors import DataError
+from rm_scale.inference.http_client import (
+    RemoteError,
+    RetryingClient,
+    checked_url,
+    detail_of,
+    is_number,
+    json_object,
+    text_value,
+)
 from rm_scale.inference.scoring.encode_completions import tools_per_prompt
-from rm_scale.inference.serve_token import TOKEN_VARIABLE, token_of_variable
-from rm_scale.logs import get_logger
-from rm_scale.texts import one_line, typed_line
+from rm_scale.inference.serve_token import TOKEN_VARIABLE
 
-logger = get_logger(__name__)
-
-RETRIED_STATUSES = {429, 502, 503, 504}
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-_LONGEST_WAIT_SECONDS = 120.0
 _NAMED_ITEM = re.compile(r"item (\d+): (.*)", re.DOTALL)
-# Training's random state must not depend on how often a server was busy.
-_jitter = random.SystemRandom()
-
-
-class RemoteError(UserError):
-    """A reward server can't be reached, refuses, or answers what it should not."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +82,12 @@ class RemoteScorer:
         items_per_request: int = 256,
         bytes_per_request: int = 2**20,
     ) -> None:
-        self.url = _checked_url(url)
-        self.token_env = token_env
-        self.timeout_seconds = timeout_seconds
-        self.max_retries = max_retries
-        self.backoff_seconds = backoff_seconds
-        self.max_backoff_seconds = max_backoff_seconds
+        self.url = checked_url(url).removesuffix("/score")
+        self.client = RetryingClient(
+            self.url, token_env, timeout_seconds, max_retries, backoff_seconds, max_backoff_seconds
+        )
         self.items_per_request = items_per_request
         self.bytes_per_request = bytes_per_request
-        self._client: httpx.Client | None = None
-        self._pid = 0
 
     # --- Scores ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +186,7 @@ class RemoteScorer:
                 f"{self.url}/score: the model has no score_mean and score_std (it was saved without an evaluation), so "
                 "scores can't be normalised. Fix: raw scores, or serve a model that was evaluated."
             )
-        if not isinstance(scores, list) or len(scores) != len(items) or not all(map(_is_number, scores)):
+        if not isinstance(scores, list) or len(scores) != len(items) or not all(map(is_number, scores)):
             raise RemoteError(
                 f"{self.url}/score: the answer does not hold {len(items)} finite {key} (it holds "
                 f"{', '.join(map(str, answer)) or 'nothing'}). Fix: is it rm-scale serve that answers there?"
@@ -220,37 +205,11 @@ class RemoteScorer:
 
     def _ask(self, method: str, route: str, body: bytes | None = None) -> dict[str, Any]:
         """Return the answer's JSON, after as many tries as allowed."""
-        for tries in range(self.max_retries + 1):
-            try:
-                response = self._http().request(method, self.url + route, content=body, headers=self._headers())
-            except httpx.TransportError as error:
-                problem, asked = typed_line(error), None
-            else:
-                if response.status_code not in RETRIED_STATUSES:
-                    return self._read(response, route)
-                problem, asked = f"status {response.status_code}, {_detail(response)}", _retry_after(response)
-            if tries < self.max_retries:
-                seconds = self._wait_seconds(tries, asked)
-                logger.warning(f"{self.url}{route}: {problem}; trying again in {seconds:.1f} s")
-                time.sleep(seconds)
-        raise RemoteError(
-            f"{self.url}{route}: no score after {self.max_retries + 1} tries, the last one ended with {problem}. Fix: "
-            f"see that rm-scale serve runs there (curl {self.url}/ready), or allow more max_retries or timeout_seconds."
-        )
-
-    def _wait_seconds(self, tries: int, asked: float | None) -> float:
-        own = min(self.max_backoff_seconds, self.backoff_seconds * 2.0**tries) * _jitter.uniform(0.5, 1.0)
-        # Ranks that were told the same moment must not all come back at it.
-        return own if asked is None else min(asked, _LONGEST_WAIT_SECONDS) + own
-
-    def _read(self, response: httpx.Response, route: str) -> dict[str, Any]:
-        status, detail = response.status_code, _detail(response)
+        response = self.client.ask(method, route, body)
+        status, detail = response.status_code, detail_of(response)
         if status == 200:
-            try:
-                answer = response.json()
-            except ValueError:
-                answer = None
-            if isinstance(answer, dict):
+            answer = json_object(response)
+            if answer is not None:
                 return answer
             raise RemoteError(
                 f"{self.url}{route}: the answer is no JSON object ({detail}). Fix: is it rm-scale serve that answers "
@@ -259,57 +218,14 @@ class RemoteScorer:
         if status == 413:
             raise _TooLarge(f"status 413, {detail}")
         named = _NAMED_ITEM.fullmatch(detail)
-        reason = _value(response, "reason")
+        reason = text_value(response, "reason")
         if status == 422 and named and reason in REJECTION_REASONS:
             raise _Refused(int(named[1]), Unscorable(reason, named[2]))
-        raise RemoteError(f"{self.url}{route}: status {status}, {detail} {self._advice(status)}".strip())
-
-    def _advice(self, status: int) -> str:
-        if status in {401, 403}:
-            state = "is set, but not what the server wants" if os.environ.get(self.token_env) else "is not set"
-            return f"Fix: {self.token_env} in the environment {state}."
-        if status == 404:
-            return "Fix: give the server's address without a path, http://HOST:PORT."
-        if 300 <= status < 400:
-            return "Fix: give the address that this one points to; it is not followed, since the token would go along."
-        return "" if status == 422 else "Fix: see the server's log."
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json"}
-        try:
-            token = token_of_variable(self.token_env, "put the server's token there, or unset it for a server without.")
-        except UserError as error:
-            raise RemoteError(str(error)) from None
-        return headers if token is None else {**headers, "Authorization": f"Bearer {token}"}
-
-    def _http(self) -> httpx.Client:
-        # Connections can't be shared with the process that this one was forked from.
-        if self._client is None or self._pid != os.getpid():
-            local = urlsplit(self.url).hostname in _LOOPBACK
-            # A proxy that is set up for the outside can't reach this machine's own loopback.
-            self._client = httpx.Client(timeout=self.timeout_seconds, trust_env=not local)
-            self._pid = os.getpid()
-        return self._client
+        raise self.client.refusal(response, route)
 
     def close(self) -> None:
         """Close the connections; another score opens new ones."""
-        if self._client is not None and self._pid == os.getpid():
-            self._client.close()
-        self._client = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Take the address to other processes, not the connections."""
-        return {**self.__dict__, "_client": None}
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.hostname}" if parts.password or parts.username else url
-    if parts.password or parts.username:
-        raise RemoteError(f"url={shown}: holds a name or password. Fix: put the token into the environment, token_env.")
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-        raise RemoteError(f"url={shown}: is no address of a server. Fix: http://HOST:PORT")
-    return url.rstrip("/").removesuffix("/score")
+        self.client.close()
 
 
 def _item(prompt: Text, completion: Text, tools: list[Any] | None) -> bytes | Unscorable:
@@ -325,35 +241,3 @@ def _item(prompt: Text, completion: Text, tools: list[Any] | None) -> bytes | Un
             f"a prompt or completion is neither text nor messages of JSON values ({error}). Fix: text, or a list of "
             '{"role": ..., "content": ...}.'
         ) from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _value(response: httpx.Response, key: str) -> str:
-    try:
-        found = response.json()
-    except ValueError:
-        return ""
-    value = found.get(key) if isinstance(found, dict) else None
-    return value if isinstance(value, str) else ""
-
-
-def _detail(response: httpx.Response) -> str:
-    """Return what the server says is wrong, in a line."""
-    detail = _value(response, "detail") or one_line(response.text, 200)
-    return detail or "without a word."
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds to wait by the server's header, which may also hold a date."""
-    value = response.headers.get("Retry-After", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -25,6 +25,11 @@ from rm_scale.data.preference_group import Text
 from rm_scale.errors import CheckpointError, DiskError, ModelError
 from rm_scale.inference.export.earlier_export import full_disk_named, take_place, target_problem
 from rm_scale.inference.export.export_card import portable_name, write_export_card
+from rm_scale.inference.export.foreign_source import (
+    contract_of_source,
+    fit_to_plain_classifier,
+    tokenizer_of_source,
+)
 from rm_scale.inference.model_folder import local_folder, require_reward_model
 from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.logs import get_logger
@@ -33,7 +38,6 @@ from rm_scale.modeling.head import ScalarHead, active_head
 from rm_scale.modeling.loading import describe_as_reward_model, load_reward_model
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import score_sequences
-from rm_scale.modeling.tokenizers import read_tokenizer
 from rm_scale.output_paths import list_files
 from rm_scale.texts import one_line
 
@@ -86,6 +90,7 @@ class ExportReport:
         tolerance: what was allowed.
         drift: between the scores in training and the export's own.
         num_bytes: of its files.
+        constant: by which all its scores are lower than the source's: the constant of another project's head.
     """
 
     folder: Path
@@ -94,6 +99,7 @@ class ExportReport:
     tolerance: float
     drift: float
     num_bytes: int
+    constant: float = 0.0
 
 
 def export(
@@ -103,6 +109,7 @@ def export(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    allow_missing_contract: bool = False,
 ) -> ExportReport:
     """Write a model, or an adapter merged into its base, as a plain sequence classifier, and verify it.
 
@@ -113,15 +120,17 @@ def export(
         max_shard_size: of a weights file.
         overwrite: replace an earlier export that is there, once the new one has been verified.
         trust_remote_code: run Python code that comes with the model.
+        allow_missing_contract: take a reward model of another project, by its tokenizer and config alone.
 
     Raises:
-        ModelError: the source is no reward model, or the target is in the way, from the beginning or by the end.
+        ModelError: the source is no reward model, or has no contract and that was not allowed; or the target is in the
+            way, from the beginning or by the end.
         DiskError: there is no space for it.
         CheckpointError: plain transformers does not score the export as the source scores.
     """
     source, target = local_folder(folder), Path(target)
     require_reward_model(source)
-    contract = ScoringContract.load(source)
+    contract = contract_of_source(source, trust_remote_code, allow_missing_contract)
     kept = (("the model itself", source), ("its base model", contract.base_model.name))
     problem = target_problem(target, overwrite, kept)
     if problem is not None:
@@ -163,8 +172,11 @@ def _require_space(source: Path, contract: ScoringContract, target: Path, dtype:
 def _write_and_verify(
     source: Path, partial: Path, contract: ScoringContract, dtype: str, max_shard_size: str, trust_remote_code: bool
 ) -> ExportReport:
-    tokenizer = read_tokenizer(str(source), trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of_source(source, trust_remote_code)
     model = load_reward_model(source, torch.float32, quantized=False, trust_remote_code=trust_remote_code)
+    constant = fit_to_plain_classifier(model, contract, source)
+    if contract.score_mean is not None:
+        contract = replace(contract, score_mean=contract.score_mean - constant)
     probes = make_probes(model, tokenizer, contract)
     sequences = [probe.input_ids for probe in probes]
     plain = plain_model(model, tokenizer)
@@ -189,9 +201,11 @@ def _write_and_verify(
         ("verified", f"{len(probes)} texts in plain transformers, in float32 off by {worst:.2g} at most"),
         ("moved from training by", f"{drift:.2g} at most, in {dtype}"),
     ]
+    if constant:
+        facts.append(("lower than before, all alike, by", f"{constant:.6g}, the constant of the head that it had"))
     write_export_card(source, partial, contract.base_model.name, facts)
     list_files(partial)
-    return ExportReport(partial, len(probes), worst, tolerance, drift, folder_bytes(partial))
+    return ExportReport(partial, len(probes), worst, tolerance, drift, folder_bytes(partial), constant)
 
 
 def _scores_under_the_contract(folder: Path, sequences: Sequence[list[int]], trust_remote_code: bool) -> list[float]:
@@ -289,8 +303,9 @@ def _write_contract(
     contract: ScoringContract, probes: Sequence[Probe], found: Sequence[float], target: Path, dtype: str
 ) -> float:
     """Write the export's own contract and golden scores; return how far these are from training's."""
-    count = len(contract.golden_scores)
-    trained = [golden.score for golden in contract.golden_scores]
+    # A model of another project brings none: what was compared stands for them.
+    trained = [golden.score for golden in contract.golden_scores] or [probe.score for probe in probes]
+    count = len(trained)
     drift = max((abs(a - b) for a, b in zip(trained, found[:count], strict=True)), default=0.0)
     base = replace(contract.base_model, name=portable_name(contract.base_model.name), quantization=None)
     own = replace(contract, base_model=base, dtype=dtype, compute_dtype=dtype)

@@ -15,7 +15,8 @@ import pytest
 
 from rm_scale.errors import DataError
 from rm_scale.files import free_port
-from rm_scale.inference.remote_scorer import RemoteError, RemoteScorer, Unscorable
+from rm_scale.inference.http_client import RemoteError
+from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
 
 Answer = tuple[int, Any, dict[str, str]]
 
@@ -111,10 +112,10 @@ def test_retry_after_is_honoured(script: Script, value: Any) -> None:
 def test_waits_double_up_to_a_limit_with_jitter() -> None:
     remote = RemoteScorer("http://127.0.0.1:1", backoff_seconds=1.0, max_backoff_seconds=4.0)
     for tries, longest in enumerate([1, 2, 4, 4, 4]):
-        waits = {remote._wait_seconds(tries, None) for _ in range(20)}
+        waits = {remote.client._wait_seconds(tries, None) for _ in range(20)}
         assert longest / 2 <= min(waits) and max(waits) <= longest and len(waits) > 1
-    assert 10 < remote._wait_seconds(0, 10.0) <= 11
-    assert remote._wait_seconds(0, 1e9) <= 121  # whatever a server says, an hour is not waited
+    assert 10 < remote.client._wait_seconds(0, 10.0) <= 11
+    assert remote.client._wait_seconds(0, 1e9) <= 121  # whatever a server says, an hour is not waited
 
 
 def test_retries_end_and_say_how_it_went(script: Script) -> None:

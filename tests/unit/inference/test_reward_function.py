@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rm_scale.errors import ConfigError, DataError, ModelError
-from rm_scale.inference.remote_scorer import RemoteError, RemoteScorer
+from rm_scale.inference.http_client import RemoteError
+from rm_scale.inference.remote_scorer import RemoteScorer
 from rm_scale.inference.reward_function import RewardFunction, reward_function
 from rm_scale.inference.scoring.scorer import RewardScorer
 from tests.support.launching import read_json

@@ -1,0 +1,174 @@
+"""`Endpoint`: a server that scores token ids, ours or vLLM's: which of the two, what it serves, and its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rm_scale.inference.http_client import RemoteError, RetryingClient, checked_url, is_number, json_object
+from rm_scale.logs import get_logger
+from rm_scale.texts import one_line
+
+logger = get_logger(__name__)
+
+EndpointKind = Literal["vllm", "rm_scale"]
+KINDS: tuple[EndpointKind, ...] = ("vllm", "rm_scale")
+_ROUTE = "/classify"
+_ALIVE = "see that a server runs there (curl {url}/health)"
+
+
+class _TooLarge(Exception):
+    """The server takes fewer texts, or fewer bytes, at once."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an endpoint says of itself.
+
+    Attributes:
+        kind: whose server it is.
+        model: the name of the model there.
+        version: of the server; "" where it does not say.
+        max_length: longest text in tokens; `None` where it does not say.
+        dtype: the type that it computes in; `None` where it does not say, as vLLM.
+        chat_template_sha256: of the template that it renders by; `None` where it has none or does not say.
+    """
+
+    kind: EndpointKind
+    model: str
+    version: str = ""
+    max_length: int | None = None
+    dtype: str | None = None
+    chat_template_sha256: str | None = None
+
+    def __str__(self) -> str:
+        name = {"vllm": "vLLM", "rm_scale": "rm-scale"}[self.kind]
+        facts = [f"model {one_line(self.model, 80)}"]
+        facts += [f"{self.max_length} tokens"] if self.max_length is not None else []
+        facts += [self.dtype] if self.dtype is not None else []
+        return f"{name} {self.version}".strip() + f" ({', '.join(facts)})"
+
+
+class Endpoint:
+    """A server of one reward model. It is asked what it is when this is made.
+
+    Args:
+        url: of the server, http://HOST:PORT.
+        kind: whose server it is; `None`: found by asking.
+        model: which of the models that a vLLM server has; `None`: its only one.
+        client: options of `RetryingClient`: `token_env`, `timeout_seconds`, `max_retries`, ...
+
+    Raises:
+        RemoteError: it can't be reached, is another kind of server, or has no such model.
+    """
+
+    def __init__(self, url: str, kind: EndpointKind | None = None, model: str | None = None, **client: Any) -> None:
+        self.client = RetryingClient(checked_url(url).removesuffix(_ROUTE), alive=_ALIVE, **client)
+        self.url = self.client.url
+        self.served = self._ask_what_it_is(kind, model)
+        found = "found" if kind is None else "as was said"
+        logger.info(f"{self.url}: {self.served}, {found}")
+
+    # --- What it is --------------------------------------------------------------------------------------------------
+
+    def _ask_what_it_is(self, kind: EndpointKind | None, model: str | None) -> Served:
+        if kind in {None, "rm_scale"}:
+            response = self.client.ask("GET", "/info")
+            answer = json_object(response) or {}
+            if response.status_code == 200 and "rm_scale" in answer:
+                return self._ours(answer, model)
+            if kind == "rm_scale" or response.status_code in {401, 403}:
+                raise self._not(response, "/info", "rm-scale serve", "--endpoint_kind vllm")
+        response = self.client.ask("GET", "/v1/models")
+        answer = json_object(response) or {}
+        if response.status_code != 200 or not isinstance(answer.get("data"), list):
+            raise self._not(response, "/v1/models", "vLLM", "--endpoint_kind rm_scale")
+        return self._vllm(answer["data"], model)
+
+    def _not(self, response: Any, route: str, name: str, other: str) -> RemoteError:
+        refusal = self.client.refusal(response, route)
+        return RemoteError(
+            f"{refusal}\nSo it is not known to be {name}. Fix: the address of a server that rm-scale serve or vllm "
+            f"serve has started; {other} where it is the other one."
+        )
+
+    def _ours(self, answer: dict[str, Any], model: str | None) -> Served:
+        name = str(answer.get("model"))
+        if model not in {None, name}:
+            raise self._no_such_model(model, [name])
+        template, length = answer.get("chat_template_sha256"), answer.get("max_length")
+        return Served(
+            "rm_scale",
+            name,
+            str(answer["rm_scale"]),
+            length if isinstance(length, int) else None,
+            str(answer["dtype"]) if "dtype" in answer else None,
+            template if isinstance(template, str) else None,
+        )
+
+    def _vllm(self, cards: Sequence[Any], model: str | None) -> Served:
+        names = {str(card["id"]): card for card in cards if isinstance(card, dict) and "id" in card}
+        if model is None and len(names) != 1:
+            raise self._no_such_model(model, list(names))
+        name = model if model is not None else next(iter(names))
+        if name not in names:
+            raise self._no_such_model(model, list(names))
+        length = names[name].get("max_model_len")
+        version = (json_object(self.client.ask("GET", "/version")) or {}).get("version", "")
+        return Served("vllm", name, one_line(version, 40), length if isinstance(length, int) else None)
+
+    def _no_such_model(self, model: str | None, names: Sequence[str]) -> RemoteError:
+        asked = "which model of it is not said" if model is None else f"has no model {one_line(model, 80)}"
+        there = ", ".join(one_line(name, 80) for name in names) or "none"
+        return RemoteError(f"{self.url}: {asked}; there: {there}. Fix: --endpoint_model with one of these names.")
+
+    # --- Scores ------------------------------------------------------------------------------------------------------
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Return the raw scores of token sequences, in their order; in halves where they are too many at once.
+
+        Raises:
+            RemoteError: the server refuses, or its answer does not hold one finite score per sequence.
+        """
+        try:
+            return self._score(sequences)
+        except _TooLarge as error:
+            if len(sequences) == 1:
+                raise RemoteError(f"{self.url}{_ROUTE}: {error} Fix: raise the server's limits.") from error
+        half = len(sequences) // 2
+        return [*self.score(sequences[:half]), *self.score(sequences[half:])]
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        body = {"model": self.served.model, "input": [list(ids) for ids in sequences], "use_activation": False}
+        response = self.client.ask("POST", _ROUTE, json.dumps(body).encode())
+        if response.status_code == 413:
+            raise _TooLarge("status 413, the request is too large.")
+        if response.status_code == 404:
+            raise RemoteError(
+                f"{self.url}{_ROUTE}: is not served there. Fix: vllm serve MODEL --runner pooling, with a model that "
+                "is a classifier with one label, as rm_scale's runs and exports are."
+            )
+        if response.status_code != 200:
+            raise self.client.refusal(response, _ROUTE)
+        return self._read(json_object(response) or {}, len(sequences))
+
+    def _read(self, answer: dict[str, Any], num_sequences: int) -> list[float]:
+        rows = answer.get("data")
+        rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
+        found = {row.get("index"): row.get("probs") for row in rows}
+        values = [found.get(number) for number in range(num_sequences)]
+        several = next((len(probs) for probs in values if isinstance(probs, list) and len(probs) > 1), None)
+        if several is not None:
+            raise RemoteError(
+                f"{self.url}{_ROUTE}: gives {several} numbers per text, a reward model gives 1. Fix: serve a reward "
+                "model."
+            )
+        scores = [probs[0] for probs in values if isinstance(probs, list) and probs and is_number(probs[0])]
+        if len(scores) != num_sequences or len(rows) != num_sequences:
+            raise RemoteError(
+                f"{self.url}{_ROUTE}: the answer does not hold {num_sequences} finite scores but {len(scores)}. Fix: a "
+                "server of a reward model; where a score is not finite, one in float32 or bfloat16."
+            )
+        return [float(score) for score in scores]

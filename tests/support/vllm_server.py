@@ -1,0 +1,118 @@
+"""A small server that answers as vLLM 0.32 does, field by field, with the scores of a model in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from rm_scale.inference.scoring.scorer import RewardScorer
+
+Answer = tuple[int, Any]
+
+
+class VllmServer:
+    """What `vllm serve --runner pooling` answers on /version, /v1/models and /classify, and what it was asked.
+
+    Args:
+        scorer: gives the scores.
+
+    Attributes:
+        names, max_model_len: of the models on /v1/models.
+        reads_use_activation: else the sigmoid comes whatever is asked, as from old versions.
+        answers: for the next requests to /classify, instead of scores: status and JSON, or a function of the body.
+        bodies: of the requests to /classify.
+        headers: of all requests.
+    """
+
+    def __init__(self, scorer: RewardScorer) -> None:
+        self.scorer = scorer
+        self.names = ["served"]
+        self.max_model_len = 4096
+        self.reads_use_activation = True
+        self.answers: list[Answer | Callable[[Any], Answer | None]] = []
+        self.bodies: list[Any] = []
+        self.headers: list[dict[str, str]] = []
+        self._one_at_a_time = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server.headers.append(dict(self.headers))
+                self._send(*server.facts(self.path))
+
+            def do_POST(self) -> None:
+                server.headers.append(dict(self.headers))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._send(*server.classify(self.path, body))
+
+            def _send(self, status: int, content: Any) -> None:
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def facts(self, path: str) -> Answer:
+        """Answer a GET."""
+        if path == "/version":
+            return 200, {"version": "0.32.0"}
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [self._card(name) for name in self.names]}
+        return 404, {"detail": "Not Found"}
+
+    def _card(self, name: str) -> dict[str, Any]:
+        own = {"id": name, "object": "model", "created": 1, "owned_by": "vllm", "root": "/model", "parent": None}
+        return {**own, "max_model_len": self.max_model_len, "permission": []}
+
+    def classify(self, path: str, body: Any) -> Answer:
+        """Answer a POST."""
+        if path != "/classify":
+            return 404, {"detail": "Not Found"}
+        self.bodies.append(body)
+        given = self.answers.pop(0) if self.answers else None
+        given = given(body) if callable(given) else given
+        if given is not None:
+            return given
+        if body["model"] not in self.names:
+            return 404, problem(f"The model `{body['model']}` does not exist.", "NotFoundError", 404)
+        with self._one_at_a_time:
+            scores = self.scorer.score_tokens(body["input"])
+        if body["use_activation"] or not self.reads_use_activation:
+            scores = [1 / (1 + math.exp(-score)) for score in scores]
+        rows = [{"index": n, "label": "reward", "probs": [one], "num_classes": 1} for n, one in enumerate(scores)]
+        tokens = sum(map(len, body["input"]))
+        details = {"prompt_tokens_details": None, "completion_tokens_details": None}
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, **details}
+        own = {"id": "classify-1", "object": "list", "created": 1, "model": body["model"]}
+        return 200, {**own, "data": rows, "usage": usage}
+
+
+def problem(message: str, kind: str = "BadRequestError", code: int = 400) -> dict[str, Any]:
+    """vLLM's answer to what it refuses."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+@contextmanager
+def vllm_server(scorer: RewardScorer) -> Iterator[VllmServer]:
+    """Serve in a thread."""
+    server = VllmServer(scorer)
+    threading.Thread(target=server.server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.server.shutdown()
+        server.server.server_close()
