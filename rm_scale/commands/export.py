@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, metavar="DIR", help="a run's output directory, or a checkpoint")
     model.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    foreign = "take another project's model, without scoring_contract.json"
+    model.add_argument("--no_contract", action="store_true", help=foreign)
     export = parser.add_argument_group("export")
     export.add_argument(
         "--output", metavar="DIR", help="the export; left out: --onnx or --push_to_hub for an export that exists"
@@ -73,6 +75,7 @@ def _export(options: argparse.Namespace) -> Path:
             max_shard_size=options.max_shard_size,
             overwrite=options.overwrite,
             trust_remote_code=options.trust_remote_code,
+            allow_missing_contract=options.no_contract,
         )
     print(
         f"{report.folder}: {report.num_bytes / 1e6:,.1f} MB; {report.num_probes} texts score the same in plain "
@@ -80,6 +83,8 @@ def _export(options: argparse.Namespace) -> Path:
     )
     if report.drift > report.tolerance:
         print(f"scores moved by up to {report.drift:.3g} from those in training: another precision, or 4 bits unfolded")
+    if report.constant:
+        print(f"scores are lower by {report.constant:.6g} than in {options.model}, all alike: its head's constant")
     return report.folder
 
 

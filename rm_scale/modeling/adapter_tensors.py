@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -28,7 +28,10 @@ def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT only warns, and of what lacks alone.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+            config = PeftConfig.from_pretrained(str(folder))
+            if config.task_type != TaskType.SEQ_CLS:
+                config.task_type = None  # PEFT's class for language models asks for what no classifier has
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config, autocast_adapter_dtype=False)
         # It does not tell what came of it; the same once more does, and changes nothing.
         result = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:

@@ -21,9 +21,11 @@ from rm_scale.distributed import giving_back_freed_memory
 from rm_scale.errors import ModelError
 from rm_scale.files import write_whole
 from rm_scale.logs import get_logger, without_load_report
+from rm_scale.modeling.adapter_base import adapter_base
 from rm_scale.modeling.adapter_tensors import put_adapter_on
 from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
+from rm_scale.modeling.head_layouts import projects_of
 from rm_scale.modeling.language_model import forget_other_names, language_model_in
 from rm_scale.modeling.out_of_memory import is_out_of_memory
 from rm_scale.modeling.packed_model import enable_packed_rows
@@ -36,7 +38,7 @@ from rm_scale.modeling.quantization import (
 )
 from rm_scale.modeling.stored_head import StoredHead, find_stored_head, head_to_start_from, refuse_model_and_adapter
 from rm_scale.modeling.unexpected_tensors import refuse_unexpected
-from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, checkpoint_tensors, file_of, open_weights
+from rm_scale.modeling.weight_files import checkpoint_tensors, file_of, open_weights
 from rm_scale.modeling.zero_init import without_zero_init
 from rm_scale.planning.classifiers import no_classifier
 from rm_scale.planning.plan import Plan
@@ -128,7 +130,9 @@ def _report_head(head_name: str, stored: StoredHead | None) -> None:
     if stored is None:
         logger.info(f"reward head {head_name}: new, since the checkpoint has none")
         return
-    logger.info(f"reward head {head_name}: loaded from the checkpoint ({stored.describe()})")
+    projects = projects_of(stored.key)
+    whose = "" if projects is None or stored.is_transformers_own() else f", as {projects} name it"
+    logger.info(f"reward head {head_name}: loaded from the checkpoint ({stored.describe()}{whose})")
     if stored.offset() != 0.0:
         logger.warning(
             f"reward head {head_name}: its constant ({stored.bias_key}={stored.offset():.6g}) is left out. It is the "
@@ -273,37 +277,37 @@ _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def _load_adapter(
     folder: Path, dtype: torch.dtype | None, device: str | torch.device, quantized: bool, trust_remote_code: bool
 ) -> PeftModel:
-    contract = json.loads((folder / "scoring_contract.json").read_text(encoding="utf-8"))
-    base = contract["base_model"]
-    if base["trust_remote_code"] and not trust_remote_code:
+    base = adapter_base(folder)
+    if base.needs_code and not trust_remote_code:
         raise ModelError(
-            f"{folder}: its base model {base['name']!r} needs Python code of its own, which is not run unasked. "
+            f"{folder}: its base model {base.name!r} needs Python code of its own, which is not run unasked. "
             "Fix: pass trust_remote_code=True if you trust it."
         )
-    refuse_endless_files(base["name"])
+    refuse_endless_files(base.name)
     extra: dict[str, Any] = {}
-    if quantized and base.get("quantization"):
+    if quantized and base.quantization:
         if torch.device(device).type == "cpu":
             keep_4bit_layout_on_cpu()
-        extra["quantization_config"] = saved_quantization_config(base["quantization"])
+        extra["quantization_config"] = saved_quantization_config(base.quantization)
         extra["device_map"] = {"": device}
     model = _load_sequence_classifier(
-        base["name"],
-        revision=base["revision"],
+        base.name,
+        revision=base.revision,
         trust_remote_code=trust_remote_code,
-        dtype=dtype or getattr(torch, contract["dtype"]),
-        stored=find_stored_head(base["name"], base["revision"]),  # the adapter's stands for it, if there is one
+        dtype=dtype or base.dtype or "auto",
+        stored=find_stored_head(base.name, base.revision),  # the adapter's stands for it, if there is one
         **extra,
     )
-    if model.get_input_embeddings().num_embeddings < contract["vocab_size"]:
-        model.resize_token_embeddings(contract["vocab_size"], mean_resizing=False)
-    model.config.get_text_config().pad_token_id = contract["pad_token_id"]
+    if model.get_input_embeddings().num_embeddings < base.vocab_size:
+        model.resize_token_embeddings(base.vocab_size, mean_resizing=False)
+    if base.pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = base.pad_token_id
     install_scalar_head(model)
-    head = _head_of_adapter(folder / ADAPTER_WEIGHTS_FILE)
     adapted = put_adapter_on(model, folder)
     if dtype is not None and not extra:
         adapted = adapted.to(dtype)
-    _set_exact_head(adapted, head)
+    _set_exact_head(adapted, base.head)
+    active_head(adapted).offset = base.offset
     return adapted
 
 
@@ -326,6 +330,8 @@ def _load_sequence_classifier(
     try:
         inside = language_model_in(name, revision, kwargs.get("trust_remote_code", False))
         kwargs |= {"num_labels": 1} if inside is None else inside.load_settings
+        if stored is not None and stored.row is not None and stored.is_transformers_own():
+            kwargs["ignore_mismatched_sizes"] = True  # of its several outputs one is put in later
         with without_load_report():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
@@ -349,8 +355,13 @@ def _load_sequence_classifier(
         logger.info(f"{name}: {inside.describe(checkpoint_tensors(name, revision))}")
         forget_other_names(model)
         unexpected = {key for key in unexpected if not inside.leaves_out(key)}
-    known = () if stored is None else (stored.key, stored.bias_key)
-    refuse_unexpected(name, revision, model, unexpected, known)
+    refuse_unexpected(name, revision, model, unexpected, set() if stored is None else stored.used_keys())
+    mismatched = {key for key, *_ in info["mismatched_keys"]} - ({stored.key} if stored is not None else set())
+    if mismatched:
+        raise ModelError(
+            f"model_name_or_path={name!r}: {sorted(mismatched)[0]} has other sizes than config.json says. Fix: "
+            "download the model again, or check that config.json belongs to these weights."
+        )
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in HEAD_NAMES]
     if missing:
         raise ModelError(
@@ -426,23 +437,6 @@ def _hold_trainable_in_fp32(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-
-
-def _head_of_adapter(file: Path) -> torch.Tensor:
-    """Return the trained head in an adapter's file, fp32.
-
-    Raises:
-        ModelError: the file is damaged, or holds no head.
-    """
-    with open_weights(file) as tensors:
-        names = [key for key in list(tensors.keys()) if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]
-        if len(names) != 1:
-            raise ModelError(
-                f"{file}: holds {len(names)} reward heads, an adapter of a reward model has 1. "
-                "Fix: give the output directory of a LoRA or QLoRA run."
-            )
-        head: torch.Tensor = tensors.get_tensor(names[0])
-        return head.float()
 
 
 def _set_exact_head(model: torch.nn.Module, weight: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from transformers import AutoConfig
 from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.modeling.head_layouts import COUNTERS, MOMENTS, refuse_unreadable_head
+from rm_scale.modeling.token_reward import head_in_language_head, named_output
 from rm_scale.modeling.weight_files import (
     ADAPTER_WEIGHTS_FILE,
     WEIGHTS_FILE,
@@ -44,7 +46,6 @@ _STARTS_OF_PICKLED = (b"PK\x03\x04", b"\x80")
 """How files begin that torch.save writes: a zip archive, formerly a bare pickle."""
 _NOT_A_HEAD = ("embed", "position", "norm")
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_SAMPLED_ROWS = 64
 _PROMISES_A_HEAD = re.compile("SequenceClassification$|Reward|Score|Critic|ValueHead")
 _SAYS_REWARD = re.compile(r"(^|[-_/ .])(rm|reward)([-_/ .]|$)", re.IGNORECASE)
 
@@ -55,23 +56,44 @@ class StoredHead:
 
     Attributes:
         file: where it is.
-        key: name of its weight, `(1, hidden_size)`.
-        bias_key: name of its bias, `(1,)`; `None` without one.
+        key: name of its weight, `(1, hidden_size)`, or `(outputs, hidden_size)` with a `row`.
+        bias_key: name of its bias, `(outputs,)`; `None` without one.
+        bias_file: where that is; default in `file`.
+        row: which of several outputs is the reward; `None` for the only one.
         side_tensors: what `file` holds when it is no safetensors file.
+        moment_places: where the mean and spread of rewards lie that home code can normalise by; see `moments`.
     """
 
     file: Path
     key: str
     bias_key: str | None = None
+    bias_file: Path | None = None
+    row: int | None = None
     side_tensors: Mapping[str, torch.Tensor] | None = None
+    moment_places: tuple[tuple[str, Path], tuple[str, Path], bool] | None = None
 
     def weight(self) -> torch.Tensor:
         """Return the weight as the file holds it: fp32, `(1, hidden_size)`."""
-        return self._read(self.key).float()
+        return self._row_of(self.file, self.key).float()
 
     def offset(self) -> float:
         """Return the bias: a constant that is part of every reward, 0 without one."""
-        return 0.0 if self.bias_key is None else float(self._read(self.bias_key).float().sum())
+        return 0.0 if self.bias_key is None else float(self._row_of(self.bias_file or self.file, self.bias_key))
+
+    def moments(self) -> tuple[float, float] | None:
+        """Return mean and standard deviation of rewards, where the weights hold any that were ever set."""
+        if self.moment_places is None:
+            return None
+        (mean_key, mean_file), (spread_key, spread_file), is_variance = self.moment_places
+        mean, spread = (
+            float(read_tensor(file, key)) for key, file in ((mean_key, mean_file), (spread_key, spread_file))
+        )
+        return None if (mean, spread) == (0.0, 1.0) else (mean, spread**0.5 if is_variance else spread)
+
+    def used_keys(self) -> set[str]:
+        """Return the names of all tensors that it is made of, and of those that only describe it."""
+        moments = () if self.moment_places is None else (self.moment_places[0][0], self.moment_places[1][0])
+        return {self.key, *moments, *COUNTERS} | ({self.bias_key} if self.bias_key is not None else set())
 
     def is_transformers_own(self) -> bool:
         """Tell whether it lies where transformers' sequence classifiers keep theirs."""
@@ -79,10 +101,17 @@ class StoredHead:
 
     def describe(self) -> str:
         """Return where it was found, for messages."""
-        return f"{self.key} in {self.file.name}"
+        return f"{self.key}{'' if self.row is None else f'[{self.row}]'} in {self.file.name}"
 
-    def _read(self, key: str) -> torch.Tensor:
-        return read_tensor(self.file, key) if self.side_tensors is None else self.side_tensors[key]
+    def _row_of(self, file: Path, key: str) -> torch.Tensor:
+        """Return the reward's row of a tensor, which keeps its number of dimensions."""
+        if self.side_tensors is not None:
+            return self.side_tensors[key]
+        if self.row is None:
+            return read_tensor(file, key)
+        with open_weights(file) as opened:
+            found: torch.Tensor = opened.get_slice(key)[self.row : self.row + 1]
+            return found
 
 
 def head_to_start_from(name: str, revision: str = "main", trust_remote_code: bool = False) -> StoredHead | None:
@@ -95,6 +124,7 @@ def head_to_start_from(name: str, revision: str = "main", trust_remote_code: boo
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        _refuse_by_tensors(name, revision)
         raise ModelError(
             f"model_name_or_path={name!r}: its config can't be used ({one_line(error, 240)}). Fix: use a model that "
             "this transformers knows; for a model with its own code, --trust_remote_code if you trust it."
@@ -123,22 +153,65 @@ def find_stored_head(name: str, revision: str = "main") -> StoredHead | None:
     """
     refuse_model_and_adapter(Path(name))
     tensors = checkpoint_tensors(name, revision)
-    for key in (f"{head}.weight" for head in HEAD_NAMES):
-        if key in tensors and len(tensors[key].shape) == 2 and tensors[key].shape[0] != 1:
-            raise ModelError(
-                f"{name}: is a classifier with {tensors[key].shape[0]} outputs ({key}), a reward model has 1. "
-                "Fix: give a reward model or the causal language model it came from."
-            )
-    heads = [_stored(key, tensors) for key in tensors if _is_head(key, tensors[key].shape)]
+    refuse_unreadable_head(name, {key: place.shape for key, place in tensors.items()})
+    heads = [_one_of_several(name, revision, key, tensors) for key in tensors if _has_several_outputs(key, tensors)]
+    heads += [_stored(key, tensors) for key in tensors if _is_head(key, tensors[key].shape)]
     heads += _heads_in_side_files(name, revision, tensors)
     if len(heads) > 1:
         raise ModelError(
             f"{name}: holds {len(heads)} heads of one output ({'; '.join(head.describe() for head in heads)}), and "
             "nothing says which gives the reward. Fix: remove the one that does not."
         )
-    if not heads:
-        _refuse_reward_of_a_token(name, tensors)
-    return heads[0] if heads else None
+    if heads:
+        return replace(heads[0], moment_places=_moment_places(tensors))
+    found = head_in_language_head(name, revision, tensors, _OUTPUT_LAYERS)
+    return None if found is None else _stored(found[0], tensors, found[1])
+
+
+def _refuse_by_tensors(name: str, revision: str) -> None:
+    """Refuse a known head that can't be used, where config.json is that of code which transformers does not have.
+
+    Raises:
+        ModelError: it holds one.
+    """
+    try:
+        tensors = checkpoint_tensors(name, revision)
+    except (ModelError, OSError):
+        return  # what is wrong with the config is said
+    refuse_unreadable_head(name, {key: place.shape for key, place in tensors.items()})
+
+
+def _has_several_outputs(key: str, tensors: Mapping[str, TensorPlace]) -> bool:
+    """Tell whether a tensor is the head of a sequence classifier with several outputs."""
+    shape = tensors[key].shape
+    return key in {f"{head}.weight" for head in HEAD_NAMES} and len(shape) == 2 and shape[0] != 1
+
+
+def _one_of_several(name: str, revision: str, key: str, tensors: Mapping[str, TensorPlace]) -> StoredHead:
+    """Return the output of a classifier that its config calls the reward.
+
+    Raises:
+        ModelError: it calls none so, or several.
+    """
+    outputs = tensors[key].shape[0]
+    row = named_output(name, revision, outputs)
+    if row is None:
+        raise ModelError(
+            f"{name}: is a classifier with {outputs} outputs ({key}), a reward model has 1. Fix: give a reward model "
+            "or the causal language model it came from; if one of the outputs is the reward and the others are not "
+            'used, call it so in config.json, e.g. "id2label": {"0": "unused", "1": "reward"}.'
+        )
+    return _stored(key, tensors, row)
+
+
+def _moment_places(
+    tensors: Mapping[str, TensorPlace],
+) -> tuple[tuple[str, Path], tuple[str, Path], bool] | None:
+    """Return where the mean and spread of rewards lie among the weights."""
+    for mean, spread, is_variance in MOMENTS:
+        if all(key in tensors and tensors[key].shape in {(), (1,)} for key in (mean, spread)):
+            return (mean, tensors[mean].file), (spread, tensors[spread].file), is_variance
+    return None
 
 
 def refuse_model_and_adapter(folder: Path) -> None:
@@ -165,21 +238,39 @@ def _is_head(key: str, shape: tuple[int, ...]) -> bool:
     return parts[-1] == "weight" and len(shape) == 2 and shape[0] == 1 and not in_a_layer and not is_other
 
 
-def _stored(key: str, tensors: Mapping[str, TensorPlace]) -> StoredHead:
+def _stored(key: str, tensors: Mapping[str, TensorPlace], row: int | None = None) -> StoredHead:
     bias = key.removesuffix("weight") + "bias"
-    # A bias in another shard is left to the loader, which refuses weights that it has no place for.
-    has_bias = bias in tensors and tensors[bias].file == tensors[key].file
-    return StoredHead(tensors[key].file, key, bias if has_bias else None)
+    has_bias = bias in tensors and tensors[bias].shape == tensors[key].shape[:1]
+    return StoredHead(tensors[key].file, key, bias if has_bias else None, tensors[bias].file if has_bias else None, row)
+
+
+def head_beside_adapter(folder: Path) -> StoredHead | None:
+    """Return the head in a file beside an adapter, as LLaMA-Factory writes it; `None` where there is none.
+
+    Raises:
+        ModelError: such a file holds anything but one head of one output and its bias.
+    """
+    heads = _heads_in([folder / name for name in SIDE_FILES if (folder / name).is_file()], {})
+    return heads[0] if heads else None
 
 
 def _heads_in_side_files(name: str, revision: str, tensors: Mapping[str, TensorPlace]) -> list[StoredHead]:
-    """Return the heads in files beside the weights. A pickled form is not read where the safe one is there.
+    """Return the heads in files beside the weights; see `_heads_in`."""
+    return _heads_in(_side_files(name, revision, tensors), tensors)
+
+
+def _heads_in(paths: Iterable[Path], tensors: Mapping[str, TensorPlace]) -> list[StoredHead]:
+    """Return the heads in files that hold one alone. A pickled form is not read where the safe one is there.
+
+    Args:
+        paths: the files, the safe form first.
+        tensors: of the model beside which they lie.
 
     Raises:
         ModelError: such a file holds anything but one head of one output and its bias.
     """
     heads, seen = [], set()
-    for path in _side_files(name, revision, tensors):
+    for path in paths:
         if path.stem in seen:
             continue
         seen.add(path.stem)
@@ -194,7 +285,7 @@ def _heads_in_side_files(name: str, revision: str, tensors: Mapping[str, TensorP
                 f"{path}: holds no head of one output alone but {printable(str(sorted(shapes)[:4]))}, so the model's "
                 "reward is not known. Fix: give the causal language model it came from, in a folder without this file."
             )
-        heads.append(StoredHead(path, keys[0], bias if bias in shapes else None, pickled))
+        heads.append(StoredHead(path, keys[0], bias if bias in shapes else None, side_tensors=pickled))
     return heads
 
 
@@ -242,30 +333,3 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     found = values if isinstance(values, dict) else {}
     return {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def _refuse_reward_of_a_token(name: str, tensors: Mapping[str, TensorPlace]) -> None:
-    """Refuse a causal model whose language head is empty but for a few tokens: the logit of one is its reward.
-
-    Raises:
-        ModelError: it is one.
-    """
-    for key in _OUTPUT_LAYERS:
-        if key not in tensors or len(tensors[key].shape) != 2 or tensors[key].shape[0] < 2 * _SAMPLED_ROWS:
-            continue
-        rows = _sampled_rows(tensors[key], key)
-        if int((rows != 0).any(dim=1).sum()) * 8 <= len(rows):
-            raise ModelError(
-                f"{name}: its language head {key} is zero for nearly all tokens, as in models whose reward is the "
-                "logit of one token; a new head would throw that away. Fix: write that token's row as score.weight "
-                "(1, hidden_size) of a sequence classifier, or give the causal language model it came from."
-            )
-
-
-def _sampled_rows(place: TensorPlace, key: str) -> torch.Tensor:
-    """Return rows of a matrix, evenly spaced over the whole of it, `(64, width)`."""
-    count = place.shape[0]
-    with open_weights(place.file) as opened:
-        part = opened.get_slice(key)
-        starts = [number * count // _SAMPLED_ROWS for number in range(_SAMPLED_ROWS)]
-        return torch.cat([part[start : start + 1].float() for start in starts])

@@ -27,7 +27,7 @@ _MASK = re.compile(r"(^|\.)(attn|attention|crossattention)\.bias$")
 
 
 def refuse_unexpected(
-    name: str, revision: str, model: PreTrainedModel, unexpected: Iterable[str], used: Iterable[str | None]
+    name: str, revision: str, model: PreTrainedModel, unexpected: Iterable[str], used: Iterable[str]
 ) -> None:
     """Refuse a checkpoint that holds tensors which may be part of its reward and have no place in the model.
 

@@ -202,10 +202,12 @@ def test_a_classifier_whose_head_is_missing_is_refused(model: Path) -> None:
         load_reward_model(model)
 
 
-def test_a_reward_that_is_a_tokens_logit_is_refused(model: Path, messages: pytest.LogCaptureFixture) -> None:
+def test_a_reward_that_is_the_logit_of_one_of_several_tokens_is_refused(
+    model: Path, messages: pytest.LogCaptureFixture
+) -> None:
     vocabulary, width = json.loads((model / "config.json").read_text())["vocab_size"], head_of(model).shape[1]
     output = torch.zeros(vocabulary, width)
-    output[0] = 1.0
+    output[:2] = 1.0
     named = Path(shutil.copytree(model, model.parent / "Tiny-1B-Reward-HF"))
     add_tensors(model, lm_head__weight=output)
     with pytest.raises(ModelError, match=r"language head lm_head\.weight is zero for nearly all tokens"):

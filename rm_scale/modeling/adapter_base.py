@@ -1,0 +1,133 @@
+"""What an adapter belongs to and brings along: its base model, and the head that was trained beside it.
+
+A run's adapter says so in its contract. That of another project (TRL, ms-swift, LLaMA-Factory) says it in PEFT's own
+configuration, and has its head among its tensors or in a file beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rm_scale.errors import ModelError
+from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.modeling.scoring_contract import CONTRACT_FILE
+from rm_scale.modeling.stored_head import head_beside_adapter
+from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, open_weights, read_header
+
+_CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The model below an adapter, and the head above it.
+
+    Attributes:
+        name: folder or hub name of the base model.
+        revision: hub revision.
+        head: fp32, `(1, hidden_size)`.
+        offset: a constant that is part of every reward.
+        needs_code: Python code of the base model's own ran in training.
+        quantization: bitsandbytes settings of QLoRA, or `None`.
+        dtype: of the base model's weights in training; `None` where that is not known.
+        vocab_size: rows of the embedding in training; 0 where that is not known.
+        pad_token_id: `None` where that is not known.
+    """
+
+    name: str
+    revision: str
+    head: torch.Tensor
+    offset: float = 0.0
+    needs_code: bool = False
+    quantization: dict[str, Any] | None = None
+    dtype: torch.dtype | None = None
+    vocab_size: int = 0
+    pad_token_id: int | None = None
+
+
+def adapter_base(folder: Path) -> AdapterBase:
+    """Return the base and the head of the adapter in a folder.
+
+    Raises:
+        ModelError: the adapter names no base, or has no head of one output.
+    """
+    if not (folder / CONTRACT_FILE).exists():
+        name, revision = base_in_peft_config(folder)
+        if has_head_among_tensors(folder):
+            return AdapterBase(name, revision, head_among_tensors(folder))
+        stored = head_beside_adapter(folder)
+        if stored is None:
+            raise ModelError(
+                f"{folder}: the adapter holds no reward head, and none lies beside it; it would be random. Fix: give "
+                "the folder that holds the trained head."
+            )
+        return AdapterBase(name, revision, stored.weight(), stored.offset())
+    contract = json.loads((folder / CONTRACT_FILE).read_text(encoding="utf-8"))
+    base = contract["base_model"]
+    return AdapterBase(
+        base["name"],
+        base["revision"],
+        head_among_tensors(folder),
+        needs_code=base["trust_remote_code"],
+        quantization=base.get("quantization"),
+        dtype=getattr(torch, contract["dtype"]),
+        vocab_size=contract["vocab_size"],
+        pad_token_id=contract["pad_token_id"],
+    )
+
+
+def base_in_peft_config(folder: Path) -> tuple[str, str]:
+    """Return name and revision of the base model that `adapter_config.json` names.
+
+    Raises:
+        ModelError: it names none, or a folder that is not there.
+    """
+    path = folder / _CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ModelError(
+            f"{path}: names no base model. Fix: write base_model_name_or_path, a folder or a hub name, into it."
+        )
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ModelError(
+            f"{path}: its base model {name!r} is not there. Fix: write the folder where that model is now, or its hub "
+            "name, as base_model_name_or_path."
+        )
+    return name, str(config.get("revision") or "main")
+
+
+def has_head_among_tensors(folder: Path) -> bool:
+    """Tell whether an adapter's own file holds a head, as PEFT saves what it trains in full."""
+    file = folder / ADAPTER_WEIGHTS_FILE
+    return any(part in HEAD_NAMES for name in read_header(file) for part in name.split("."))
+
+
+def head_among_tensors(folder: Path) -> torch.Tensor:
+    """Return the trained head in an adapter's file, fp32, `(1, hidden_size)`.
+
+    Raises:
+        ModelError: the file is damaged, or holds no head.
+    """
+    file = folder / ADAPTER_WEIGHTS_FILE
+    with open_weights(file) as tensors:
+        names = [key for key in list(tensors.keys()) if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]
+        if len(names) != 1:
+            raise ModelError(
+                f"{file}: holds {len(names)} reward heads, an adapter of a reward model has 1. "
+                "Fix: give the output directory of a LoRA or QLoRA run."
+            )
+        head: torch.Tensor = tensors.get_tensor(names[0])
+    if head.dim() != 2 or head.shape[0] != 1:
+        raise ModelError(
+            f"{file}: its head {names[0]} has the sizes {tuple(head.shape)}, a reward model's has one output. Fix: "
+            "give an adapter that was trained with num_labels=1."
+        )
+    return head.float()

@@ -1,0 +1,226 @@
+"""Reward models of other projects score as their own code does, and so do their exports in plain transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rm_scale.errors import ModelError
+from rm_scale.inference.export.export_model import export, plain_model
+from rm_scale.inference.export.foreign_source import fit_to_plain_classifier
+from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.modeling.head_layouts import READ, UNREADABLE
+from rm_scale.modeling.scoring_contract import ScoringContract
+from rm_scale.modeling.stored_head import head_to_start_from
+from tests.support.foreign_models import (
+    SEQUENCES,
+    WRITERS,
+    ForeignModel,
+    add_tensors,
+    beaver,
+    edit_config,
+    llama_factory,
+    llama_factory_adapter,
+    nemotron,
+    one_of_two_labels,
+    openrlhf,
+    sequence_classifier,
+    token_logit,
+    width_of,
+    written,
+)
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "foreign_models.md"
+
+
+def scorer_of(folder: Path) -> RewardScorer:
+    return RewardScorer.from_pretrained(folder, device="cpu", allow_missing_contract=True)
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="rm_scale")
+    return caplog
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_scores_are_those_of_its_own_code(
+    write: Callable[[Path], ForeignModel], tiny_model: Path, tmp_path: Path
+) -> None:
+    foreign = written(write, tiny_model, tmp_path / "model")
+    expected = [foreign.home(ids) for ids in SEQUENCES]
+    scorer = scorer_of(foreign.folder)
+    assert scorer.score_tokens(SEQUENCES) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.1, "scores that are all alike would prove nothing"
+    # As an export writes it, and transformers alone loads it.
+    constant = fit_to_plain_classifier(scorer.model, scorer.contract, foreign.folder)
+    plain_model(scorer.model, scorer.tokenizer).save_pretrained(tmp_path / "plain")
+    expected = [score - foreign.constant for score in expected]
+    assert constant == foreign.constant
+    assert scores_of_transformers(tmp_path / "plain") == pytest.approx(expected, abs=1e-5)
+
+
+def scores_of_transformers(folder: Path) -> list[float]:
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [float(plain(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in SEQUENCES]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "write", [openrlhf, llama_factory, llama_factory_adapter, nemotron], ids=lambda write: write.__name__
+)
+def test_its_export_scores_the_same_in_plain_transformers(
+    write: Callable[[Path], ForeignModel], tiny_model: Path, tmp_path: Path
+) -> None:
+    foreign = written(write, tiny_model, tmp_path / "model")
+    report = export(foreign.folder, tmp_path / "plain", dtype="float32", allow_missing_contract=True)
+    assert report.constant == foreign.constant
+    home = [foreign.home(ids) - foreign.constant for ids in SEQUENCES]
+    assert scores_of_transformers(report.folder) == pytest.approx(home, abs=1e-5)
+    contract = ScoringContract.load(report.folder)
+    golden = [foreign.home(one.input_ids) - foreign.constant for one in contract.golden_scores]
+    assert len(golden) >= 3 and [one.score for one in contract.golden_scores] == pytest.approx(golden, abs=1e-5)
+    card = (report.folder / "README.md").read_text()
+    assert ("| lower than before, all alike, by | 0.75" in card) == bool(foreign.constant)
+
+
+def test_an_export_needs_to_be_told_that_there_is_no_contract(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(openrlhf, tiny_model, tmp_path / "model")
+    with pytest.raises(ModelError, match=r"a reward model without scoring_contract\.json.* --no_contract"):
+        export(foreign.folder, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_classifier_that_pads_with_eos_scores_as_transformers_and_is_not_exported(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    foreign = written(sequence_classifier, tiny_model, tmp_path / "model")
+    eos = json.loads((foreign.folder / "config.json").read_text())["eos_token_id"]
+    edit_config(foreign.folder, pad_token_id=eos)
+    assert scorer_of(foreign.folder).score_tokens([[*ids, eos] for ids in SEQUENCES]) == pytest.approx(
+        [foreign.home(ids) for ids in SEQUENCES], abs=1e-5
+    )
+    with pytest.raises(ModelError, match=r"its padding token is EOS.*Fix: score it as it is, with --no_contract"):
+        export(foreign.folder, tmp_path / "plain", allow_missing_contract=True)
+
+
+def test_mean_and_deviation_are_those_of_its_own_code(
+    tiny_model: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    safe_rlhf = scorer_of(written(beaver, tiny_model, tmp_path / "beaver").folder)
+    assert (safe_rlhf.contract.score_mean, safe_rlhf.contract.score_std) == (1.5, 2.0)
+    foreign = written(openrlhf, tiny_model, tmp_path / "openrlhf")
+    edit_config(foreign.folder, normalize_reward=True)
+    scorer = scorer_of(foreign.folder)
+    raw = scorer.score_tokens(SEQUENCES)
+    assert scorer.normalize(raw) == pytest.approx([(foreign.home(ids) - 0.5) / 2.0 for ids in SEQUENCES], abs=1e-5)
+    assert "config.json asks for normalised rewards" in messages.text
+
+
+def test_an_adapter_whose_base_has_moved_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(llama_factory_adapter, tiny_model, tmp_path / "model")
+    config = foreign.folder / "adapter_config.json"
+    for name, message in (
+        ("/gone/model", r"its base model '/gone/model' is not there"),
+        (None, r"names no base model"),
+    ):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+        with pytest.raises(ModelError, match=message):
+            scorer_of(foreign.folder)
+    (foreign.folder / "value_head.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds no reward head.*copy it beside the adapter"):
+        scorer_of(foreign.folder)
+
+
+def _tensors(width: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Names and shapes as in the published files, by the project's name in the table; widths are the tiny model's."""
+    gate = {"gating.layers.0.weight": torch.ones(8, width), "gating.logit_scale": torch.ones(1)}
+    matrix = {"reward_transform_matrix": torch.eye(19)}
+    return {
+        "ArmoRM": {**gate, **matrix, "regression_layer.weight": torch.ones(19, width)},
+        "QRM": {**gate, **matrix, "regression_layer.weight": torch.ones(19 * 5, width)},
+        "URM": {"score.weight": torch.ones(10, width), "weights.fc.0.weight": torch.ones(width, width)},
+        "LDL-Reward-Gemma": {
+            "regression_layer.network.0.weight": torch.ones(width, width),
+            "gating_layer.network.0.weight": torch.ones(width, width),
+        },
+        "InternLM2 reward models": {
+            "v_head.weight": torch.ones(1, width),
+            "model.tok_embeddings.weight": torch.ones(400, width),
+        },
+        "GRM": {"v_head.summary.0.weight": torch.ones(16, width), "v_head.summary.2.weight": torch.ones(1, 16)},
+        "INF-ORM, WorldPM, Qwen2.5-Math-RM and -PRM": {
+            "score.0.weight": torch.ones(width, width),
+            "score.2.weight": torch.ones(1, width),
+        },
+    }
+
+
+@pytest.mark.parametrize("head", UNREADABLE, ids=lambda head: head.projects)
+def test_heads_that_one_layer_can_not_stand_for_are_refused_by_name(
+    head: object, tiny_model: Path, tmp_path: Path
+) -> None:
+    projects = str(head.projects)  # type: ignore[attr-defined]
+    foreign = written(llama_factory, tiny_model, tmp_path / "model")
+    (foreign.folder / "value_head.safetensors").unlink()
+    add_tensors(foreign.folder, _tensors(width_of(tiny_model))[projects])
+    with pytest.raises(
+        ModelError, match=rf"a head that can't be used here \(.*, of the kind of {re.escape(projects)}:"
+    ):
+        scorer_of(foreign.folder)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"0": "LABEL_0", "1": "LABEL_1"}, {"0": "reward", "1": "score"}, {"0": "other", "7": "reward"}]
+)
+def test_two_labels_of_which_none_is_the_reward_are_refused(
+    labels: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    foreign = written(one_of_two_labels, tiny_model, tmp_path / "model")
+    edit_config(foreign.folder, id2label=labels)
+    with pytest.raises(ModelError, match=r'classifier with 2 outputs .*call it so in config\.json, e\.g\. "id2label"'):
+        scorer_of(foreign.folder)
+
+
+def test_a_token_whose_logit_can_not_be_the_reward_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(token_logit, tiny_model, tmp_path / "model")
+    for declared in (None, 0):
+        edit_config(foreign.folder, final_logit_softcapping=30.0, reward_token_id=declared)
+        with pytest.raises(ModelError, match=r"config\.json scales logits \(final_logit_softcapping\)"):
+            scorer_of(foreign.folder)
+    for declared in (400, "0", True):
+        edit_config(foreign.folder, final_logit_softcapping=None, reward_token_id=declared)
+        with pytest.raises(ModelError, match=rf"reward_token_id={declared!r}, but its language head has 400 rows"):
+            scorer_of(foreign.folder)
+    edit_config(foreign.folder, reward_token_id=None)
+    rows = torch.zeros(400, width_of(tiny_model))
+    rows[[9, 10]] = 1.0
+    add_tensors(foreign.folder, {"lm_head.weight": rows})
+    with pytest.raises(ModelError, match=r"zero for nearly all tokens.* but 2 rows are not zero"):
+        scorer_of(foreign.folder)
+
+
+def test_a_nemotron_reward_model_that_does_not_say_so_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(nemotron, tiny_model, tmp_path / "Llama-3.1-Nemotron-70B-Reward-HF")
+    edit_config(foreign.folder, reward_token_id=None)
+    for look in (scorer_of, lambda folder: head_to_start_from(str(folder))):
+        with pytest.raises(ModelError, match=r'NVIDIA.s Nemotron reward models.*Fix: write .*"reward_token_id": 0'):
+            look(foreign.folder)
+    edit_config(foreign.folder, reward_token_id=0)
+    assert scorer_of(foreign.folder).score_tokens(SEQUENCES) == pytest.approx(
+        [foreign.home(ids) for ids in SEQUENCES], abs=1e-5
+    )
+
+
+def test_the_page_names_every_layout() -> None:
+    page = PAGE.read_text()
+    assert [one.projects for one in READ if one.projects not in page] == []
+    assert [one.projects for one in UNREADABLE if one.projects not in page] == []
