@@ -6,8 +6,9 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rm_scale.commands import eval_columns
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.files import write_problem
 from rm_scale.logs import get_logger
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rm-scale eval`."""
     _add_models(parser)
     _add_data(parser)
+    eval_columns.add_arguments(parser)
     _add_results(parser)
     _add_scoring(parser)
 
@@ -122,13 +124,19 @@ def run(options: argparse.Namespace) -> int:
     wanted = _check(options, models)
     from rm_scale.evaluation.evaluate import Resampling, evaluate_all, gate_metrics
     from rm_scale.evaluation.requirements import check_names, gate_text, judge
-    from rm_scale.evaluation.score_models import score_models
     from rm_scale.reporting.evaluation.evaluation_summary import text_summary
 
-    request = _request(options, models, wanted)
-    if request.groups is not None:
-        request.groups.read_settings()
-    scored, benchmarks = score_models(request, _loader(options))
+    if options.score_column is not None:
+        scored, benchmarks = eval_columns.score(
+            options, _settings(options), _rejected_share(options), wanted, _loader(options)
+        )
+    else:
+        from rm_scale.evaluation.score_models import score_models
+
+        request = _request(options, models, wanted)
+        if request.groups is not None:
+            request.groups.read_settings()
+        scored, benchmarks = score_models(request, _loader(options))
     document = evaluate_all(scored, Resampling(options.num_resamples, options.seed), benchmarks)
     if wanted:
         metrics = gate_metrics(document)
@@ -161,7 +169,9 @@ def _check(options: argparse.Namespace, models: Sequence[EvaluatedModel]) -> lis
     from rm_scale.data.sources import local_sources
     from rm_scale.evaluation.requirements import read_requirements
 
-    problems = [*_model_problems(options), *_data_problems(options, models), *_result_problems(options)]
+    problems = [*eval_columns.problems(options), *_result_problems(options)]
+    if options.score_column is None:
+        problems = [*_model_problems(options), *_data_problems(options, models), *problems]
     for option, (least, most) in _RANGES.items():
         value = getattr(options, option)
         rule = range_rule(f"--{option}", value, least, most)
@@ -258,15 +268,23 @@ def _request(options: argparse.Namespace, models: Sequence[EvaluatedModel], want
     from rm_scale.evaluation.evaluation_groups import EvaluationGroups
     from rm_scale.evaluation.score_models import ScoringRequest
 
-    given = {name: getattr(options, option) for option, name in _READING_OPTIONS.items()}
-    settings = {name: value for name, value in given.items() if value is not None}
     groups = None
     if options.dataset_path or not options.benchmark:
-        groups = EvaluationGroups(options.dataset_path, _run_config_path(options), settings)
-    share = _DEFAULT_REJECTED_SHARE if options.max_rejected_share is None else options.max_rejected_share
+        groups = EvaluationGroups(options.dataset_path, _run_config_path(options), _settings(options))
+    share = _rejected_share(options)
     return ScoringRequest(
         models, groups, options.benchmark, options.benchmark_format, share, options.batch_size, wanted
     )
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the data that were given."""
+    given = {name: getattr(options, option) for option, name in _READING_OPTIONS.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _rejected_share(options: argparse.Namespace) -> float:
+    return _DEFAULT_REJECTED_SHARE if options.max_rejected_share is None else float(options.max_rejected_share)
 
 
 def _loader(options: argparse.Namespace) -> Callable[[Path], RewardScorer]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from rm_scale.data.formats import RESPONSE_LIST_COLUMNS, RowReader
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.sources import RawRows
+from rm_scale.data.text_keys import text_keys
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -128,7 +128,7 @@ def _require_few_responses(row: Any) -> None:
 
 
 def _used_record(index: int, group: PreferenceGroup, encoded: EncodedGroup) -> dict[str, Any]:
-    group_key = _hash([group.prompt, list(group.responses), group.tools])
+    prompt_key, group_key = text_keys(group)
     return {
         "input_ids": list(encoded.input_ids),
         "prompt_length": encoded.prompt_length,
@@ -140,8 +140,7 @@ def _used_record(index: int, group: PreferenceGroup, encoded: EncodedGroup) -> d
         "row": index,
         "num_tokens": encoded.num_tokens,
         "lengths": [len(ids) for ids in encoded.input_ids],
-        # Groups without a prompt share none: each counts as a prompt of its own.
-        "prompt_key": _hash([group.prompt, group.tools]) if group.prompt else group_key,
+        "prompt_key": prompt_key,
         "group_key": group_key,
         "reason": "",
         "detail": "",
@@ -162,8 +161,3 @@ def _rejected_record(index: int, rejected: RejectedRow) -> dict[str, Any]:
     }
     numbers = dict.fromkeys(("prompt_length", "num_tokens", "prompt_key", "group_key"), 0)
     return {**empty, **numbers, "row": index, "reason": rejected.reason, "detail": detail}
-
-
-def _hash(value: Any) -> int:
-    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)

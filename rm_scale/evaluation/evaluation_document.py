@@ -169,13 +169,25 @@ class Slice(Ratios):
 class DataUse(TypedDict):
     """What became of the input rows: `rows_read` = `rows_used` + the counts of `rejected`.
 
-    Each entry of `rejected` has `source`, `reason`, `meaning`, `count`, `first_rows` (indexes from 0).
+    Each entry of `rejected` has `source`, `reason`, `meaning`, `count`, `first_rows` (indexes from 0). Scores that were
+    read from columns have further keys.
+
+    Attributes:
+        read_as: which columns the scores and the labels are.
+        group_sizes: number of groups by their number of scores.
+        tied_rows: `count` and `first_rows` of the rows in which the scores of a compared pair are equal.
+        num_pairs_lost: pairs of the rows that can't be used; `accuracy_if_lost` counts them as wrong.
     """
 
     sources: list[str]
     rows_read: int
     rows_used: int
     rejected: list[dict[str, Any]]
+    read_as: NotRequired[str]
+    group_sizes: NotRequired[dict[str, int]]
+    tied_rows: NotRequired[dict[str, Any]]
+    num_pairs_lost: NotRequired[int]
+    accuracy_if_lost: NotRequired[float | None]
 
 
 class ModelEvaluation(Slice):

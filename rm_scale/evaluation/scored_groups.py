@@ -13,6 +13,7 @@ from rm_scale.data.rejected_rows import REJECTION_REASONS, RejectedRow
 from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks import Benchmark
 from rm_scale.evaluation.evaluation_document import DataUse
+from rm_scale.evaluation.scores_file import hash_text
 from rm_scale.inference.scoring.contract_scorer import ContractScorer
 from rm_scale.modeling.known_scores import KnownScores
 from rm_scale.training.pair_counts import ScoredGroup
@@ -129,14 +130,9 @@ def _scored(data: EvaluationData, place: int, row: dict[str, Any], rewards: list
         row,
         rewards,
         source=origins.names[origins.source[place]],
-        prompt=_name(origins.prompt[place]),
-        content=_name(origins.content[place]),
+        prompt=hash_text(origins.prompt[place]),
+        content=hash_text(origins.content[place]),
     )
-
-
-def _name(key: int) -> str:
-    """Return a 64-bit hash as text: JSON's numbers are not exact that far."""
-    return f"{int(key) & 0xFFFF_FFFF_FFFF_FFFF:016x}"
 
 
 def data_use(sources: Iterable[SourceReport]) -> DataUse:

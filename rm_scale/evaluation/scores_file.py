@@ -11,7 +11,13 @@ from rm_scale.errors import DataError
 from rm_scale.json_values import as_number, parse_json
 from rm_scale.training.pair_counts import ScoredGroup
 
+_FIRST_LINE = 1 << 20
 _FIX = "Fix: give an evaluation_scores.jsonl that training or rm-scale eval wrote."
+
+
+def hash_text(key: int) -> str:
+    """Return a 64-bit hash as text: JSON's numbers are not exact that far."""
+    return f"{int(key) & 0xFFFF_FFFF_FFFF_FFFF:016x}"
 
 
 def score_lines(groups: Iterable[ScoredGroup]) -> str:
@@ -35,6 +41,16 @@ def _as_row(group: ScoredGroup) -> dict[str, Any]:
         "content": group.content,
     }
     return row | {name: value for name, value in further.items() if value not in (None, "", [])}
+
+
+def is_scores_file(path: Path) -> bool:
+    """Tell whether the first line of a file is a group as `score_lines` writes it."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            row = parse_json(stream.readline(_FIRST_LINE))
+    except (OSError, ValueError):
+        return False
+    return isinstance(row, dict) and isinstance(row.get("ranks"), list) and isinstance(row.get("rewards"), list)
 
 
 def read_scores(path: Path) -> list[ScoredGroup]:

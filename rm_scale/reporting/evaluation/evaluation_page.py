@@ -9,6 +9,7 @@ from typing import Any
 from rm_scale.reporting.bar_charts import Bar, bars
 from rm_scale.reporting.chart_parts import Axis
 from rm_scale.reporting.charts import Series, histogram, lines
+from rm_scale.reporting.evaluation.evaluation_summary import column_lines
 from rm_scale.reporting.page import Mark, Page, interval, number
 
 Part = Mapping[str, Any]
@@ -312,6 +313,8 @@ def _data(page: Page, model: Part) -> None:
         return
     page.section(f"Data read for {model['name']}")
     page.paragraph(f"{number(data['rows_used'])} of {number(data['rows_read'])} rows of {', '.join(data['sources'])}.")
+    for line in column_lines(data):
+        page.paragraph(line)
     if data["rejected"]:
         page.table(
             ["not used", "rows", "first", "meaning"],

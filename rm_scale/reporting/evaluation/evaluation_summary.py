@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rm_scale.evaluation.evaluation_document import Comparison, EvaluationDocument, ModelEvaluation, Slice
+from rm_scale.evaluation.evaluation_document import Comparison, DataUse, EvaluationDocument, ModelEvaluation, Slice
 from rm_scale.evaluation.final_evaluation import results_table
 from rm_scale.evaluation.requirements import gate_text
 from rm_scale.texts import one_line, printable
@@ -49,11 +49,35 @@ def _model_lines(model: ModelEvaluation) -> list[str]:
     lines += [_calibration_line(model), _length_line(model)]
     data = model["data"]
     if data is not None:
+        lines += column_lines(data)
         lines += [
-            f"rows not used: {entry['source']}: {entry['reason']} {entry['count']}: {entry['meaning']}"
+            f"rows not used: {entry['source']}: {entry['reason']} {entry['count']} (rows {_first(entry)}): "
+            f"{entry['meaning']}"
             for entry in data["rejected"]
         ]
     return lines
+
+
+def column_lines(data: DataUse) -> list[str]:
+    """Return how scores were read from columns; nothing where a model computed them."""
+    if "read_as" not in data:
+        return []
+    sizes = ", ".join(f"{count:,} of {size}" for size, count in data["group_sizes"].items())
+    lines = [f"read: {data['read_as']}; groups by their number of scores: {sizes}"]
+    tied = data["tied_rows"]
+    if tied["count"]:
+        lines.append(f"equal scores, which count as wrong: in {tied['count']:,} rows ({_first(tied)})")
+    if data["num_pairs_lost"]:
+        lines.append(
+            f"with the {data['num_pairs_lost']:,} pairs of rows that can't be used counted as wrong, accuracy is "
+            f"{number(data['accuracy_if_lost'])}"
+        )
+    return lines
+
+
+def _first(entry: Mapping[str, Any]) -> str:
+    shown = ", ".join(map(str, entry["first_rows"]))
+    return f"{shown}, ..." if entry["count"] > len(entry["first_rows"]) else shown
 
 
 def _calibration_line(part: Slice) -> str:
@@ -285,6 +309,7 @@ def _rows_table(model: ModelEvaluation) -> str:
     said = (
         f"{data['rows_read']:,} rows read from {', '.join(map(escape, data['sources']))}, {data['rows_used']:,} used."
     )
+    said = "\n\n".join([said, *map(escape, column_lines(data))])
     return f"{said}\n\n{table(['source', 'not used', 'rows', 'why'], rows)}" if rows else said
 
 
