@@ -201,9 +201,15 @@ class RunConfig(BaseModel):
         Group.OPTIMISATION, -1, "Optimizer steps; overrides num_train_epochs when positive.", le=MOST_STEPS
     )
     lr_scheduler_type: str = _setting(Group.OPTIMISATION, "linear", "transformers' schedule name.")
+    lr_scheduler_kwargs: dict[str, Any] | None = _setting(
+        Group.OPTIMISATION, None, "Arguments of the schedule, as {min_lr_rate: 0.1} of cosine_with_min_lr."
+    )
     warmup_steps: int | None = _setting(Group.OPTIMISATION, None, "Warm-up in optimizer steps.", ge=0, le=MOST_STEPS)
     warmup_ratio: float = _setting(Group.OPTIMISATION, 0.03, "Warm-up as a share of all steps.", ge=0, lt=1)
     optim: str = _setting(Group.OPTIMISATION, "adamw_torch", "transformers' optimizer name.")
+    optim_args: str | None = _setting(
+        Group.OPTIMISATION, None, "Arguments of optimizers other than AdamW, as momentum=0.9,nesterov=true of sgd."
+    )
     weight_decay: float = _setting(
         Group.OPTIMISATION, 0.0, "AdamW weight decay (biases and norms excepted).", ge=0, le=1000
     )
@@ -318,6 +324,9 @@ class RunConfig(BaseModel):
         None,
         "Metric of the evaluations while training whose best checkpoint is kept too: accuracy, loss.",
     )
+    greater_is_better: bool | None = _setting(
+        Group.SAVING, None, "Whether that metric's largest value is the best. Follows from it, and is only compared."
+    )
     save_only_model: bool = _setting(
         Group.SAVING, False, "Periodic checkpoints without optimizer state: smaller, can't be resumed."
     )
@@ -397,6 +406,7 @@ RESUME_FACTS = (
     "tie_policy",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "warmup_ratio",
     "weight_decay",
@@ -405,6 +415,7 @@ RESUME_FACTS = (
     "adam_epsilon",
     "max_grad_norm",
     "optim",
+    "optim_args",
     "compute_dtype",
     "disable_dropout",
     "shuffle_train",

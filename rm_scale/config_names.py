@@ -10,8 +10,7 @@ SCHEDULES: tuple[str, ...] = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 )
-# Need arguments that are no settings here (lr_scheduler_kwargs, optim_target_modules).
-SCHEDULES_WITH_ARGUMENTS: tuple[str, ...] = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+# Need arguments that are no settings here (optim_target_modules).
 OPTIMIZERS_WITH_ARGUMENTS = ("galore_", "apollo_")  # how their names begin
 # Follow the loss of the evaluations, not the number of steps.
 SCHEDULES_BY_LOSS: tuple[str, ...] = ("reduce_lr_on_plateau", "greedy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pydantic import ValidationError
 
 from rm_scale.config import RunConfig
 from rm_scale.config_rules import conflicts, unknown_key_problem
+from rm_scale.config_schedules import number_in
+from rm_scale.config_trl import translate
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.files import user_path
 from rm_scale.texts import has_surrogates, one_line
@@ -129,6 +132,8 @@ def _validate(values: dict[str, Any], problems: list[str], source: str | None) -
     known = RunConfig.model_fields
     problems = list(problems)
     where = f" (in {source})" if source else ""
+    values, refused = translate(values, where)
+    problems += refused
     for name in [name for name in values if name not in known]:
         problems.append(unknown_key_problem(name, known, where))
         del values[name]
@@ -165,7 +170,21 @@ def _normalise(name: str, value: Any) -> Any:
             return None if optional else []
         if isinstance(value, str):
             value = [] if value.lower() == "none" else [value]
+    if annotation == dict[str, Any] | None:
+        return _mapping(value)
     return _at_home(value) if name in _PATHS else value
+
+
+def _mapping(value: Any) -> Any:
+    """Read a mapping from JSON, as which flags have it, and its numbers from text, as which YAML has 1e-6."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if not isinstance(value, dict):
+        return value
+    return {key: number_in(item) if isinstance(item, str) else item for key, item in value.items()}
 
 
 # What may begin with "~". The shell leaves it as it is in a YAML file and in `--output_dir=~/run`.

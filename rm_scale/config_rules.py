@@ -21,21 +21,9 @@ from rm_scale.config_names import (
     OPTIMIZERS_WITH_ARGUMENTS,
     SCHEDULES,
     SCHEDULES_BY_LOSS,
-    SCHEDULES_WITH_ARGUMENTS,
 )
+from rm_scale.config_schedules import optimizer_problems, schedule_problems
 from rm_scale.texts import did_you_mean
-
-# Settings that TRL or transformers know and we refuse on purpose, with the reason.
-REFUSED_FIELDS = {
-    "load_in_8bit": "8-bit weights train wrongly under ZeRO-3 (bitsandbytes#1451). Fix: use load_in_4bit (QLoRA, NF4)",
-    "lora_task_type": "a reward model always uses SEQ_CLS, or its head is lost. Fix: leave it out",
-    "group_by_length": "TRL 1.16 raises on it for preference data. Fix: leave it out",
-    "push_to_hub": "nothing is pushed from a training run. Fix: leave it out and upload the finished folder yourself",
-    "hub_token": "tokens are read from the environment only. Fix: set HF_TOKEN",
-    "auto_find_batch_size": "ZeRO-3 can't change its batch size in a run. Fix: set per_device_train_batch_size",
-    "padding_side": "rows are padded on the right, where the last real token is found by its index. Fix: leave it out",
-    "compute_metrics": "evaluation is exact and built in. Fix: leave it out",
-}
 
 
 @dataclass(frozen=True)
@@ -240,15 +228,27 @@ RULES = (
             )
         ),
     ),
-    # --- Schedule and optimizer
     Rule(
-        "schedule_without_arguments",
-        lambda c: c.lr_scheduler_type in SCHEDULES_WITH_ARGUMENTS,
+        "greater_is_better_needs_a_metric",
+        lambda c: c.greater_is_better is not None and c.metric_for_best_model is None,
         lambda c: (
-            f"lr_scheduler_type={c.lr_scheduler_type}: needs arguments (lr_scheduler_kwargs), which are no setting "
-            "here. Fix: use cosine, linear or constant_with_warmup."
+            f"greater_is_better={c.greater_is_better} without metric_for_best_model: there is nothing to compare. Fix: "
+            "leave it out, or set metric_for_best_model: accuracy."
         ),
     ),
+    Rule(
+        "greater_is_better_as_the_metric_says",
+        lambda c: (
+            c.greater_is_better is not None
+            and c.metric_for_best_model is not None
+            and c.greater_is_better == (_without_prefix(c.metric_for_best_model) == "loss")
+        ),
+        lambda c: (
+            f"greater_is_better={c.greater_is_better} with metric_for_best_model={c.metric_for_best_model}: the best "
+            f"is its {'smallest' if c.greater_is_better else 'largest'} value. Fix: leave greater_is_better out."
+        ),
+    ),
+    # --- Schedule and optimizer
     Rule(
         "schedule_by_loss_needs_evaluations",
         lambda c: c.lr_scheduler_type in SCHEDULES_BY_LOSS and c.eval_strategy == "no",
@@ -338,6 +338,10 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
     for setting, values in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS), ("report_to", LOGGERS)):
         if setting not in broken:
             found += _unknown_values(setting, getattr(config, setting), values)
+    if not {"lr_scheduler_type", "lr_scheduler_kwargs"} & broken and config.lr_scheduler_type in SCHEDULES:
+        found += schedule_problems(config.lr_scheduler_type, config.lr_scheduler_kwargs)
+    if not {"optim", "optim_args"} & broken and config.optim in OPTIMIZERS:
+        found += optimizer_problems(config.optim, config.optim_args)
     if "attn_implementation" not in broken and config.attn_implementation is not None:
         # "owner/name" is a kernel on the hub, which only the hub can judge.
         found += _unknown_values(
@@ -361,15 +365,13 @@ def _unknown_values(setting: str, value: str | list[str], known: Iterable[str]) 
 
 
 def unknown_key_problem(name: str, known: Iterable[str], where: str = "") -> str:
-    """Return the problem of a name nobody knows, with the reason why it is refused or the nearest known name.
+    """Return the problem of a name nobody knows, with the nearest known name.
 
     Args:
         name: what was written.
         known: the names to choose from.
         where: added after the name, e.g. " (in run.yaml)".
     """
-    if name in REFUSED_FIELDS:
-        return f"{name}{where}: {REFUSED_FIELDS[name]}."
     nearest = _nearest(name, known)
     hint = f"did you mean {nearest}?" if nearest else "run with --help for the list of settings."
     return f"{name}{where}: no such setting. Fix: {hint}"

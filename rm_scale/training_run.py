@@ -40,7 +40,7 @@ from rm_scale.output_lock import writing_alone
 from rm_scale.planning.estimate import Estimate, estimate
 from rm_scale.planning.group_lengths import GroupLengths, LengthMix
 from rm_scale.planning.hardware import device_of_run
-from rm_scale.planning.plan import Plan, fit_budget, require_output_dir
+from rm_scale.planning.plan import Plan, check_schedule, fit_budget, require_output_dir
 from rm_scale.planning.run_estimate import scenario_of_run
 from rm_scale.planning.shape import ModelShape
 from rm_scale.reporting.run.model_card import write_model_card
@@ -144,6 +144,9 @@ def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
     plan = plan.with_data(len(data.train), len(data.eval) if data.eval is not None else 0, config.max_steps)
     with agreed_errors():
         plan = fit_budget(plan, config, int(_group_tokens(plan, data).max()))
+    problems = check_schedule(plan, config)
+    if problems:
+        raise ConfigError(problems)
     plan = _reduce_once_if_it_fits(config, plan, data)
     for line in plan.summary().splitlines():
         logger.info(line)

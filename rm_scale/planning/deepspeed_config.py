@@ -9,6 +9,7 @@ from typing import Any
 
 from rm_scale.config import RunConfig
 from rm_scale.errors import ConfigError
+from rm_scale.planning.optimizer_choice import OFFLOADED_OPTIMIZERS
 from rm_scale.texts import did_you_mean
 
 # What DeepSpeed 0.19 reads; a test compares the second list with the installed version's.
@@ -280,10 +281,16 @@ def check_deepspeed_config(values: dict[str, Any], config: RunConfig, world_size
             "weights, which ZeRO-3 "
             "has sharded. Fix: use deepspeed: zero2, or LoRA without DoRA."
         )
-    if "8bit" in config.optim and offload_device(values) != "none":
+    if offload_device(values) != "none" and config.optim not in OFFLOADED_OPTIMIZERS:
         problems.append(
-            f"optim={config.optim} with {where}: DeepSpeed silently swaps an 8-bit optimizer for another when it is "
-            "offloaded. Fix: use optim: adamw_torch."
+            f"optim={config.optim} with {where}: DeepSpeed silently swaps it for an Adam of its own when optimizer "
+            f"state is offloaded. Fix: use optim: adamw_torch ({', '.join(OFFLOADED_OPTIMIZERS[1:])} stay what they "
+            "are too)."
+        )
+    elif offload_device(values) != "none" and config.optim_args is not None:
+        problems.append(
+            f"optim_args={config.optim_args!r} with {where}: DeepSpeed's own {config.optim}, which runs where "
+            "optimizer state is offloaded, takes none. Fix: leave optim_args out."
         )
     if stage not in {0, 1, 2, 3}:
         problems.append(f"{where}: zero_optimization.stage={stage}. The stage is 0, 1, 2 or 3. Fix: correct the file.")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from rm_scale.config import RunConfig
 
 FUSED = "adamw_torch_fused"
+OFFLOADED_OPTIMIZERS = ("adamw_torch", FUSED, "adagrad", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit")
+"""Of these DeepSpeed has a version of its own for state on the host; in place of all others it would take its Adam
+(`map_pytorch_optim_to_deepspeed` of accelerate)."""
 
 
 def optimizer_that_runs(config: RunConfig, device: str, uses_deepspeed: bool, offload: str) -> tuple[str, str | None]:

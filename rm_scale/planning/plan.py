@@ -12,6 +12,7 @@ import yaml
 
 from rm_scale.config import LAUNCH_FIELDS, RunConfig
 from rm_scale.config_parsing import ParsedConfig
+from rm_scale.config_schedules import rate_problems
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.planning.deepspeed_config import check_deepspeed_config, offload_device, read_deepspeed_config, zero_stage
 from rm_scale.planning.hardware import read_devices
@@ -210,7 +211,11 @@ def make_plan(
     if problems:
         raise _met_by_node(problems)
     assert shape is not None and model is not None
-    return _resolve(config, shape, model, values, world_size, device)
+    plan = _resolve(config, shape, model, values, world_size, device)
+    problems = check_schedule(plan, config)
+    if problems:
+        raise _met_by_node(problems)
+    return plan
 
 
 def _met_by_node(problems: list[str]) -> ConfigError:
@@ -307,6 +312,23 @@ def _weight_dtype(config: RunConfig, compute: str, uses_deepspeed: bool) -> str:
     if config.method == "full" and not uses_deepspeed:
         return "float32"
     return compute
+
+
+def check_schedule(plan: Plan, config: RunConfig) -> list[str]:
+    """Check the schedule's arguments against the learning rate and, once they are known, the run's steps.
+
+    Args:
+        plan: the plan so far.
+        config: what was asked.
+    """
+    steps = plan.total_steps if plan.total_steps is not None else config.max_steps if config.max_steps > 0 else None
+    warmup = warmup_steps(config, steps or 0)
+    return rate_problems(config.lr_scheduler_type, config.lr_scheduler_kwargs, plan.learning_rate, steps, warmup)
+
+
+def warmup_steps(config: RunConfig, total_steps: int) -> int:
+    """Return the optimizer steps of the warm-up, of a run with so many steps."""
+    return config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
 
 
 def fit_budget(plan: Plan, config: RunConfig, longest_group: int) -> Plan:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from rm_scale.config import RunConfig
+from rm_scale.config_schedules import read_optim_args
 from rm_scale.planning.group_lengths import LengthMix
 from rm_scale.planning.hardware import Device
 from rm_scale.planning.plan import Plan
@@ -68,7 +69,7 @@ def scenario_of_run(
         packed=plan.max_tokens_per_device is not None,
         attention=_attention(config, device),
         fused=config.use_liger_kernel or config.torch_compile,
-        optimizer_bytes=optimizer_bytes(config.optim),
+        optimizer_bytes=optimizer_bytes(config.optim, config.optim_args or ""),
         buckets=buckets(zero, shape.hidden_size),
     )
 
@@ -83,15 +84,22 @@ def _attention(config: RunConfig, device: Device) -> str:
     return config.packed_attention
 
 
-def optimizer_bytes(name: str) -> float:
-    """Return the bytes of optimizer state per weight, by transformers' name of the optimizer."""
+def optimizer_bytes(name: str, arguments: str = "") -> float:
+    """Return the bytes of optimizer state per weight.
+
+    Args:
+        name: transformers' name of the optimizer.
+        arguments: its `optim_args`; a momentum and a centred mean are kept per weight.
+    """
     if "8bit" in name:
         return 2.0 if "adam" in name else 1.0
+    given = read_optim_args(arguments) if arguments else {}
+    more = 4.0 * sum(bool(given.get(argument)) for argument in ("momentum", "centered"))
     if name.startswith("sgd"):
-        return 0.0
+        return more
     if "adafactor" in name:
         return 0.1
-    return 4.0 if "lion" in name or name == "rmsprop" else 8.0
+    return 4.0 + more if "lion" in name or name in {"rmsprop", "adagrad"} else 8.0
 
 
 def buckets(zero: dict[str, Any], hidden_size: int) -> Buckets:

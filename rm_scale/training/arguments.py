@@ -12,12 +12,13 @@ from trl import RewardConfig
 from rm_scale.config import RunConfig
 from rm_scale.planning.deepspeed_config import engine_config
 from rm_scale.planning.optimizer_choice import optimizer_that_runs
-from rm_scale.planning.plan import Plan
+from rm_scale.planning.plan import Plan, warmup_steps
 
 _SAME_NAME = (
     "output_dir",
     "max_steps",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -59,17 +60,18 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         unset_hf_deepspeed_config()
     values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_NAME}
     optim, _ = optimizer_that_runs(config, plan.device, plan.deepspeed_config is not None, plan.offload)
-    warmup = config.warmup_steps if config.warmup_steps is not None else _warmup_steps(config, plan)
+    assert plan.total_steps is not None
     return RewardConfig(
         **values,
         optim=optim,
+        optim_args=config.optim_args,
         learning_rate=plan.learning_rate,
         num_train_epochs=plan.num_train_epochs,
         # To transformers' loop and to DeepSpeed a step is one batch: the trainer runs its micro-batches itself.
         per_device_train_batch_size=math.ceil(plan.global_batch_size / plan.world_size),
         per_device_eval_batch_size=plan.per_device_eval_batch_size,
         gradient_accumulation_steps=1,
-        warmup_steps=warmup,
+        warmup_steps=warmup_steps(config, plan.total_steps),
         run_name=config.run_name or Path(config.output_dir).name,
         deepspeed=engine_config(plan.deepspeed_config, plan.reduces_once),
         use_cpu=plan.device == "cpu",
@@ -85,11 +87,6 @@ def training_arguments(config: RunConfig, plan: Plan) -> RewardConfig:
         push_to_hub=False,
         # greater_is_better follows from the metric: losses are better when smaller, every other metric when larger.
     )
-
-
-def _warmup_steps(config: RunConfig, plan: Plan) -> int:
-    assert plan.total_steps is not None
-    return round(config.warmup_ratio * plan.total_steps)
 
 
 def _checkpointing(config: RunConfig, plan: Plan) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ from rm_scale.config_names import (
     OPTIMIZERS,
     SCHEDULES,
     SCHEDULES_BY_LOSS,
-    SCHEDULES_WITH_ARGUMENTS,
 )
 from rm_scale.config_parsing import config_from_dict
 from rm_scale.config_rules import RULES, Rule, conflicts
@@ -103,10 +102,15 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "metric_for_best_model",
         "metric_for_best_model=eval_acuracy: no evaluation measures it. Fix: did you mean accuracy?",
     ),
-    "schedule_without_arguments": (
-        {"lr_scheduler_type": "cosine_with_min_lr"},
-        "lr_scheduler_type",
-        "needs arguments (lr_scheduler_kwargs), which are no setting here",
+    "greater_is_better_needs_a_metric": (
+        {"greater_is_better": True},
+        "greater_is_better",
+        "greater_is_better=True without metric_for_best_model",
+    ),
+    "greater_is_better_as_the_metric_says": (
+        {**EVALUATED, "eval_strategy": "epoch", "metric_for_best_model": "eval_loss", "greater_is_better": True},
+        "greater_is_better",
+        "the best is its smallest value",
     ),
     "schedule_by_loss_needs_evaluations": (
         {"lr_scheduler_type": "reduce_lr_on_plateau"},
@@ -181,7 +185,7 @@ def test_names_are_those_of_transformers() -> None:
     assert set(OPTIMIZERS) == {one.value for one in OptimizerNames}
     theirs = {name for name in ALL_ATTENTION_FUNCTIONS._global_mapping if not name.startswith("rm_scale_")}
     assert set(ATTENTIONS) == {*theirs, "eager"}
-    assert set(SCHEDULES) > {*SCHEDULES_WITH_ARGUMENTS, *SCHEDULES_BY_LOSS}
+    assert set(SCHEDULES) > set(SCHEDULES_BY_LOSS)
     assert set(LOGGERS) == {*INTEGRATION_TO_CALLBACK, "all", "none"}
 
 

@@ -23,6 +23,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Data flows one way: a package imports itself and those before it.
 PACKAGES = (
     "config_names",
+    "config_schedules",
+    "config_trl",
     "config",
     "config_rules",
     "config_parsing",

@@ -214,7 +214,7 @@ def test_deepspeed_file_has_known_keys_and_kinds(
 def test_rules_look_into_the_file_and_not_at_its_name(model: Path, data: Path) -> None:
     file = model / "mine.json"
     file.write_text(find_deepspeed_config("zero3_offload").read_text())
-    with pytest.raises(ConfigError, match="silently swaps an 8-bit optimizer"):
+    with pytest.raises(ConfigError, match="silently swaps it for an Adam of its own"):
         plan(model, data, deepspeed=str(file), optim="paged_adamw_8bit")
     with pytest.raises(ConfigError, match="DoRA must read whole 4-bit weights"):
         plan(model, data, deepspeed=str(file), use_peft=True, load_in_4bit=True, use_dora=True)

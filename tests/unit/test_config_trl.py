@@ -1,0 +1,146 @@
+"""Every setting of the installed TRL is a setting here, another name of one, accepted as it is done, or refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rm_scale.config import RunConfig
+from rm_scale.config_parsing import ParsedConfig, config_from_dict, parse_config
+from rm_scale.config_trl import DIFFERENT_DEFAULTS, FIXED, RENAMED, SAME_MEANING
+
+BASE: dict[str, Any] = {"model_name_or_path": "m", "dataset_path": ["d.jsonl"]}
+OTHER_VALUES = ("true", "false", "none", "7", "something_else")
+
+
+def settings_tables() -> ModuleType:
+    file = Path(__file__).resolve().parents[2] / "tools" / "settings_tables.py"
+    spec = importlib.util.spec_from_file_location("settings_tables", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parsed(**settings: Any) -> ParsedConfig:
+    return config_from_dict({**BASE, **settings})
+
+
+@pytest.mark.parametrize("name", settings_tables().trl_defaults())
+def test_every_name_of_the_installed_trl_has_an_answer(name: str) -> None:
+    """A name that is new in TRL: make it a setting, or add a line to rm_scale/config_trl.py."""
+    assert [name in table for table in (RunConfig.model_fields, RENAMED, FIXED)].count(True) == 1, (
+        f"{name}: TRL has this setting, and rm_scale/config_trl.py does not say what becomes of it"
+    )
+
+
+def test_other_names_are_those_of_settings() -> None:
+    assert [ours for ours in RENAMED.values() if ours not in RunConfig.model_fields] == []
+    assert not {*RENAMED, *FIXED} & set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_run_does_anyway_is_accepted_and_all_else_refused_with_a_reason(name: str) -> None:
+    fixed = FIXED[name]
+    for value in fixed.accepted:
+        typed = {"true": True, "false": False, "none": None, "empty": []}.get(value, value)
+        assert parsed(**{name: typed}).problems == (), value
+        if value != "empty":
+            flags = ["--model_name_or_path", "m", "--dataset_path", "d.jsonl", f"--{name}", value]
+            assert parse_config(flags).problems == (), value
+    refused = [value for value in OTHER_VALUES if value not in fixed.accepted]
+    assert refused
+    for value in refused:
+        (problem,) = parsed(**{name: value}).problems
+        assert problem.startswith(f"{name}: {fixed.reason}")
+        assert problem.endswith(f". Fix: {fixed.instead}.")
+        assert "did you mean" not in problem
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_settings_to_use_instead_exist(name: str) -> None:
+    """Words with an underscore in a fix are settings, commands or functions that exist."""
+    others = {"CUDA_VISIBLE_DEVICES", "WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "TENSORBOARD_LOGGING_DIR", "HF_TOKEN"}
+    others |= {"adamw_8bit", "zero3_offload", "docs/data_formats", "--auto_batch", "output_dir"}
+    words = [word.strip(",.:()=") for word in FIXED[name].instead.replace(".md", "").split()]
+    named = {word for word in words if "_" in word}
+    assert named <= {*RunConfig.model_fields, *others}, named
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        ({"activation_checkpointing": False}, "gradient_checkpointing", False),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs", None),
+        ({"full_determinism": True}, "deterministic", True),
+        ({"test_split_size": 0.2}, "eval_split_size", 0.2),
+        ({"warmup_steps": 0.1}, "warmup_ratio", 0.1),
+        ({"warmup_steps": "0.1"}, "warmup_ratio", 0.1),
+        ({"warmup_steps": 5}, "warmup_steps", 5),
+        ({"train_sampling_strategy": "sequential"}, "shuffle_train", False),
+        ({"train_sampling_strategy": "random"}, "shuffle_train", True),
+        ({"pad_to_multiple_of": None}, "pad_to_multiple_of", 1),
+        ({"pad_to_multiple_of": "auto"}, "pad_to_multiple_of", 1),
+        ({"pad_to_multiple_of": 16}, "pad_to_multiple_of", 16),
+    ],
+)
+def test_other_names_and_values_mean_what_they_mean_in_trl(settings: dict[str, Any], name: str, value: Any) -> None:
+    result = parsed(**settings)
+    assert result.problems == ()
+    given = next(iter(settings.values()))
+    assert getattr(result.config, name) == (given if value is None else value)
+    assert name in result.given
+
+
+def test_one_setting_under_two_names_is_refused() -> None:
+    (problem,) = parsed(activation_checkpointing=True, gradient_checkpointing=True).problems
+    assert problem == (
+        "activation_checkpointing: is another name of gradient_checkpointing, which is given too. Fix: keep one of "
+        "them."
+    )
+
+
+def test_a_refusal_names_the_file_and_tells_no_secret(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: m\ndataset_path: d.jsonl\nhub_token: hf_secret\nuse_cpu: true\n")
+    found = parse_config(["--config", str(file)]).problems
+    assert [text.split(" (in ")[0] for text in found] == ["hub_token", "use_cpu"]
+    assert "hf_secret" not in "".join(found)
+    assert all(str(file) in text for text in found)
+
+
+def test_our_defaults_can_be_written_out() -> None:
+    """No default of a setting is read as something else of TRL's."""
+    fields = RunConfig.model_fields
+    values = {name: info.get_default(call_default_factory=True) for name, info in fields.items()}
+    values |= BASE
+    assert parsed(**values).config.model_dump() == parsed().config.model_dump()
+    assert typing.get_type_hints(RunConfig)  # every annotation resolves
+
+
+def test_every_default_is_trls_or_told_to_differ() -> None:
+    """A default that changes in TRL or here: say why in DIFFERENT_DEFAULTS, or follow."""
+    fields = RunConfig.model_fields
+    ours = {name: info.get_default(call_default_factory=True) for name, info in fields.items()}
+    theirs = settings_tables().trl_defaults()
+    for name, default in theirs.items():
+        if name in fields and name not in SAME_MEANING:
+            is_equal = ours[name] == getattr(default, "value", default)
+            assert is_equal or name in DIFFERENT_DEFAULTS, f"{name}: {default!r} in TRL, {ours[name]!r} here"
+        elif name in FIXED:
+            assert parsed(**{name: default}).problems == () or name in DIFFERENT_DEFAULTS, (
+                f"{name}: {default!r} in TRL is refused here"
+            )
+    assert set(DIFFERENT_DEFAULTS) <= set(theirs)
+
+
+def test_the_tables_of_the_settings_page_are_those_of_the_installed_trl() -> None:
+    """Run tools/settings_tables.py when this fails."""
+    module = settings_tables()
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert page.partition(module.TRL_BEGIN)[2].partition(module.TRL_END)[0].strip() == module.trl_tables()
