@@ -23,12 +23,13 @@ from rm_scale.texts import typed_line
 
 ONNX_FILE = "model.onnx"
 INPUTS = ("input_ids", "attention_mask")
-OUTPUT = "scores"
+OUTPUT = "logits"
+"""As transformers' classifiers call it, and as TEI looks it up: shape (batch, 1)."""
 _OPSET = 18
 
 
 class _Scores(torch.nn.Module):
-    """Token ids `(N, T)` and attention mask `(N, T)`, padded on the right, to scores `(N,)`."""
+    """Token ids `(N, T)` and attention mask `(N, T)`, padded on the right, to raw scores `(N, 1)`."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class _Scores(torch.nn.Module):
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         last = attention_mask.sum(dim=1) - 1
         picked = hidden[torch.arange(input_ids.shape[0]), last]
-        scores: torch.Tensor = self.head(picked.float())[:, 0]
+        scores: torch.Tensor = self.head(picked.float())
         return scores
 
 
@@ -125,8 +126,8 @@ def _compare(scores: _Scores, examples: Sequence[list[int]], pad_token_id: int, 
     for batch in (*([ids] for ids in examples), examples, [ids[: (len(ids) + 1) // 2] for ids in examples]):
         padded = pad_right(batch, pad_token_id)
         with torch.no_grad():
-            expected = scores(*(padded[name] for name in INPUTS)).tolist()
-        found = session.run([OUTPUT], {name: padded[name].numpy() for name in INPUTS})[0].tolist()
+            expected = scores(*(padded[name] for name in INPUTS))[:, 0].tolist()
+        found = session.run([OUTPUT], {name: padded[name].numpy() for name in INPUTS})[0][:, 0].tolist()
         differences = [abs(one - other) for one, other in zip(expected, found, strict=True)]
         worst = max([worst, *(float("inf") if difference != difference else difference for difference in differences)])
         scale = max([scale, *map(abs, expected)])

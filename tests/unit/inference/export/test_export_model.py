@@ -173,10 +173,12 @@ def test_onnx_runtime_scores_batches_of_any_shape(with_onnx: Path) -> None:
     prompts = ["What is 2 + 2?", "", "Name a colour.", "x" * 200]
     completions = [" 4", "Just a text, of many more words than the others have.", " 🟥 rouge", ""]
     ids = [scorer.encoder.encode_one(p, c) for p, c in zip(prompts, completions, strict=True)]
+    assert [(output.name, output.shape[1:]) for output in session.get_outputs()] == [("logits", [1])]
     for size in (1, 2, 4):
         padded = pad_right(ids[-size:], scorer.contract.pad_token_id)
-        (found,) = session.run(["scores"], {name: padded[name].numpy() for name in ("input_ids", "attention_mask")})
-        assert found.tolist() == pytest.approx(scorer.score(prompts[-size:], completions[-size:]), abs=1e-4)
+        (found,) = session.run(["logits"], {name: padded[name].numpy() for name in ("input_ids", "attention_mask")})
+        assert found.shape == (size, 1)
+        assert found[:, 0].tolist() == pytest.approx(scorer.score(prompts[-size:], completions[-size:]), abs=1e-4)
 
 
 @pytest.mark.long
