@@ -49,7 +49,16 @@ _RANGES = {
     "seed": (0, 2**32 - 1),
 }
 FORMATS = ("auto", "explicit_prompt", "implicit_prompt", "conversational", "hh_text", "ranked", "soft_label")
-BENCHMARK_FORMATS = ("auto", "rewardbench", "rewardbench2", "rm_bench")
+BENCHMARK_FORMATS = (
+    "auto",
+    "rewardbench",
+    "rewardbench2",
+    "rewardbench2-0.1.4",
+    "rm_bench",
+    "judgebench",
+    "llmbar",
+    "ppe",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

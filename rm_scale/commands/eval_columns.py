@@ -67,7 +67,7 @@ def score(
         wanted: requirements.
         load: loads the model in a folder.
     """
-    from rm_scale.evaluation.judge_columns import ColumnJudgement, judge_columns
+    from rm_scale.evaluation.judge_columns import ColumnJudgement, judge_columns, judge_scored_benchmarks
 
     request = _request(options, max_rejected_share)
     scored: list[ScoredModel] = []
@@ -76,7 +76,14 @@ def score(
         data = {**settings, **({"ignore_columns": ignored} if ignored else {})}
         asked = ColumnJudgement(options.dataset_path, request, options.compare, data, options.batch_size, wanted)
         scored = judge_columns(asked, load)
-    return scored, {}
+    benchmarks: dict[str, dict[str, dict[str, Any]]] = {}
+    if options.benchmark:
+        found = judge_scored_benchmarks(
+            options.benchmark, options.benchmark_format, options.score_column, max_rejected_share
+        )
+        # The gate looks for the benchmarks of the first model, by its name.
+        benchmarks = dict(zip([scored[0].name, *list(found)[1:]], found.values(), strict=True)) if scored else found
+    return scored, benchmarks
 
 
 def _request(options: argparse.Namespace, max_rejected_share: float) -> ColumnRequest:

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rm_scale.data.data_report import NUM_FIRST_ROWS
 from rm_scale.errors import DataError
 from rm_scale.evaluation.evaluate import ScoredModel, metric_names
 from rm_scale.evaluation.evaluated_models import EvaluatedModel, short_names
 from rm_scale.evaluation.requirements import Wanted, check_names
 from rm_scale.evaluation.score_columns import ColumnRequest, read_column_scores
+from rm_scale.evaluation.score_columns.score_values import UnusableScores
 from rm_scale.evaluation.scores_file import is_scores_file, read_scores
 
 if TYPE_CHECKING:
+    from rm_scale.evaluation.benchmarks import ScoredBenchmark
     from rm_scale.inference.scoring.scorer import RewardScorer
 
 
@@ -60,6 +63,41 @@ def judge_columns(asked: ColumnJudgement, load: Callable[[Path], RewardScorer]) 
         sources = list(dict.fromkeys(group.source for group in found[0].groups if group.source))
         check_names(asked.wanted, metric_names(names, sorted(subsets), sources), ("benchmarks.",))
     return [*found, *_of_models(folders, asked, names[len(found) :], load)]
+
+
+def judge_scored_benchmarks(
+    files: Sequence[str], benchmark_format: str, words: Sequence[str], max_rejected_share: float
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the results of benchmarks whose files hold scores, by the scores' columns and the file's short name.
+
+    Args:
+        files: each a benchmark with scores beside its rows.
+        benchmark_format: a name of `FORMATS`.
+        words: which columns hold scores.
+        max_rejected_share: most items whose scores may be unusable; these count as lost.
+
+    Raises:
+        DataError: a file can't be read, or too many scores are unusable.
+    """
+    from rm_scale.evaluation.benchmarks import read_scored_benchmark
+    from rm_scale.evaluation.benchmarks.lost_items import score_with_lost
+
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for file, short in zip(files, short_names([Path(file) for file in files]), strict=True):
+        for one in read_scored_benchmark(file, benchmark_format, words):
+            whose = f"have no usable scores in {one.name}"
+            found = score_with_lost(one.benchmark, one.scores, max_rejected_share, short, whose, "score them again")
+            results.setdefault(one.name, {})[short] = {**found, "unscored": _reasons(one)}
+    return results
+
+
+def _reasons(scored: ScoredBenchmark) -> dict[str, dict[str, Any]]:
+    """Return how many items have no scores, by reason, with the first rows."""
+    reasons: dict[str, list[int]] = {}
+    for row, scores in zip(scored.rows, scored.scores, strict=True):
+        if isinstance(scores, UnusableScores):
+            reasons.setdefault(scores.reason, []).append(row)
+    return {reason: {"count": len(rows), "first_rows": rows[:NUM_FIRST_ROWS]} for reason, rows in reasons.items()}
 
 
 def _of_file(path: str, request: ColumnRequest) -> list[ScoredModel]:

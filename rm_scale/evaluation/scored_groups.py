@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ from rm_scale.data.data_report import SourceReport
 from rm_scale.data.preference_group import Text
 from rm_scale.data.preparation import EvaluationData
 from rm_scale.data.rejected_rows import REJECTION_REASONS, RejectedRow
-from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks import Benchmark
+from rm_scale.evaluation.benchmarks.lost_items import score_with_lost
 from rm_scale.evaluation.evaluation_document import DataUse
 from rm_scale.evaluation.scores_file import hash_text
 from rm_scale.inference.scoring.contract_scorer import ContractScorer
@@ -90,10 +89,7 @@ def _score_new(
 def score_benchmark(
     benchmark: Benchmark, scorer: ContractScorer, batch_size: int, max_rejected_share: float, name: str
 ) -> dict[str, Any]:
-    """Return a model's result on a benchmark; see `Benchmark.score`.
-
-    An item that can't be scored (too long, for instance) counts as lost and is counted in `num_unscored`: a benchmark
-    without some of its items would be another benchmark, and an easier one for a model that can't read long answers.
+    """Return a model's result on a benchmark; an item that can't be scored (too long, for instance) counts as lost.
 
     Args:
         benchmark: items and rule.
@@ -107,21 +103,8 @@ def score_benchmark(
     """
     items = benchmark.items_for(bool(scorer.encoder.chat_template))
     found = score_texts([item.prompt for item in items], [item.completions for item in items], scorer, batch_size)
-    refused = [place for place, rewards in enumerate(found) if isinstance(rewards, RejectedRow)]
-    if len(refused) > max_rejected_share * len(items):
-        share = math.ceil(1000 * len(refused) / len(items)) / 1000
-        raise DataError(
-            f"{name}: {len(refused)} of {len(items)} items can't be scored by this model; the first is item "
-            f"{items[refused[0]].id}: {found[refused[0]]}. Fix: a model trained with a longer max_length, or let them "
-            f"count as lost with --max_rejected_share {share:g}."
-        )
-    rewards = [
-        [float(place >= item.num_correct) for place in range(len(item.completions))]
-        if isinstance(values, RejectedRow)
-        else values
-        for item, values in zip(items, found, strict=True)
-    ]
-    return {**benchmark.score(rewards), "num_items": len(items), "num_unscored": len(refused)}
+    fix = "a model trained with a longer max_length"
+    return score_with_lost(benchmark, found, max_rejected_share, name, "can't be scored by this model", fix)
 
 
 def _scored(data: EvaluationData, place: int, row: dict[str, Any], rewards: list[float]) -> ScoredGroup:

@@ -22,6 +22,7 @@ class BenchmarkItem:
         num_correct: how many are good.
         subset: the benchmark's own name for the part it belongs to.
         id: the row's id.
+        pairs: places of completions that are compared, the good one first, where the benchmark says which.
     """
 
     prompt: Text
@@ -29,6 +30,7 @@ class BenchmarkItem:
     num_correct: int
     subset: str
     id: str
+    pairs: tuple[tuple[int, int], ...] = ()
 
     def as_text(self) -> BenchmarkItem:
         """Return what was said, without roles, for models without a chat template."""

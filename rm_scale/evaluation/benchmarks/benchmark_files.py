@@ -1,31 +1,47 @@
-"""Read benchmark files as they are published: JSON, JSONL, CSV or Parquet."""
+"""Read benchmark files as they are published, JSON, JSONL, CSV or Parquet, and files of results with their scores."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rm_scale.data.conversations import as_text, check_answered
-from rm_scale.data.preference_group import Message
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.sources import RawRows, local_sources
 from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks.benchmark import Benchmark, BenchmarkItem
-from rm_scale.evaluation.benchmarks.rewardbench import SUBSET_WEIGHTS, SUBSETS_2, RewardBench, RewardBench2
-from rm_scale.evaluation.benchmarks.rm_bench import DOMAIN_NAMES, STYLES, RMBench, domain_of_file
+from rm_scale.evaluation.benchmarks.benchmark_rows import BENCHMARKS, Row
+from rm_scale.evaluation.benchmarks.best_of_k import PPE_DOMAINS, ppe_domain_of_file
+from rm_scale.evaluation.benchmarks.pair_benchmarks import LLMBAR_SETS, llmbar_set_of_file
+from rm_scale.evaluation.benchmarks.rewardbench import PRIOR_SETS, SUBSET_WEIGHTS
+from rm_scale.evaluation.benchmarks.rm_bench import DOMAIN_NAMES, STYLES, domain_of_file
+from rm_scale.evaluation.score_columns.result_rows import ResultRow, read_result_rows
+from rm_scale.evaluation.score_columns.score_values import ScoreColumns, UnusableScores, score_columns
 
-FORMATS = ("auto", "rewardbench", "rewardbench2", "rm_bench")
-_NEEDED = {
-    "rewardbench": ("prompt", "chosen", "rejected", "subset"),
-    "rewardbench2": ("prompt", "chosen", "rejected", "subset", "num_correct"),
-    "rm_bench": ("prompt", "chosen", "rejected", "domain"),
+FORMATS = ("auto", *BENCHMARKS)
+# Of these the repositories' own files say a column by their name.
+_NAMED_BY_FILE: dict[str, tuple[str, Callable[[str], str | None], Sequence[str], str]] = {
+    "rm_bench": ("domain", domain_of_file, DOMAIN_NAMES, "chat_filtered.json or safety-refuse_filtered.json"),
+    "llmbar": ("subset", llmbar_set_of_file, LLMBAR_SETS, "Natural.json or Adversarial_GPTInst.json"),
+    "ppe": ("domain", ppe_domain_of_file, PPE_DOMAINS, "PPE-MMLU-Pro-Best-of-K.parquet or mbpp_plus_best_of_k.json"),
 }
-_NAMED_LIKE = (
-    "chat_filtered.json or safety-refuse_filtered.json (the repository's own files, of which the name says the domain)"
-)
-Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ScoredBenchmark:
+    """A benchmark with scores that were made elsewhere.
+
+    Attributes:
+        name: of the scores, by their columns.
+        benchmark: items without texts, and the rule.
+        scores: of each item's completions, or why they can't be used.
+        rows: number of each item's row.
+    """
+
+    name: str
+    benchmark: Benchmark
+    scores: Sequence[list[float] | UnusableScores]
+    rows: Sequence[int]
 
 
 def read_benchmark(path: str | Path, format: str = "auto") -> Benchmark:
@@ -39,137 +55,126 @@ def read_benchmark(path: str | Path, format: str = "auto") -> Benchmark:
         DataError: it can't be read, is none of these, or a row does not fit.
     """
     rows = _rows(str(path))
-    name = _detect(rows[0], str(path)) if format == "auto" else format
-    _require_columns(rows[0], name, str(path))
-    build, read = _READERS[name]
-    items = []
-    for number, row in enumerate(rows):
-        try:
-            items.append(read(row, number))
-        except RejectedRow as error:
-            seen = f"{path}, row {number}: can't be scored ({error})"
-            raise DataError(f"{seen}. Fix: correct its prompt, or download the file again.") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}, row {number}: is no {name} row ({error}). Fix: download it again.") from error
-    return build(items)
+    name = _detect(rows[0].value, str(path)) if format == "auto" else format
+    rows = _with_named_column(rows, name)
+    _require_columns(rows[0].value, name, str(path))
+    items: list[BenchmarkItem] = [_read(path, row, name, BENCHMARKS[name].item) for row in rows]
+    return BENCHMARKS[name].build(items)
 
 
-def _require_columns(row: Row, name: str, path: str) -> None:
-    """Refuse rows that lack a column, with what helps: never a way that ends where this one began."""
-    absent = [column for column in _NEEDED[name] if column not in row]
-    if not absent:
-        return
-    other = _looks_like(row)
-    if other not in {None, name}:
-        fix = f"--benchmark_format {other}, which these rows look like"
-    elif absent == ["domain"]:
-        fix = f"add a column domain ({', '.join(DOMAIN_NAMES)}), or name the file like {_NAMED_LIKE}"
-    else:
-        fix = f"add the columns, or give a file of {name} as its authors publish it"
-    raise DataError(f"{path}: read as {name}, but its rows have no {', '.join(absent)}. Fix: {fix}.")
+def read_scored_benchmark(path: str, format: str, words: Sequence[str]) -> list[ScoredBenchmark]:
+    """Read a benchmark's rows together with scores that stand beside them; texts are not needed.
+
+    Args:
+        path, format: as in `read_benchmark`.
+        words: which columns hold scores; see `score_columns`.
+
+    Raises:
+        DataError: the file or a column can't be read, or a row is none of the benchmark.
+    """
+    rows = _rows(path)
+    name = _detect(rows[0].value, path, is_scored=True) if format == "auto" else format
+    rows = _with_named_column(rows, name)
+    _require_columns(rows[0].value, name, path, is_scored=True)
+    kind = BENCHMARKS[name]
+    found = []
+    for columns in score_columns(words, [row.value for row in rows[:200]], path):
+
+        def read(row: Row, number: int, columns: ScoreColumns = columns) -> Any:
+            return kind.scored_item(row, number, columns)
+
+        both = [_read(path, row, name, read) for row in rows]
+        benchmark = kind.build([item for item, _ in both])
+        found.append(ScoredBenchmark(columns.text, benchmark, [scores for _, scores in both], [r.number for r in rows]))
+    return found
 
 
-def _rows(path: str) -> list[Row]:
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="rm_scale_benchmark_") as work:
-        for source in local_sources([path]):
-            domain = domain_of_file(source.name)
-            for number, (_, row) in enumerate(_decoded(source.load(Path(work)))):
-                if not isinstance(row, Mapping):
-                    raise DataError(f"{source.name}, row {number}: {row}. Fix: each row is an object with columns.")
-                lacks_domain = domain is not None and "domain" not in row and _holds_styles(row)
-                rows.append({**row, "domain": domain} if lacks_domain else row)
+def _read(path: str | Path, row: ResultRow, name: str, read: Callable[[Row, int], Any]) -> Any:
+    try:
+        return read(row.value, row.number)
+    except RejectedRow as error:
+        seen = f"{path}, row {row.number}: can't be scored ({error})"
+        raise DataError(f"{seen}. Fix: correct its prompt, or download the file again.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}, row {row.number}: is no {name} row ({error}). Fix: download it again.") from error
+
+
+# --- Rows and their columns ------------------------------------------------------------------------------------------
+
+
+def _rows(path: str) -> list[ResultRow]:
+    rows = read_result_rows([path], "train")
+    for row in rows:
+        if not isinstance(row.value, Mapping):
+            raise DataError(f"{row.source}, row {row.number}: {row.value}. Fix: each row is an object with columns.")
     if not rows:
         raise DataError(f"{path}: has no rows. Fix: download it again.")
     return rows
 
 
-def _decoded(raw: RawRows) -> list[tuple[int, Any]]:
-    count = len(raw.dataset)
-    return raw.decode(raw.dataset[:count], range(count))
+def _with_named_column(rows: list[ResultRow], name: str) -> list[ResultRow]:
+    """Add the column that the files of a benchmark say by their names; rows that have it keep theirs."""
+    if name not in _NAMED_BY_FILE:
+        return rows
+    column, read, _, _ = _NAMED_BY_FILE[name]
+    named = []
+    for row in rows:
+        value = read(row.source)
+        lacks = value is not None and row.value.get(column) in (None, "")
+        named.append(row._replace(value={**row.value, column: value}) if lacks else row)
+    return named
 
 
-def _holds_styles(row: Row) -> bool:
-    """Tell whether a row has RM-Bench's three answers of each kind, which no other benchmark has."""
-    both = (row.get("chosen"), row.get("rejected"))
-    return "num_correct" not in row and all(isinstance(texts, list) and len(texts) == STYLES for texts in both)
+def _require_columns(row: Row, name: str, path: str, is_scored: bool = False) -> None:
+    """Refuse rows that lack a column, with what helps: never a way that ends where this one began."""
+    needed = BENCHMARKS[name].scored_columns if is_scored else BENCHMARKS[name].columns
+    absent = [column for column in needed if column not in row]
+    if not absent:
+        return
+    other = _looks_like(row, is_scored)
+    named = _NAMED_BY_FILE.get(name)
+    if other not in {None, name} and not name.startswith(str(other)):
+        fix = f"--benchmark_format {other}, which these rows look like"
+    elif named is not None and absent == [named[0]]:
+        fix = (
+            f"add a column {named[0]} ({', '.join(named[2])}), or name the file like {named[3]} (the repository's own "
+            "files, of which the name says it)"
+        )
+    else:
+        fix = f"add the columns, or give a file of {name} as its authors publish it"
+    raise DataError(f"{path}: read as {name}, but its rows have no {', '.join(absent)}. Fix: {fix}.")
 
 
-def _looks_like(row: Row) -> str | None:
+def _holds_styles(row: Row, columns: tuple[str, str] = ("chosen", "rejected")) -> bool:
+    """Tell whether a row has RM-Bench's three answers, or scores, of each kind, which no other benchmark has."""
+    both = tuple(row.get(column) for column in columns)
+    return "num_correct" not in row and all(isinstance(part, list) and len(part) == STYLES for part in both)
+
+
+def _looks_like(row: Row, is_scored: bool = False) -> str | None:
     """Return the format that a row looks like, be it complete or not."""
     if "num_correct" in row:
         return "rewardbench2"
-    if _holds_styles(row) or ("domain" in row and isinstance(row.get("chosen"), list)):
+    if "sampled_conflict_pairs" in row or ("response_1" in row and isinstance(row.get("scores"), list)):
+        return "ppe"
+    if row.get("label") in ("A>B", "B>A"):
+        return "judgebench"
+    if "output_1" in row and "output_2" in row:
+        return "llmbar"
+    scored = is_scored and _holds_styles(row, ("score_chosen", "score_rejected"))
+    if _holds_styles(row) or scored or ("domain" in row and isinstance(row.get("chosen"), list)):
         return "rm_bench"
+    if is_scored:
+        return "rewardbench" if row.get("subset") in (*SUBSET_WEIGHTS, *PRIOR_SETS) else None
     return "rewardbench" if "subset" in row and isinstance(row.get("chosen"), str) else None
 
 
-def _detect(row: Row, path: str) -> str:
-    found = _looks_like(row)
+def _detect(row: Row, path: str, is_scored: bool = False) -> str:
+    found = _looks_like(row, is_scored)
     if found is not None:
         return found
-    needs = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in _NEEDED.items())
+    needs = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in BENCHMARKS.items() if "-" not in name)
     raise DataError(
         f"{path}: is no benchmark that is known here (its rows have {', '.join(row)}). They have {needs}. Fix: "
         "--dataset_path for preference files."
     )
-
-
-def _conversation(prompt: Any) -> list[Message]:
-    """Make messages of a prompt: a user's text, as published, or messages in any form that training reads.
-
-    Raises:
-        RejectedRow: it is neither, or no conversation to which an assistant answers.
-    """
-    found = as_text(prompt, "prompt")
-    messages: list[Message] = [{"role": "user", "content": found}] if isinstance(found, str) else found
-    check_answered([*messages, {"role": "assistant"}])
-    return messages
-
-
-def _texts(row: Row, column: str, count: int | None = None) -> list[str]:
-    value = row[column]
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{column} holds no texts")
-    if count is not None and len(texts) != count:
-        raise ValueError(f"{column} holds {len(texts)} texts, not {count}")
-    return texts
-
-
-def _known(name: Any, names: tuple[str, ...] | Mapping[str, Any], column: str) -> str:
-    if name not in names:
-        raise ValueError(f"{column}={name!r} is not one of {', '.join(names)}")
-    return str(name)
-
-
-def _read_rewardbench(row: Row, number: int) -> BenchmarkItem:
-    completions = (*_texts(row, "chosen", 1), *_texts(row, "rejected", 1))
-    subset = _known(row["subset"], SUBSET_WEIGHTS, "subset")
-    return BenchmarkItem(_conversation(row["prompt"]), completions, 1, subset, str(row.get("id", number)))
-
-
-def _read_rewardbench2(row: Row, number: int) -> BenchmarkItem:
-    subset = _known(row["subset"], SUBSETS_2, "subset")
-    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
-    if int(row["num_correct"]) != len(chosen):
-        raise ValueError(f"num_correct={row['num_correct']} with {len(chosen)} chosen")
-    name = str(row.get("id", number))
-    if subset == "Ties":
-        kind, colon, _ = name.partition(":")
-        if not colon or kind not in {"ref", "tied"}:
-            raise ValueError(f"id={name!r} of a Ties row is not ref:N or tied:N")
-    return BenchmarkItem(_conversation(row["prompt"]), (*chosen, *rejected), len(chosen), subset, name)
-
-
-def _read_rm_bench(row: Row, number: int) -> BenchmarkItem:
-    domain = _known(row["domain"], DOMAIN_NAMES, "domain")
-    completions = (*_texts(row, "chosen", STYLES), *_texts(row, "rejected", STYLES))
-    return BenchmarkItem(_conversation(row["prompt"]), completions, STYLES, domain, str(row.get("id", number)))
-
-
-_READERS: dict[str, tuple[type[Benchmark], Callable[[Row, int], BenchmarkItem]]] = {
-    "rewardbench": (RewardBench, _read_rewardbench),
-    "rewardbench2": (RewardBench2, _read_rewardbench2),
-    "rm_bench": (RMBench, _read_rm_bench),
-}

@@ -54,6 +54,18 @@ SECTIONS = {
     ),
     "Reasoning": ("math-prm", *(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))),
 }
+PRIOR_SETS = (
+    "anthropic_helpful",
+    "anthropic_hhh",
+    "shp",
+    "summarize",
+    "anthropic_harmless",
+    "mtbench_gpt4",
+    "mtbench_human",
+)
+"""Older test sets (allenai/preference-test-sets); the first four were part of the leaderboard."""
+_PRIOR_COUNTED = PRIOR_SETS[:4]
+_PRIOR_WEIGHT = 0.5
 SUBSETS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 TIES_WEIGHTS = {"tied": 0.30, "ref": 0.30, "preferred": 0.20, "preferred_hard": 0.20, "margin": 0.01}
 """Of the Ties subset's score, in which equally good answers should lie closer together than good and bad ones."""
@@ -62,7 +74,9 @@ TIES_WEIGHTS = {"tied": 0.30, "ref": 0.30, "preferred": 0.20, "preferred_hard": 
 class RewardBench(Benchmark):
     """Pairs in 23 subsets and four sections; a tie of rewards is wrong. The overall score is the mean of the sections.
 
-    (The leaderboard's first form added older test sets with half a section's weight; these are not in the data set.)
+    The leaderboard's first form added four older test sets with half a section's weight. Where their rows are there,
+    too, the parts have `Prior Sets`, the mean of their accuracies, and `with Prior Sets`, the score in that form
+    (`get_average_over_rewardbench` in `analysis/get_benchmark_results.py`).
     """
 
     name = "RewardBench"
@@ -81,9 +95,17 @@ class RewardBench(Benchmark):
                 total = sum(SUBSET_WEIGHTS[name] for name in subsets)
                 sections[section] = sum(SUBSET_WEIGHTS[name] * accuracies[name] for name in subsets) / total
         complete = len(sections) == len(SECTIONS)
+        score = mean(list(sections.values())) if complete else None
+        parts = dict(sections)
+        prior = [accuracies[name] for name in _PRIOR_COUNTED if name in accuracies]
+        if prior:
+            parts["Prior Sets"] = mean(prior)
+        if prior and complete:
+            total = sum(sections.values()) + _PRIOR_WEIGHT * mean(prior)
+            parts["with Prior Sets"] = total / (len(SECTIONS) + _PRIOR_WEIGHT)
         return {
-            "score": mean(list(sections.values())) if complete else None,
-            "parts": sections,
+            "score": score,
+            "parts": parts,
             "subsets": subset_table(correct),
             "missing": missing,
         }
@@ -97,6 +119,7 @@ class RewardBench2(Benchmark):
 
     name = "RewardBench 2"
     source = "allenai/reward-bench-2, arXiv 2506.01937"
+    counts_zero_spread = True
 
     def _score(self, rewards: Sequence[Sequence[float]]) -> dict[str, Any]:
         scores: dict[str, list[float]] = defaultdict(list)
@@ -110,7 +133,7 @@ class RewardBench2(Benchmark):
         table = subset_table(scores)
         parts = {name: entry["score"] for name, entry in table.items()}
         if tied:
-            ties = ties_score(tied)
+            ties = ties_score(tied, self.counts_zero_spread)
             parts["Ties"] = ties["score"]
             table["Ties"] = {"num_items": len(tied), **ties}
         missing = [name for name in SUBSETS_2 if name not in parts]
@@ -118,11 +141,22 @@ class RewardBench2(Benchmark):
         return {"score": overall, "parts": parts, "subsets": table, "missing": missing}
 
 
-def ties_score(items: Sequence[tuple[str, Sequence[float], int]]) -> dict[str, float]:
+class RewardBench2Released(RewardBench2):
+    """As the released package 0.1.4 counts, which differs in Ties where all good answers have the same reward.
+
+    It leaves such questions out of the margin term; the repository's later code counts them with the limit, 1 or -1.
+    """
+
+    source = "allenai/reward-bench-2, arXiv 2506.01937; Ties as in the package rewardbench 0.1.4"
+    counts_zero_spread = False
+
+
+def ties_score(items: Sequence[tuple[str, Sequence[float], int]], counts_zero_spread: bool = True) -> dict[str, float]:
     """Score the Ties subset: questions with many good answers (`tied:N`) beside the same with one (`ref:N`).
 
     Args:
         items: id, rewards with the good answers first, and how many these are.
+        counts_zero_spread: see `RewardBench2Released`.
 
     Returns:
         `score`, and what it is made of: `tied` and `ref` accuracy (every good answer above every bad one),
@@ -140,12 +174,14 @@ def ties_score(items: Sequence[tuple[str, Sequence[float], int]]) -> dict[str, f
             spreads[number] = max(good) - min(good)
     both = sorted(set(gaps["ref"]) & set(gaps["tied"]))
     narrower = {number: min(gaps["ref"][number], gaps["tied"][number]) for number in both}
+    measured = [number for number in both if counts_zero_spread or spreads[number] > 0]
+    terms = [_margin_term(narrower[number], spreads[number]) for number in measured]
     parts = {
         "tied": _share(gap > 0 for gap in gaps["tied"].values()),
         "ref": _share(gap > 0 for gap in gaps["ref"].values()),
         "preferred": _share(gaps["tied"][number] > spreads[number] for number in both),
         "preferred_hard": _share(narrower[number] > spreads[number] for number in both),
-        "margin": mean([_margin_term(narrower[number], spreads[number]) for number in both]) if both else 0.0,
+        "margin": mean(terms) if terms else 0.0,
     }
     return {"score": sum(TIES_WEIGHTS[name] * value for name, value in parts.items()), **parts}
 

@@ -34,16 +34,17 @@ class ResultRow(NamedTuple):
     value: Any
 
 
-def read_result_rows(paths: Sequence[str]) -> list[ResultRow]:
+def read_result_rows(paths: Sequence[str], split: str = "test") -> list[ResultRow]:
     """Read all rows of files, which are held in memory.
 
     Args:
         paths: JSON, JSONL, CSV (plain or gzipped), Parquet or Arrow files; patterns are allowed.
+        split: which one is read of a folder that holds several.
 
     Raises:
         DataError: a file can't be read, has no rows, or is a table whose columns differ in length.
     """
-    return [row for source in local_sources(paths, "test") for row in _rows_of(source)]
+    return [row for source in local_sources(paths, split) for row in _rows_of(source)]
 
 
 def _rows_of(source: Source) -> list[ResultRow]:

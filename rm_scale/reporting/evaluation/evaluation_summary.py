@@ -122,7 +122,11 @@ def _benchmark_line(values: Mapping[str, Any]) -> str:
     if values["missing"]:
         parts.append(f"no overall score, as the file lacks {', '.join(values['missing'])}")
     if values["num_unscored"]:
-        parts.append(f"{values['num_unscored']:,} of {values['num_items']:,} items could not be scored and are lost")
+        said = f"{values['num_unscored']:,} of {values['num_items']:,} items could not be scored and are lost"
+        reasons = [
+            f"{reason} {entry['count']}, rows {_first(entry)}" for reason, entry in values.get("unscored", {}).items()
+        ]
+        parts.append(said + (f" ({'; '.join(reasons)})" if reasons else ""))
     return "; ".join(parts)
 
 
