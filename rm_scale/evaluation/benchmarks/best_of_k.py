@@ -86,7 +86,7 @@ def _best_of_n(found: Sequence[tuple[BenchmarkItem, Sequence[float]]]) -> np.nda
 def ppe_domain_of_file(path: str) -> str | None:
     """Return the domain that a path names, as the data sets and the results do: `PPE-MMLU-Pro-Best-of-K/...`."""
     for part in PurePath(path).parts[::-1]:
-        words = part.lower().replace("-", "_").split("_")
+        words = part.lower().partition(".")[0].replace("-", "_").split("_")
         for domain in PPE_DOMAINS:
             wanted = domain.split("_")
             if any(words[start : start + len(wanted)] == wanted for start in range(len(words))):
