@@ -26,6 +26,8 @@ from rm_scale.planning.shape import left_out
 
 _INSIDE = "language_model"
 """What transformers calls it in all its models that have one."""
+_OTHER_BACKBONE = "transformer"
+"""What Starling's class calls any backbone, as GPT-2's family does its own."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,31 @@ def _modules_of(config: PreTrainedConfig) -> set[str]:
     """Return the names of the modules that a model is composed of."""
     with without_zero_init(), torch.device("meta"):
         return {name for name, _ in AutoModel.from_config(copy.deepcopy(config)).named_children()}
+
+
+def names_of_backbone(
+    name: str, tensors: Mapping[str, TensorPlace], revision: str = "main", trust_remote_code: bool = False
+) -> dict[str, str]:
+    """Return how tensors are renamed for `from_pretrained` where a project's class calls the backbone otherwise.
+
+    Args:
+        name: a folder or a hub name.
+        tensors: of the checkpoint, by name.
+        revision: of a hub model.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        A pattern and what takes its place, as `key_mapping` wants them; nothing where transformers knows the names.
+
+    Raises:
+        OSError, ValueError, KeyError: transformers can't read its config.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return {}
+    prefix = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].base_model_prefix
+    first = {key.split(".")[0] for key in tensors}
+    return {rf"^{_OTHER_BACKBONE}\.": f"{prefix}."} if _OTHER_BACKBONE in first and prefix not in first else {}
 
 
 def forget_other_names(model: PreTrainedModel) -> None:

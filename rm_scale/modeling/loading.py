@@ -26,7 +26,7 @@ from rm_scale.modeling.adapter_tensors import put_adapter_on
 from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
 from rm_scale.modeling.head_layouts import projects_of
-from rm_scale.modeling.language_model import forget_other_names, language_model_in
+from rm_scale.modeling.language_model import forget_other_names, language_model_in, names_of_backbone
 from rm_scale.modeling.out_of_memory import is_out_of_memory
 from rm_scale.modeling.packed_model import enable_packed_rows
 from rm_scale.modeling.quantization import (
@@ -330,6 +330,9 @@ def _load_sequence_classifier(
     try:
         inside = language_model_in(name, revision, kwargs.get("trust_remote_code", False))
         kwargs |= {"num_labels": 1} if inside is None else inside.load_settings
+        renamed = {} if inside is not None else _renamed_backbone(name, revision, kwargs)
+        if renamed:
+            kwargs["key_mapping"] = renamed
         if stored is not None and stored.row is not None and stored.is_transformers_own():
             kwargs["ignore_mismatched_sizes"] = True  # of its several outputs one is put in later
         with without_load_report():
@@ -351,9 +354,10 @@ def _load_sequence_classifier(
             f"({type(error).__name__}: {one_line(error, 200)}). Fix: correct the value, or download the model again."
         ) from error
     unexpected = set(info["unexpected_keys"])
+    if inside is not None or renamed:
+        forget_other_names(model)
     if inside is not None:
         logger.info(f"{name}: {inside.describe(checkpoint_tensors(name, revision))}")
-        forget_other_names(model)
         unexpected = {key for key in unexpected if not inside.leaves_out(key)}
     refuse_unexpected(name, revision, model, unexpected, set() if stored is None else stored.used_keys())
     mismatched = {key for key, *_ in info["mismatched_keys"]} - ({stored.key} if stored is not None else set())
@@ -372,6 +376,11 @@ def _load_sequence_classifier(
     if "quantization_config" in kwargs:
         copy_from_mapped_files(model)
     return model
+
+
+def _renamed_backbone(name: str, revision: str, settings: dict[str, Any]) -> dict[str, str]:
+    tensors = checkpoint_tensors(name, revision)
+    return names_of_backbone(name, tensors, revision, settings.get("trust_remote_code", False))
 
 
 def _model_type(name: str, settings: dict[str, Any]) -> str:

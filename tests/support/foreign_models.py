@@ -6,6 +6,7 @@ Sources: docs/foreign_models.md. Nothing of this package computes the scores.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -237,9 +238,13 @@ def _named(folder: Path, tensors: dict[str, torch.Tensor], head: torch.Tensor, a
 
 
 def starling(folder: Path) -> ForeignModel:
-    """Starling-RM: v_head.weight."""
-    head = random_head(folder)
-    return _named(folder, {"v_head.weight": head}, head, "LlamaForSequenceClassification")
+    """Starling-RM: v_head.weight, and a backbone that its class calls transformer."""
+    head, home = random_head(folder), backbone_of(folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {re.sub(r"^model\.", "transformer.", key): tensor for key, tensor in weights.items()}
+    save_file({**renamed, "v_head.weight": head}, folder / "model.safetensors", META)
+    edit_config(folder, architectures=["LlamaForSequenceClassification"])
+    return ForeignModel(folder, last_token(home, head))
 
 
 def ultrarm(folder: Path) -> ForeignModel:

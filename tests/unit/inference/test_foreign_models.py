@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from rm_scale.config_parsing import config_from_dict
 from rm_scale.errors import ModelError
 from rm_scale.inference.export.export_model import export, plain_model
 from rm_scale.inference.export.foreign_source import fit_to_plain_classifier
 from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.modeling.head_layouts import READ, UNREADABLE
+from rm_scale.modeling.loading import load_for_training
 from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.stored_head import head_to_start_from
+from rm_scale.modeling.token_scores import score_sequences
+from rm_scale.modeling.tokenizers import load_tokenizer
+from rm_scale.planning.plan import make_plan
 from tests.support.foreign_models import (
     SEQUENCES,
     WRITERS,
@@ -31,11 +38,13 @@ from tests.support.foreign_models import (
     nemotron,
     one_of_two_labels,
     openrlhf,
+    random_head,
     sequence_classifier,
     token_logit,
     width_of,
     written,
 )
+from tests.support.launching import TRAIN, run
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "foreign_models.md"
 
@@ -224,3 +233,27 @@ def test_the_page_names_every_layout() -> None:
     page = PAGE.read_text()
     assert [one.projects for one in READ if one.projects not in page] == []
     assert [one.projects for one in UNREADABLE if one.projects not in page] == []
+
+
+@pytest.mark.long
+def test_training_goes_on_from_its_head(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """Two steps by the real entry: a new head, or another place where it is read, would show in the first score."""
+    foreign = written(llama_factory, tiny_model, tmp_path / "model")
+    settings = {"model_name_or_path": foreign.folder, "dataset_path": pairs_file, "output_dir": tmp_path / "run"}
+    fixed = {"bf16": "false", "max_steps": "2", "learning_rate": "1e-4", "eval_split_size": "12", "sample_scores": "0"}
+    words = [word for name, value in {**settings, **fixed}.items() for word in (f"--{name}", str(value))]
+    done = run([sys.executable, str(TRAIN), *words, "--disable_tqdm"])
+    assert done.code == 0, done.output[-3000:]
+    assert "v_head.summary.weight in value_head.safetensors, as LLaMA-Factory and TRL's value-head" in done.output
+    assert "its constant (v_head.summary.bias=0.75) is left out" in done.output
+    golden = ScoringContract.load(tmp_path / "run").golden_scores
+    home = [foreign.home(one.input_ids) - foreign.constant for one in golden]
+    parsed = config_from_dict({**{name: str(value) for name, value in settings.items()}, "bf16": False})
+    plan = make_plan(parsed, 1, "cpu", check_output=False)
+    loaded = load_for_training(parsed.config, plan, load_tokenizer(str(foreign.folder)))
+    before = score_sequences(loaded.model, [one.input_ids for one in golden], 0, 1, "cpu")
+    assert before == pytest.approx(home, abs=1e-5)
+    after = [one.score for one in golden]
+    assert after == pytest.approx(home, abs=1.0) and after != pytest.approx(home, abs=1e-5)
+    moved = load_file(tmp_path / "run" / "model.safetensors")["score.weight"] - random_head(foreign.folder)
+    assert 0 < float(moved.abs().max()) < 1e-3, "two steps of 1e-4 at most"
