@@ -47,8 +47,9 @@ test: $(STAMP) ## Run the tests of every promise, in about 10 minutes on 2 cores
 test-all: test ## Run those, then the long ones: true shapes, every stage and method, many kills
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "long and not gpu and not slurm" tests
 
-test-compat: $(STAMP) ## Run PPO with a model of ours under the last TRL that has it (makes an environment of its own)
+test-compat: $(STAMP) ## Run our models in other software: a real vLLM, older TRL (each in an environment of its own)
 	@tests/compat/ppo.sh
+	@tests/compat/vllm.sh
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(PYTEST) -m gpu tests

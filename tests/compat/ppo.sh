@@ -9,30 +9,15 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. tests/compat/environment.sh
 folder=${1:-outputs/compat/ppo}
-trl_version=1.12.0
-main=.venv/bin/python
-if [[ ! -x $main ]]; then
-    printf 'ERROR: there is no .venv. Fix: make venv, then run this again\n' >&2
-    exit 2
-fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
-
+make_environment "$folder" tests/compat/trl_with_ppo.txt
 python=$folder/venv/bin/python
-if [[ $("$python" -c 'import trl; print(trl.__version__)' 2>/dev/null || true) != "$trl_version" ]]; then
-    mkdir -p "$folder"
-    "$main" -m venv --clear --without-pip "$folder/venv"
-    site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # Without the constraints of this repository, which name another TRL.
-    PIP_CONSTRAINT='' "$main" -m pip install -qq --no-deps --target "$site" "trl==$trl_version"
-    # What this environment lacks comes from .venv, after its own packages.
-    theirs=$("$main" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    printf 'import site; site.addsitedir(%s)\n' "'$theirs'" >"$site/rm_scale_venv.pth"
-fi
 "$python" -c 'import torch, transformers, trl
 print(f"[ppo] trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")'
 
 if [[ ! -f $folder/task/reward_model/config.json ]]; then
-    "$main" examples/tiny_task.py --output_dir "$folder/task" >"$folder/task.log" 2>&1
+    "$main_python" examples/tiny_task.py --output_dir "$folder/task" >"$folder/task.log" 2>&1
 fi
 "$python" tests/compat/ppo_run.py --task "$folder/task" --output_dir "$folder/run"

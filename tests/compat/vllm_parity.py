@@ -1,0 +1,303 @@
+"""Exports in a real vLLM, asked over HTTP: their scores are compared with `RewardScorer`'s. Started by vllm.sh.
+
+Each model is trained for a few steps on real preferences, exported by `rm-scale export`, and served by
+vLLM in float32 and bfloat16, with its prefix cache and without. In float32 each score must be ours to 1e-4; in bfloat16
+any two texts whose scores lie further apart than 1e-2 must come in our order. Prints a Markdown table, writes the
+figures to FOLDER/record.json, and ends with 1 where one is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.metadata
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import AutoTokenizer
+
+from rm_scale.cli import main as rm_scale
+from rm_scale.demo.assets import make_tiny_model
+from rm_scale.demo.synthetic_preferences import generate_pairs
+from rm_scale.files import free_port
+from rm_scale.inference.scoring.scorer import RewardScorer
+from tests.support.families import write_causal_model
+from tools.engines_page import vllm_table
+
+LARGEST_DIFFERENCE = 1e-4
+TIE = 1e-2
+NUM_PAIRS = 600
+MOST_CHARACTERS = 700
+TEXTS_PER_REQUEST = 100
+SECONDS_TO_START = 1800.0
+SETTINGS = "--bf16 false --learning_rate 2e-3 --max_length 512 --per_device_train_batch_size 4 --global_batch_size 8"
+SETTINGS += " --sample_scores 0 --disable_tqdm --max_rejected_share 1 --eval_split_size 8 --save_strategy no"
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model that is trained and served.
+
+    Args:
+        name: in the table.
+        family: transformers' model_type; `None` for the pretrained SmolLM2-135M.
+        method: `full`, or `lora`, whose adapter the export merges.
+    """
+
+    name: str
+    family: str | None
+    method: str
+
+
+MODELS = [
+    Model("Llama, full", "llama", "full"),
+    Model("Llama, LoRA merged", "llama", "lora"),
+    Model("Qwen3, LoRA merged", "qwen3", "lora"),
+    Model("Gemma 3, LoRA merged", "gemma3_text", "lora"),
+    Model("SmolLM2-135M, LoRA merged", None, "lora"),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one model, type, cache and endpoint.
+
+    Args:
+        num_texts: that were scored.
+        largest_difference: between vLLM's score and ours, in the same type.
+        num_swapped: pairs of texts, further apart than a tie, that come in another order.
+        passed: the promise holds.
+    """
+
+    model: str
+    dtype: str
+    prefix_cache: str
+    endpoint: str
+    num_texts: int
+    largest_difference: float
+    num_swapped: int
+    passed: bool
+
+
+def main() -> int:
+    """Train, export, serve, compare; return 1 where a score is off."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="the interpreter of vLLM's environment")
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS], help="only these")
+    parser.add_argument("--num_texts", type=int, default=500)
+    parser.add_argument("--quick", action="store_true", help="one model, float32, 50 texts")
+    options = parser.parse_args()
+    models = [model for model in MODELS if model.name in options.models]
+    ways = [(dtype, cache) for dtype in ("float32", "bfloat16") for cache in ("on", "off")]
+    num_texts = options.num_texts
+    if options.quick:
+        models, ways, num_texts = models[:1], [("float32", "on")], 50
+    pairs = write_pairs(options.folder)
+    rows: list[Row] = []
+    for model in models:
+        export = exported(model, pairs, options.folder)
+        for dtype, cache in ways:
+            rows += compare(model, export, pairs, num_texts, Path(options.vllm), dtype, cache)
+    record: dict[str, Any] = {
+        "versions": versions(Path(options.vllm)),
+        "data": data_name(),
+        "rows": [asdict(row) for row in rows],
+    }
+    (options.folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(vllm_table(record["rows"])))
+    return 0 if all(row.passed for row in rows) else 1
+
+
+# --- Models -------------------------------------------------------------------------------------------------------
+
+
+def data_name() -> str:
+    """Return where the texts are from."""
+    return "HH, harmless-base" if os.environ.get("RM_SCALE_HH_DATA") else "generated pairs"
+
+
+def write_pairs(folder: Path) -> Path:
+    """Write short pairs with prompt, chosen and rejected: of the HH file that RM_SCALE_HH_DATA names, or generated."""
+    file = os.environ.get("RM_SCALE_HH_DATA")
+    pairs = hh_pairs(Path(file)) if file else generate_pairs(NUM_PAIRS, 0, "train")
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in itertools.islice(pairs, NUM_PAIRS)))
+    return path
+
+
+def hh_pairs(file: Path) -> Iterator[dict[str, str]]:
+    """Yield HH's dialogues whose two sides differ in the last answer alone and are short."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            (prompt, mark, chosen), (other, _, rejected) = (
+                row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")
+            )
+            if (
+                prompt == other
+                and len(prompt + chosen) < MOST_CHARACTERS > len(prompt + rejected)
+                and chosen != rejected
+            ):
+                yield {"prompt": prompt + mark, "chosen": chosen, "rejected": rejected}
+
+
+def exported(model: Model, pairs: Path, folder: Path) -> Path:
+    """Return the model's export; trained anew unless it is there."""
+    base, run, export = (folder / "models" / model.name.replace(", ", "_") / part for part in ("base", "run", "export"))
+    if export.exists():
+        return export
+    if model.family is None:
+        require(rm_scale(["assets", "smollm2-135m", str(base)]), base)
+    elif not base.exists():
+        write_base(model.family, base, folder)
+    flags = [
+        *SETTINGS.split(),
+        "--model_name_or_path",
+        str(base),
+        "--dataset_path",
+        str(pairs),
+        "--output_dir",
+        str(run),
+    ]
+    flags += ["--max_steps", "4" if model.family is None else "30"]
+    if model.method == "lora":
+        flags += ["--use_peft", "true", "--lora_r", "8"]
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, str(REPOSITORY / "rm_scale" / "train.py"), *flags]
+    require(subprocess.run(command, cwd=REPOSITORY, check=False).returncode, run)
+    require(rm_scale(["export", "--model", str(run), "--output", str(export)]), export)
+    return export
+
+
+def write_base(family: str, base: Path, folder: Path) -> None:
+    """Write a tiny causal model of this family; vLLM's attention on processors takes heads of 32 and more."""
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(folder / "models" / "tokenizer", vocab_size=1024))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write_causal_model(base, family, tokenizer, **sizes, head_dim=32, max_position_embeddings=2048)
+
+
+def require(code: int, what: Path) -> None:
+    """End where a command failed.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    if code != 0:
+        raise RuntimeError(f"{what}: the command ended with {code}")
+
+
+# --- vLLM ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def vllm_server(vllm: Path, export: Path, dtype: str, prefix_cache: str, log: Path) -> Iterator[str]:
+    """Serve an export; gives the address. All of the server's processes end with the block."""
+    port = free_port()
+    cache = "--enable-prefix-caching" if prefix_cache == "on" else "--no-enable-prefix-caching"
+    # What `vllm serve` starts; the build for processors lacks the package's name, by which that command looks it up.
+    command = [str(vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(export), "--runner", "pooling"]
+    command += ["--dtype", dtype, cache, "--host", "127.0.0.1", "--port", str(port)]
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    room = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("w") as lines:
+        process = subprocess.Popen(
+            command, env={**os.environ, **quiet, **room}, stdout=lines, stderr=lines, start_new_session=True
+        )
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until the server takes work.
+
+    Raises:
+        RuntimeError: it ended, or needed longer than half an hour.
+    """
+    until = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=30).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"vLLM does not serve. Its last lines:\n{log.read_text()[-3000:]}")
+
+
+def ask(url: str, route: str, texts: Sequence[str]) -> list[float]:
+    """Return vLLM's scores of whole texts, without any option."""
+    found: list[float] = []
+    for start in range(0, len(texts), TEXTS_PER_REQUEST):
+        body = {"input": list(texts[start : start + TEXTS_PER_REQUEST])}
+        answer = httpx.post(f"{url}{route}", json=body, timeout=1800)
+        answer.raise_for_status()
+        rows = sorted(answer.json()["data"], key=lambda row: row["index"])
+        found += [row["probs" if route == "/classify" else "data"][0] for row in rows]
+    return found
+
+
+# --- Comparing ----------------------------------------------------------------------------------------------------
+
+
+def compare(
+    model: Model, export: Path, pairs: Path, num_texts: int, vllm: Path, dtype: str, prefix_cache: str
+) -> Iterator[Row]:
+    """Yield a row for each endpoint; with the prefix cache on, one more for texts that are asked for again."""
+    scorer = RewardScorer.from_pretrained(export, dtype=dtype)
+    read = [json.loads(line) for line in pairs.read_text().splitlines()]
+    texts = [scorer.encoder.render(row["prompt"], row[side]) for row in read for side in ("chosen", "rejected")]
+    texts = [text for text in texts if isinstance(scorer.encoder.encode_rendered(text), list)][:num_texts]
+    ours = scorer.score_texts(texts)
+    log = export.parent / f"vllm_{dtype}_{prefix_cache}.log"
+    with vllm_server(vllm, export, dtype, prefix_cache, log) as url:
+        asked = [("/classify", ""), ("/pooling", "")] + [("/classify", " again")] * (prefix_cache == "on")
+        for route, which in asked:
+            theirs = ask(url, route, texts)
+            difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+            swapped = num_swapped(ours, theirs)
+            passed = difference <= LARGEST_DIFFERENCE if dtype == "float32" else swapped == 0
+            yield Row(model.name, dtype, prefix_cache, route + which, len(texts), difference, swapped, passed)
+
+
+def num_swapped(ours: Sequence[float], theirs: Sequence[float]) -> int:
+    """Count pairs of texts that are no tie for us and come in another order there."""
+    return sum(
+        (ours[i] - ours[j]) * (theirs[i] - theirs[j]) < 0
+        for i, j in itertools.combinations(range(len(ours)), 2)
+        if abs(ours[i] - ours[j]) > TIE
+    )
+
+
+def versions(vllm: Path) -> dict[str, str]:
+    """Return the packages' versions on both sides, and the date."""
+    code = "import importlib.metadata as m; print(m.version('vllm-cpu'), m.version('transformers'), m.version('torch'))"
+    found = subprocess.run([vllm, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    theirs = dict(zip(("vllm-cpu", "transformers beside vLLM", "torch"), found, strict=True))
+    ours = {name: importlib.metadata.version(name) for name in ("rm-scale", "transformers", "peft")}
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", **theirs, **ours}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

