@@ -1,4 +1,4 @@
-"""An export in a real vLLM gives our scores: one model, in an environment that the test makes. See tests/compat/vllm.sh."""
+"""An export in a real vLLM gives our scores: one model, in an environment that the test makes; see tests/compat/."""
 
 from __future__ import annotations
 
