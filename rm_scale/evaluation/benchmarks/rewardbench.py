@@ -101,8 +101,8 @@ class RewardBench(Benchmark):
         if prior:
             parts["Prior Sets"] = mean(prior)
         if prior and complete:
-            total = sum(sections.values()) + _PRIOR_WEIGHT * mean(prior)
-            parts["with Prior Sets"] = total / (len(SECTIONS) + _PRIOR_WEIGHT)
+            weighted = sum(sections.values()) + _PRIOR_WEIGHT * mean(prior)
+            parts["with Prior Sets"] = weighted / (len(SECTIONS) + _PRIOR_WEIGHT)
         return {
             "score": score,
             "parts": parts,

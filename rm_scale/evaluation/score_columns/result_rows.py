@@ -91,10 +91,12 @@ def _json_object(name: str) -> dict[str, Any] | None:
 def _rows_of_object(table: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
     """Return the rows of a file that is one object; `None` where the object is itself a row."""
     columns = {key: value for key, value in table.items() if isinstance(value, list | dict)}
-    if columns and all(isinstance(value, dict) for value in columns.values()):
-        indexes = [list(value) for value in columns.values()]
-        if indexes[0] and indexes[0][0] in {"0", 0} and all(index == indexes[0] for index in indexes):
-            return _transposed({**table, **{key: list(value.values()) for key, value in columns.items()}}, name)
+    objects = {key: list(value.items()) for key, value in columns.items() if isinstance(value, dict)}
+    if columns and len(objects) == len(columns):
+        indexes = [[place for place, _ in entries] for entries in objects.values()]
+        if indexes[0][:1] == ["0"] and all(index == indexes[0] for index in indexes):
+            values = {key: [value for _, value in entries] for key, entries in objects.items()}
+            return _transposed({**table, **values}, name)
         return None
     lists = {key: value for key, value in columns.items() if isinstance(value, list)}
     if len(lists) == 1:
