@@ -1,6 +1,7 @@
-"""uvicorn's HTTP/1.1 connection, with a limit on the time until a request's headers are complete.
+"""uvicorn's HTTP/1.1 connection, with a limit on the time until a request's headers are complete, and reason phrases.
 
-uvicorn has none: who sends a byte of a header now and then holds a connection for ever, and no middleware sees it.
+uvicorn has no such limit: who sends a byte of a header now and then holds a connection for ever, and no middleware sees
+it. Nor can an application say what stands beside the status in an answer's first line, which some clients show alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,22 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+REASON_HEADER = "x-reason-phrase"
+"""A header of an answer that becomes its reason phrase, and is not sent."""
+
+
+class _PhrasedConnection(h11.Connection):
+    """Puts the text of `REASON_HEADER` beside the status."""
+
+    def send(self, event: h11.Event) -> bytes | None:
+        if isinstance(event, h11.Response):
+            name = REASON_HEADER.encode()
+            phrase = next((value for key, value in event.headers if key == name), None)
+            if phrase is not None:
+                headers = [(key, value) for key, value in event.headers if key != name]
+                event = h11.Response(status_code=event.status_code, headers=headers, reason=phrase)
+        return super().send(event)
 
 
 def protocol_with_header_limit(seconds: float) -> type[asyncio.Protocol]:
@@ -21,6 +38,10 @@ def protocol_with_header_limit(seconds: float) -> type[asyncio.Protocol]:
 
     class TimedProtocol(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.conn.__class__ = _PhrasedConnection
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

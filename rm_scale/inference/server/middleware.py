@@ -20,6 +20,7 @@ from typing import Any
 
 from rm_scale.inference.serve_token import checked_token
 from rm_scale.inference.server.prometheus_metrics import Metrics
+from rm_scale.inference.server.refusals import phrase_headers, problem_body
 from rm_scale.inference.server.request_limits import RateLimit, Refused, require_small_body, slow_body
 from rm_scale.inference.server.server_options import ServerOptions
 from rm_scale.logs import get_logger
@@ -177,8 +178,10 @@ class _Request:
     async def refuse(self, refused: Refused) -> None:
         """Answer with what is wrong."""
         self.middleware.metrics.refused.labels(refused.reason).inc()
-        body = json.dumps({"detail": refused.text, "reason": refused.reason, "request_id": self.request_id}).encode()
+        path = self.scope["path"]
+        body = json.dumps(problem_body(path, refused.status, refused.text, refused.reason, self.request_id)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += [(key.encode(), value.encode()) for key, value in phrase_headers(path, refused.text).items()]
         if refused.retry_after_seconds is not None:
             headers.append((b"retry-after", str(max(1, round(refused.retry_after_seconds))).encode()))
         if refused.status == 401:

@@ -25,8 +25,8 @@ from rm_scale.inference.reward_function import reward_function
 from rm_scale.inference.scoring.encode_completions import encode_completions, read_completions
 from rm_scale.inference.scoring.row_files import open_rows, scorable
 from rm_scale.inference.scoring.scorer import RewardScorer
-from rm_scale.inference.server.app import read_items
 from rm_scale.inference.server.protocols import RankRequest, ScoreItem
+from rm_scale.inference.server.read_items import read_items
 from rm_scale.inference.server.request_limits import Refused
 from rm_scale.modeling.tokenizers import load_tokenizer
 

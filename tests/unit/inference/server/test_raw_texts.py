@@ -109,3 +109,26 @@ def test_a_text_without_an_answer_is_refused_by_name(scorer: RewardScorer, shape
         scorer.score_texts([good, str(asked)])
     (scored,) = Ensemble([scorer]).score([Scorable(text=str(asked))], 4096)
     assert scored.problem is not None and scored.problem.startswith("unfinished_text: ")
+
+
+def test_a_text_with_its_own_special_tokens_is_whole(scorer: RewardScorer, url: str) -> None:
+    """`add_special_tokens` false: nothing is added to the text, so it must begin with the BOS of training."""
+    text = scorer.encoder.render([USER], [{"role": "assistant", "content": ANSWERS[0]}])
+    expected = pytest.approx([scorer.score_texts([text])[0]], abs=1e-5)
+    bos = scorer.tokenizer.bos_token if scorer.encoder.adds_bos else ""
+    answer = post(url, "/classify", {"input": f"{bos}{text}", "add_special_tokens": False})
+    assert answer.json()["data"][0]["probs"] == expected
+    bare = post(url, "/classify", {"input": text, "add_special_tokens": False})
+    messages = {"messages": [USER, {"role": "assistant", "content": ANSWERS[0]}]}
+    added = post(url, "/classify", {**messages, "add_special_tokens": True})
+    if bos:
+        assert bare.status_code == added.status_code == 422
+        assert f"the text does not begin with {bos!r}, as all of training did. Fix: begin it" in bare.json()["detail"]
+        assert "true would add a BOS to what the chat template writes. Fix: leave it out" in added.json()["detail"]
+    else:
+        assert bare.json()["data"][0]["probs"] == expected
+        assert added.json()["data"] == post(url, "/classify", messages).json()["data"]
+
+
+def test_some_of_these_add_a_bos() -> None:
+    assert {scorer_of(shape).encoder.adds_bos for shape in ("qwen2_5-instruct", "llama2")} == {False, True}
