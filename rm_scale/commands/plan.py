@@ -14,6 +14,7 @@ from rm_scale.logs import get_logger
 from rm_scale.modeling.model_shape import shape_of
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Request, changes_that_fit, recommend
+from rm_scale.planning.expert_settings import adapted_parameters, expert_names, targets_problem
 from rm_scale.planning.group_lengths import LengthMix, full_rows
 from rm_scale.planning.hardware import GBIT, Device, find_device
 from rm_scale.planning.parameters import backbone_tensors
@@ -152,7 +153,7 @@ def read_request(options: argparse.Namespace) -> Request:
         hpz=options.hpz,
         lora_rank=options.lora_r,
         lora_targets=tuple(options.lora_target_modules) if options.lora_target_modules else None,
-        lora_parameters=tuple(options.lora_target_parameters or ()),
+        lora_parameters=adapted_parameters(options.lora_target_parameters, shape),
         nested_quant=options.use_bnb_nested_quant,
     )
 
@@ -248,17 +249,15 @@ def _adapter_problems(shape: ModelShape, options: argparse.Namespace) -> list[st
     given = [name for name, values in asked.items() if values]
     if given and options.method == "full" and not options.compare:
         return [f"{given[0]}={asked[given[0]]} with method=full: adapters are LoRA's. Fix: --method lora."]
-    tensors = backbone_tensors(shape)
-    known = {
-        "lora_target_modules": sorted({tensor.module for tensor in tensors if tensor.role == "linear"}),
-        "lora_target_parameters": sorted({tensor.name for tensor in tensors if tensor.role == "experts"}),
-    }
+    targets, parameters = asked["lora_target_modules"], asked["lora_target_parameters"]
+    known = sorted({tensor.module for tensor in backbone_tensors(shape) if tensor.role == "linear"})
+    unknown = [target for target in targets if target not in known]
     found = []
-    for name in given:
-        unknown = [value for value in asked[name] if value not in known[name]]
-        fix = f"one of {', '.join(known[name])}" if known[name] else f"leave {name} out; the model has no experts"
-        found += [f"{name}={unknown}: this model has no such layer. Fix: {fix}."] if unknown else []
-    return found
+    if unknown:
+        fix = f"one of {', '.join(known)}"
+        found.append(f"lora_target_modules={unknown}: this model has no such layer. Fix: {fix}.")
+    problem = targets_problem(parameters, expert_names(shape), f"a model of type {shape.model_type}")
+    return [*found, problem] if problem is not None else found
 
 
 def _with_network(device: Device, gbit: float | None) -> Device:

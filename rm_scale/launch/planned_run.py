@@ -13,6 +13,7 @@ from rm_scale.modeling.model_shape import shape_of_run
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommend
 from rm_scale.planning.estimate import Estimate, estimate
+from rm_scale.planning.expert_settings import adapted_parameters
 from rm_scale.planning.group_lengths import LengthMix, full_rows
 from rm_scale.planning.layout_choice import choose_packing
 from rm_scale.planning.parameters import count_parameters
@@ -172,9 +173,10 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
     """Return the planner's request for a run; what the settings leave open stays open."""
     config = parsed.config
     model = read_model_config(config.model_name_or_path, config.model_revision)
+    shape = shape_of_run(config, model)
     return Request(
         name=config.model_name_or_path,
-        shape=shape_of_run(config, model),
+        shape=shape,
         method=config.method,
         device=machine.device,
         num_devices=machine.world_size,
@@ -188,7 +190,7 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
         micro_batch=config.per_device_train_batch_size,
         lora_rank=config.lora_r,
         lora_targets=tuple(config.lora_target_modules) if config.lora_target_modules else None,
-        lora_parameters=tuple(config.lora_target_parameters or ()),
+        lora_parameters=adapted_parameters(config.lora_target_parameters, shape) if config.use_peft else (),
         nested_quant=config.use_bnb_nested_quant,
     )
 

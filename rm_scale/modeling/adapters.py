@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -17,6 +16,7 @@ from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.experts import expert_tensors, num_weights, routers
 from rm_scale.modeling.head import HEAD_NAMES, check_head_trainable
+from rm_scale.planning.expert_settings import short_name, targets_problem
 from rm_scale.planning.plan_checks import expert_names_problem
 from rm_scale.texts import first_line, large_number, one_line
 
@@ -88,7 +88,9 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
     problem = expert_names_problem(config, model.config.model_type, _read_as_experts(model))
     if problem is not None:
         raise ModelError(problem)
-    _refuse_unknown_parameters(model, config)
+    problem = targets_problem(config.lora_target_parameters or [], _matrices(model), type(model).__name__)
+    if problem is not None:
+        raise ModelError(problem)
     try:
         adapted = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=not keep_dtype)
     except (ValueError, NotImplementedError, TypeError) as error:
@@ -112,32 +114,6 @@ def _refuse_unread_layers(model: PreTrainedModel, config: RunConfig) -> None:
             f"lora_target_modules={config.lora_target_modules}: {model.config.model_type} models read the weight of "
             f"{found[0]} without calling the layer, so an adapter there would do nothing. Fix: leave {found[0]} out."
         )
-
-
-def _refuse_unknown_parameters(model: PreTrainedModel, config: RunConfig) -> None:
-    """Refuse target parameters that no parameter of the model ends in; PEFT would only warn.
-
-    Raises:
-        ModelError: there is one.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    wrong = [
-        target
-        for target in config.lora_target_parameters or []
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    ]
-    if wrong:
-        known = _short_names(_matrices(model))
-        fix = f"choose among {', '.join(known)}" if known else "leave it out: this model has no experts"
-        raise ModelError(
-            f"lora_target_parameters={config.lora_target_parameters}: {type(model).__name__} has no parameter that "
-            f"ends in {wrong[0]}. Fix: {fix}."
-        )
-
-
-def _short_names(names: Iterable[str]) -> list[str]:
-    """Return experts' tensors as `lora_target_parameters` takes them, each once."""
-    return sorted({f"experts.{name.rpartition('.')[2]}" for name in names})
 
 
 def _matrices(model: torch.nn.Module) -> list[str]:
@@ -180,7 +156,7 @@ def describe_adapters(adapted: PeftModel) -> str:
     if frozen:
         text += (
             f"; not the experts ({large_number(num_weights(frozen.values()))} weights), which lora_target_parameters: "
-            f"[{', '.join(_short_names(frozen))}] would adapt too"
+            f"[{', '.join(sorted(set(map(short_name, frozen))))}] would adapt too"
         )
     return text
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
 from rm_scale.modeling.adapters import default_targets
-from rm_scale.modeling.experts import expert_tensors, routers
+from rm_scale.modeling.experts import expert_tensors, reason_against_router_loss, routers
 from rm_scale.modeling.fake_step import Batch, Measured, count_forward, run_micro_step, set_up, weight_type
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
 from rm_scale.modeling.loading import NO_CLASS
@@ -164,7 +164,13 @@ def _shape(source: _Source) -> ModelShape:
         max_positions=_number(text, "max_position_embeddings", default=0) or None,
         quantization=_quantization(source.config),
         experts=_experts(model, text),
-        exact=ModelClass(type(model).__name__, class_tensors(model), FakeMicroSteps(source)),
+        exact=ModelClass(
+            name=type(model).__name__,
+            tensors=class_tensors(model),
+            micro_steps=FakeMicroSteps(source),
+            expert_names=tuple(name for name, p in expert_tensors(model).items() if p.dim() == 3),
+            no_router_loss=reason_against_router_loss(model),
+        ),
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
+from transformers import PreTrainedModel
+
+from rm_scale.planning.expert_settings import BALANCED_OTHERWISE, NO_EXPERTS
 
 _EXPERTS = "experts"
 
@@ -46,6 +50,19 @@ def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def num_uncounted_routers(model: torch.nn.Module) -> int:
     """Return how many modules choose experts in a way that `routers` does not read."""
     return sum(place != 0 for _, _, place in _recorded(model))
+
+
+def reason_against_router_loss(model: torch.nn.Module) -> str | None:
+    """Say why there is no load-balancing loss of a model's routers; `None`: transformers trains such models with it."""
+    if routers(model):
+        return None if has_balancing_loss(model) else BALANCED_OTHERWISE
+    return "its routers choose experts in a way of their own" if num_uncounted_routers(model) else NO_EXPERTS
+
+
+def has_balancing_loss(model: torch.nn.Module) -> bool:
+    """Tell whether transformers trains models of this kind with a load-balancing loss."""
+    kinds = [type(module) for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return any(hasattr(sys.modules.get(kind.__module__), "load_balancing_loss_func") for kind in kinds)
 
 
 def _recorded(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, int]]:

@@ -92,6 +92,12 @@ READ_AS_EXPERTS = {
 }
 """Names in `lora_target_modules` by which PEFT adapts all experts of such models, or the router; a test asks PEFT."""
 
+EXPERTS_ARE_IN = {"jamba": "feed_forward"}
+"""The part of a layer that holds its experts, where it is not "mlp"; a test compares the names with the classes'."""
+
+WITHOUT_BALANCING_LOSS = frozenset(["deepseek_v2", "deepseek_v3", "mistral4"])
+"""Mixtures for whose routers transformers has no load-balancing loss; a test asks their classes."""
+
 NOT_QUANTISED = frozenset(["falcon"])
 """Types whose linear layers are a subclass of torch's, which bitsandbytes leaves in 16 bits."""
 

@@ -16,6 +16,7 @@ from rm_scale.planning.parameters import (
     active_share,
     adapter_tensors,
     backbone_tensors,
+    experts_with_adapters,
     is_adapted,
     layer_tensors,
 )
@@ -162,7 +163,7 @@ it once to check the result, and once when the tensor is used."""
 
 def adapted_experts(shape: ModelShape, parameters: Sequence[str]) -> list[Tensor]:
     """Return the tensors of experts that have adapters."""
-    return [tensor for tensor in backbone_tensors(shape) if tensor.role == "experts" and tensor.name in parameters]
+    return experts_with_adapters(backbone_tensors(shape), parameters)
 
 
 def expert_adapter_flops(
@@ -206,7 +207,7 @@ def executed_flops(
             nothing needs.
         lora_rank: rank of the adapters; `None` for full fine-tuning.
         lora_targets: adapted modules; `None` for all linear layers.
-        lora_parameters: adapted tensors of experts.
+        lora_parameters: adapted tensors of experts, as `expert_settings.adapted_parameters` gives them.
         backward_attention: see `BACKWARD_ATTENTION`.
     """
     is_full = lora_rank is None

@@ -54,11 +54,13 @@ class LayerKind:
         mixer: what mixes tokens: plain attention, latent attention (MLA), a gated delta net, or Mamba.
         feed_forward: what follows: a plain MLP, experts, or nothing.
         window: tokens that attention looks back at most; `None`: all.
+        adapted: tensors of its experts that have adapters, such as "experts.down_proj", where these are told apart.
     """
 
     mixer: Mixer = "attention"
     feed_forward: FeedForward = "mlp"
     window: int | None = None
+    adapted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,12 @@ class ModelClass:
         name: of the class.
         tensors: all parameters of the backbone, without a head.
         micro_steps: runs it.
+        expert_names: full names of the experts' 3-D tensors.
+        no_router_loss: why its routers have no load-balancing loss; `None`: they have one.
     """
 
     name: str
     tensors: tuple[Tensor, ...]
     micro_steps: MicroSteps
+    expert_names: tuple[str, ...] = ()
+    no_router_loss: str | None = None

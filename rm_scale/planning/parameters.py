@@ -6,6 +6,7 @@ tensors are counted one by one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -136,14 +137,15 @@ def adapter_tensors(
         tensors: the backbone's.
         rank: LoRA rank.
         targets: module names, such as "q_proj"; `None` for all linear layers.
-        parameters: tensors of experts, such as "experts.gate_up_proj"; each expert has matrices of its own there.
+        parameters: tensors of experts, as `expert_settings.adapted_parameters` gives them; each expert has matrices of
+            its own there.
     """
     adapters = []
+    for tensor in experts_with_adapters(tensors, parameters):
+        num, outputs, inputs = tensor.shape
+        adapters.append(Tensor(f"{tensor.name}.lora_A", (rank * num, inputs), "adapter", tensor.count))
+        adapters.append(Tensor(f"{tensor.name}.lora_B", (outputs, rank * num), "adapter", tensor.count))
     for tensor in tensors:
-        if tensor.role == "experts" and tensor.name in parameters:
-            num, outputs, inputs = tensor.shape
-            adapters.append(Tensor(f"{tensor.name}.lora_A", (rank * num, inputs), "adapter", tensor.count))
-            adapters.append(Tensor(f"{tensor.name}.lora_B", (outputs, rank * num), "adapter", tensor.count))
         if not is_adapted(tensor, targets):
             continue
         outputs, inputs = tensor.shape
@@ -151,6 +153,26 @@ def adapter_tensors(
         adapters.append(Tensor(f"{tensor.module}.lora_A", (rank, inputs), "adapter", count))
         adapters.append(Tensor(f"{tensor.module}.lora_B", (outputs, rank), "adapter", count))
     return adapters
+
+
+def experts_with_adapters(tensors: Sequence[Tensor], parameters: Sequence[str]) -> list[Tensor]:
+    """Return the tensors of experts that have adapters, as many of them as there are layers with such.
+
+    Args:
+        tensors: the backbone's.
+        parameters: as `expert_settings.adapted_parameters` gives them: "experts.down_proj" stands for all layers, a
+            full name for one.
+    """
+    left = Counter(name.rpartition(".")[2] for name in parameters)
+    found = []
+    for tensor in tensors:
+        if tensor.role != "experts":
+            continue
+        last = tensor.name.rpartition(".")[2]
+        count = tensor.count if tensor.name in parameters else min(tensor.count, left[last])
+        left[last] -= count
+        found += [replace(tensor, count=count)] if count else []
+    return found
 
 
 def is_adapted(tensor: Tensor, targets: Sequence[str] | None) -> bool:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.config import RunConfig
-from rm_scale.files import files_of_pattern, read_small_text
+from rm_scale.files import files_of_pattern
 from rm_scale.output_lock import LOCK_FILE, refuse, running_owner
 from rm_scale.output_paths import all_that_is_read, removed_with_a_run, run_output_problem
 from rm_scale.planning.deepspeed_config import offload_device, zero_stage
+from rm_scale.planning.expert_settings import expert_names, no_router_loss, router_loss_problem, targets_problem
 from rm_scale.planning.families import READ_AS_EXPERTS
 from rm_scale.planning.shape import ModelShape
+from rm_scale.planning.template_checks import template_problems
 from rm_scale.texts import nearest_file
 
-_MAX_TEMPLATE_BYTES = 1_000_000
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 """One of these is in a folder that datasets' `save_to_disk` wrote."""
 
@@ -81,9 +82,20 @@ def check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | N
         )
     experts = expert_names_problem(config, shape.model_type, READ_AS_EXPERTS.get(shape.model_type, ()))
     problems += [experts] if config.use_peft and experts is not None else []
+    problems += expert_settings_problems(config, shape)
     if values is not None and offload_device(values) == "nvme" and zero_stage(values) != 3:
         problems.append(f"deepspeed={config.deepspeed!r}: offload to NVMe needs ZeRO-3. Fix: set the stage to 3.")
     return problems
+
+
+def expert_settings_problems(config: RunConfig, shape: ModelShape) -> list[str]:
+    """Check the settings for experts and their routers, which training checks on the loaded model in the same words."""
+    targets, kind = config.lora_target_parameters, shape.model_type
+    found = []
+    if config.use_peft and targets:
+        found.append(targets_problem(targets, expert_names(shape), f"a model of type {kind}"))
+    found.append(router_loss_problem(config.router_aux_loss_coef, kind, no_router_loss(shape)))
+    return [problem for problem in found if problem is not None]
 
 
 def _unquantised(method: str) -> str:
@@ -140,12 +152,7 @@ def check_files(config: RunConfig) -> list[str]:
                 )
     if config.dataset_cache_dir is not None:
         problems += _cache_problems(Path(config.dataset_cache_dir))
-    if config.chat_template_path is not None:
-        try:
-            read_small_text(config.chat_template_path, _MAX_TEMPLATE_BYTES)
-        except ValueError as error:
-            file = f"chat_template_path={config.chat_template_path}"
-            problems.append(f"{file}: can't be read ({error}). Fix: give a Jinja file in UTF-8.")
+    problems += template_problems(config.chat_template_path)
     resume = config.resume_from_checkpoint
     if resume == "last" and not any(Path(config.output_dir).glob("checkpoint-*")):
         problems.append(

@@ -7,6 +7,7 @@ from typing import Any
 
 from rm_scale.config import RunConfig
 from rm_scale.config_schedules import read_optim_args
+from rm_scale.planning.expert_settings import adapted_parameters
 from rm_scale.planning.group_lengths import LengthMix
 from rm_scale.planning.hardware import Device
 from rm_scale.planning.plan import Plan
@@ -58,7 +59,7 @@ def scenario_of_run(
         lora_rank=config.lora_r,
         lora_targets=tuple(config.lora_target_modules) if config.lora_target_modules else None,
         lora_dropout=config.lora_dropout,
-        lora_parameters=tuple(config.lora_target_parameters or ()),
+        lora_parameters=adapted_parameters(config.lora_target_parameters, shape) if config.use_peft else (),
         nested_quant=config.use_bnb_nested_quant,
         zero_stage=plan.zero_stage if engine else None,
         offload_optimizer=_device_of(zero, "offload_optimizer"),

@@ -83,7 +83,7 @@ class Scenario:
         num_micro_steps: micro-steps per optimizer step.
         method: full, lora or qlora.
         lora_rank, lora_targets, lora_dropout: adapters; targets `None`: all linear layers.
-        lora_parameters: adapted tensors of experts.
+        lora_parameters: adapted tensors of experts, as `expert_settings.adapted_parameters` gives them.
         nested_quant: double quantisation of 4-bit weights.
         zero_stage: 0 to 3; `None`: plain torch, gradients averaged by DDP.
         offload_optimizer, offload_param: none, cpu or nvme.

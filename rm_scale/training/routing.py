@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rm_scale.distributed import sum_over_ranks
 from rm_scale.errors import ModelError
 from rm_scale.logs import get_logger
-from rm_scale.modeling.experts import num_uncounted_routers, routers
+from rm_scale.modeling.experts import has_balancing_loss, num_uncounted_routers, reason_against_router_loss, routers
+from rm_scale.planning.expert_settings import router_loss_problem
 
 logger = get_logger(__name__)
 
@@ -39,11 +38,9 @@ def router_coefficient(asked: float | None, model: torch.nn.Module) -> float:
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     found, uncounted = routers(model), num_uncounted_routers(model)
-    if asked and not (found and _has_balancing_loss(model)):
-        raise ModelError(
-            f"router_aux_loss_coef={asked:g}: there is no load-balancing loss of {config.model_type} models here, "
-            f"{_reason_against(bool(found), bool(uncounted))}. Fix: leave router_aux_loss_coef out."
-        )
+    problem = router_loss_problem(asked, config.model_type, reason_against_router_loss(model))
+    if problem is not None:
+        raise ModelError(problem)
     if uncounted:
         logger.info(
             f"{uncounted} routers of a {config.model_type} model choose experts in a way of their own: the load of "
@@ -52,7 +49,7 @@ def router_coefficient(asked: float | None, model: torch.nn.Module) -> float:
     if not found:
         return 0.0
     own = float(getattr(config, "router_aux_loss_coef", None) or 0.0)
-    own_is_on = bool(getattr(config, "output_router_logits", False)) and _has_balancing_loss(model)
+    own_is_on = bool(getattr(config, "output_router_logits", False)) and has_balancing_loss(model)
     used = asked if asked is not None else own if own_is_on else 0.0
     source = "as asked" if asked is not None else "as config.json says" if own_is_on else "off unless asked for"
     logger.info(
@@ -60,18 +57,6 @@ def router_coefficient(asked: float | None, model: torch.nn.Module) -> float:
         f"{own:g})"
     )
     return used
-
-
-def _reason_against(counts_some: bool, leaves_some: bool) -> str:
-    if counts_some:
-        return "its routers are balanced in another way"
-    return "its routers choose experts in a way of their own" if leaves_some else "it has no experts"
-
-
-def _has_balancing_loss(model: torch.nn.Module) -> bool:
-    """Tell whether transformers trains models of this kind with a load-balancing loss."""
-    kinds = [type(module) for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return any(hasattr(sys.modules.get(kind.__module__), "load_balancing_loss_func") for kind in kinds)
 
 
 @dataclass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rm_scale.errors import ModelError
 from rm_scale.planning.activations.attention import attention
 from rm_scale.planning.activations.delta_net import delta_net
-from rm_scale.planning.activations.experts import experts
+from rm_scale.planning.activations.experts import adapted_in_layer, experts
 from rm_scale.planning.activations.heads import head
 from rm_scale.planning.activations.latent_attention import latent_attention
 from rm_scale.planning.activations.linear import is_adapted, leave_autocast
@@ -29,9 +30,10 @@ def forward(step: MicroStep) -> SizedTensor:
     rotary = step.memory.allocate("rotary tables", tables, step.base_width)
     step.hold(embedded)  # a variable of the model's forward pass holds it to the end
     hidden = embedded
-    layers = repeated_layers(step.shape.layers)
+    kinds = _with_adapters(step)
+    layers = repeated_layers(kinds)
     if step.options.precision == "amp":  # whose copies of weights last until the end
-        layers = Layers(step.shape.layers, (), 0, ())
+        layers = Layers(kinds, (), 0, ())
     hidden = _replay(step, hidden, layers.before)
     before = step.memory.counts.copy()
     hidden = _replay(step, hidden, layers.pattern)
@@ -43,6 +45,14 @@ def forward(step: MicroStep) -> SizedTensor:
     loss = head(step, final)
     leave_autocast(step)
     return loss
+
+
+def _with_adapters(step: MicroStep) -> tuple[LayerKind, ...]:
+    """Return the model's layers, those apart whose experts have adapters and those whose experts have none."""
+    kinds, parameters = tuple(step.shape.layers), step.options.lora_parameters
+    if step.is_full or not parameters:
+        return kinds
+    return tuple(replace(kind, adapted=adapted_in_layer(parameters, place)) for place, kind in enumerate(kinds))
 
 
 def _replay(step: MicroStep, hidden: SizedTensor, kinds: Sequence[LayerKind]) -> SizedTensor:
@@ -169,7 +179,7 @@ def _mix(step: MicroStep, inner: SizedTensor, kind: LayerKind) -> SizedTensor:
 
 def _feed_forward(step: MicroStep, inner: SizedTensor, kind: LayerKind, is_last: bool) -> SizedTensor:
     if kind.feed_forward == "experts" and step.shape.experts is not None:
-        return experts(step, inner, step.shape.experts)
+        return experts(step, inner, step.shape.experts, kind.adapted)
     return mlp(step, inner, is_last)
 
 

@@ -5,6 +5,8 @@ The replay is of transformers' `grouped_mm` (integrations/moe.py), which is what
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from rm_scale.planning.activations.linear import linear
 from rm_scale.planning.activations.micro_step import MicroStep
 from rm_scale.planning.activations.mlp import gated
@@ -18,12 +20,31 @@ _FP32_WEIGHTS = _FP32_ROUTERS | {"mixtral"}
 """Types whose experts' weights stay in fp32, and with them the weighted results."""
 
 
-def experts(step: MicroStep, inner: SizedTensor, parts: Experts) -> SizedTensor:
-    """Replay the experts of a layer; input and output are of tokens x hidden."""
+def adapted_in_layer(parameters: Sequence[str], place: int) -> tuple[str, ...]:
+    """Return which tensors of a layer's experts have adapters, by their short names.
+
+    Args:
+        parameters: as `expert_settings.adapted_parameters` gives them: short names stand for all layers, full ones for
+            the layer whose number they hold.
+        place: the layer's number.
+    """
+    here = [name for name in parameters if name.startswith("experts.") or str(place) in name.split(".")]
+    return tuple(f"experts.{name.rpartition('.')[2]}" for name in here)
+
+
+def experts(step: MicroStep, inner: SizedTensor, parts: Experts, adapted: Collection[str]) -> SizedTensor:
+    """Replay the experts of a layer; input and output are of tokens x hidden.
+
+    Args:
+        step: the micro-step.
+        inner: the experts' input.
+        parts: their sizes.
+        adapted: tensors that have adapters, such as "experts.down_proj".
+    """
     # With a gate of its own the shared expert comes first, else last (modeling_qwen2_moe.py, modeling_deepseek_v3.py).
     shared = _shared(step, inner, parts) if parts.shared_gate else None
     weights = _route(step, inner, parts)
-    output = _through_experts(step, inner, weights, parts)
+    output = _through_experts(step, inner, weights, parts, adapted)
     step.free(weights)
     if not parts.shared_width:
         return output
@@ -86,7 +107,9 @@ def _is_recorded(step: MicroStep, value: SizedTensor) -> bool:
     return step.graph.is_recording and value.needs_grad
 
 
-def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, parts: Experts) -> SizedTensor:
+def _through_experts(
+    step: MicroStep, inner: SizedTensor, weights: SizedTensor, parts: Experts, adapted: Collection[str]
+) -> SizedTensor:
     routed = step.row.tokens * parts.chosen
     hidden = Size("tokens x chosen x hidden", routed * step.shape.hidden_size)
     both = Size("tokens x chosen x 2 expert", 2 * routed * parts.width)
@@ -98,13 +121,14 @@ def _through_experts(step: MicroStep, inner: SizedTensor, weights: SizedTensor, 
     chosen_weights = step.gather("weights by expert", weights, order)
     all_first = Size("experts x 2 expert x hidden", parts.num * 2 * parts.width * step.shape.hidden_size)
     all_second = Size("experts x expert x hidden", parts.num * parts.width * step.shape.hidden_size)
-    merged_first = _with_adapters(step, "experts.gate_up_proj", all_first, parts)
+    first_adapted, second_adapted = "experts.gate_up_proj" in adapted, "experts.down_proj" in adapted
+    merged_first = _with_adapters(step, "experts.gate_up_proj", all_first, parts) if first_adapted else None
     first = _grouped(step, "experts' gate and up", selected, both, all_first, merged_first)
     biases = step.memory.allocate("experts' biases by token", both if parts.biases else Size("none", 0), first.width)
     product = _clamped_gate(step, first, width) if parts.biases else _gate(step, first, width)
     step.free(first)
     step.memory.release(biases)
-    merged_second = _with_adapters(step, "experts.down_proj", all_second, parts)
+    merged_second = _with_adapters(step, "experts.down_proj", all_second, parts) if second_adapted else None
     second = _grouped(step, "experts' down", product, hidden, all_second, merged_second)
     biases = step.memory.allocate("experts' biases by token", hidden if parts.biases else Size("none", 0), first.width)
     step.free(product)
@@ -126,13 +150,11 @@ def _gather_by(step: MicroStep, name: str, value: SizedTensor, size: Size, index
     return gathered
 
 
-def _with_adapters(step: MicroStep, tensor: str, weight: Size, parts: Experts) -> SizedTensor | None:
-    """Add the adapters of a layer's experts to a copy of their tensor, as PEFT does; `None` where it has none.
+def _with_adapters(step: MicroStep, tensor: str, weight: Size, parts: Experts) -> SizedTensor:
+    """Add the adapters of a layer's experts to a copy of their tensor, as PEFT does.
 
     PEFT keeps the copy while the experts run, and autograd keeps it for the gradient of their input.
     """
-    if step.is_full or tensor not in step.options.lora_parameters:
-        return None
     width, formula = (2 * parts.width, "2 expert") if "gate" in tensor else (parts.width, "expert")
     num_factors = parts.num * step.options.lora_rank * (step.shape.hidden_size + width)
     factors = Size(f"experts x rank x (hidden + {formula})", num_factors)

@@ -79,7 +79,7 @@ class Options:
         method: full, lora or qlora.
         lora_rank: rank of the adapters.
         lora_targets: module names such as "q_proj"; `None` for all linear layers.
-        lora_parameters: adapted tensors of experts, such as "experts.gate_up_proj".
+        lora_parameters: adapted tensors of experts, as `expert_settings.adapted_parameters` gives them.
         lora_dropout: with any dropout each adapter keeps an input and a mask of its own.
         precision: "bf16" (all in bfloat16, as in DeepSpeed's engine), "amp" (trained weights fp32, products in bfloat16
             by autocast; a frozen backbone is bfloat16), or "fp32".

@@ -161,7 +161,7 @@ def test_real_lengths_drive_the_plan(capsys: pytest.CaptureFixture[str], pairs_f
         ),
         (
             ["--tier", "7b", "--method", "lora", "--lora_target_parameters", "experts.down_proj"],
-            "leave lora_target_parameters out; the model has no experts",
+            "a model of type llama has no experts. Fix: leave lora_target_parameters out.",
         ),
         (["--model", "/no/such/folder"], "there is no such folder"),
     ],
