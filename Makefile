@@ -50,6 +50,7 @@ test-all: test ## Run those, then the long ones: true shapes, every stage and me
 test-compat: $(STAMP) ## Run our models in other software: a real vLLM, older TRL (each in an environment of its own)
 	@tests/compat/ppo.sh
 	@tests/compat/rewardbench.sh
+	@tests/compat/openrlhf.sh
 	@tests/compat/vllm.sh
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device

@@ -66,7 +66,7 @@ def test_no_input_breaks_it(server: str) -> None:
             seen.setdefault(case.path, set()).add(answer.status_code)
 
         once()
-    assert {"/score", "/rank", "/get_reward", "/pooling", "/classify"} <= set(seen)
+    assert {"/score", "/rank", "/get_reward", "/pooling", "/classify", "/rerank", "/v1/embeddings"} <= set(seen)
     assert any(200 in seen[path] for path in ("/score", "/rank", "/get_reward")), seen
     assert httpx.get(f"{server}/ready").status_code == 200
 

@@ -19,14 +19,14 @@ REASON_HEADER = "x-reason-phrase"
 class _PhrasedConnection(h11.Connection):
     """Puts the text of `REASON_HEADER` beside the status."""
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
         if isinstance(event, h11.Response):
             name = REASON_HEADER.encode()
             phrase = next((value for key, value in event.headers if key == name), None)
             if phrase is not None:
                 headers = [(key, value) for key, value in event.headers if key != name]
                 event = h11.Response(status_code=event.status_code, headers=headers, reason=phrase)
-        return super().send(event)
+        return super().send_with_data_passthrough(event)
 
 
 def protocol_with_header_limit(seconds: float) -> type[asyncio.Protocol]:
