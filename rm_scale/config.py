@@ -82,7 +82,9 @@ class RunConfig(BaseModel):
         Group.MODEL, None, "transformers' attention kernel; default its own choice."
     )
     chat_template_path: str | None = _setting(
-        Group.MODEL, None, "Jinja file that replaces the tokenizer's chat template."
+        Group.MODEL,
+        None,
+        "Other chat template: a Jinja file, or a tokenizer's folder or hub name, for its own.",
     )
     eos_token: str | None = _setting(Group.MODEL, None, "End-of-sequence token; default the tokenizer's.")
     pad_token: str | None = _setting(Group.MODEL, None, "Padding token; must differ from EOS. Default: found or added.")
@@ -323,6 +325,9 @@ class RunConfig(BaseModel):
         Group.SAVING,
         None,
         "Metric of the evaluations while training whose best checkpoint is kept too: accuracy, loss.",
+    )
+    load_best_model_at_end: bool = _setting(
+        Group.SAVING, False, "End with the weights of that best checkpoint. Every evaluation must be saved."
     )
     greater_is_better: bool | None = _setting(
         Group.SAVING, None, "Whether that metric's largest value is the best. Follows from it, and is only compared."

@@ -12,6 +12,8 @@ SCHEDULES: tuple[str, ...] = (
 )
 # Need arguments that are no settings here (optim_target_modules).
 OPTIMIZERS_WITH_ARGUMENTS = ("galore_", "apollo_")  # how their names begin
+# Parts of the names of those whose state is not one number for each weight: blocks, factors, none at all.
+OPTIMIZERS_WITH_FORMS_OF_THEIR_OWN = ("8bit", "4bit", "adafactor", "lomo")
 # Follow the loss of the evaluations, not the number of steps.
 SCHEDULES_BY_LOSS: tuple[str, ...] = ("reduce_lr_on_plateau", "greedy")
 # What an evaluation while training measures, and with "_accuracy" behind it each subset's name.

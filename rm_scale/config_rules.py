@@ -19,6 +19,7 @@ from rm_scale.config_names import (
     LOGGERS,
     OPTIMIZERS,
     OPTIMIZERS_WITH_ARGUMENTS,
+    OPTIMIZERS_WITH_FORMS_OF_THEIR_OWN,
     SCHEDULES,
     SCHEDULES_BY_LOSS,
 )
@@ -229,6 +230,36 @@ RULES = (
         ),
     ),
     Rule(
+        "best_weights_need_a_metric",
+        lambda c: c.load_best_model_at_end and c.metric_for_best_model is None,
+        lambda c: (
+            "load_best_model_at_end=True without metric_for_best_model: nothing says which is the best. Fix: "
+            "metric_for_best_model: loss, which is TRL's default, or accuracy."
+        ),
+    ),
+    Rule(
+        "best_weights_are_saved",
+        lambda c: c.load_best_model_at_end and c.eval_strategy != "no" and not _saves_every_evaluation(c),
+        lambda c: (
+            f"load_best_model_at_end=True with eval_strategy={c.eval_strategy}, eval_steps={c.eval_steps}, "
+            f"save_strategy={c.save_strategy}, save_steps={c.save_steps}: not every evaluation's weights are saved. "
+            "Fix: the same strategy for both and, with steps, save_steps equal to eval_steps or a divisor of it."
+        ),
+    ),
+    Rule(
+        "best_weights_in_full_precision",
+        lambda c: (
+            c.load_best_model_at_end
+            and (c.save_only_model or any(part in c.optim for part in OPTIMIZERS_WITH_FORMS_OF_THEIR_OWN))
+        ),
+        lambda c: (
+            f"load_best_model_at_end=True with save_only_model={c.save_only_model}, optim={c.optim}: the weights come "
+            "back from checkpoints that hold them with the optimizer's state, one number for each weight. Fix: "
+            "save_only_model: false and optim: adamw_torch, or leave load_best_model_at_end out and use the best "
+            "checkpoint-N as the model."
+        ),
+    ),
+    Rule(
         "greater_is_better_needs_a_metric",
         lambda c: c.greater_is_better is not None and c.metric_for_best_model is None,
         lambda c: (
@@ -283,6 +314,12 @@ RULES = (
 
 def _computes_in_fp32(config: RunConfig) -> bool:
     return not config.bf16 and not config.fp16
+
+
+def _saves_every_evaluation(config: RunConfig) -> bool:
+    if config.save_strategy != config.eval_strategy:
+        return False
+    return config.eval_strategy == "epoch" or (config.eval_steps or 0) % config.save_steps == 0
 
 
 def _without_prefix(metric: str) -> str:

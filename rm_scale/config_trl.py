@@ -46,6 +46,10 @@ _UPLOAD = "leave it out and upload the finished folder yourself"
 _LOADER = "batches are built ahead of the step by dataloader_num_workers processes, whose other settings are fixed"
 _DDP = "a run's batches and gradients are its own, so that DDP's options are set by it"
 _FSDP = "weights are sharded by DeepSpeed, not by FSDP"
+_LENGTH_IS_NEEDED = (
+    "memory is planned for the longest text, so there must be one. Fix: --max_length N; rm-scale data with the same "
+    "settings counts what is longer, and --overlong_policy error stops for the first."
+)
 _MIXTURE = "several data sets are read as files, each whole"
 
 # fmt: off
@@ -103,7 +107,6 @@ FIXED: dict[str, Fixed] = {
     "save_on_each_node": Fixed(_OFF, "output_dir is one folder that all nodes share"),
     "save_safetensors": Fixed(_ON, "weights are written as safetensors only"),
     "enable_jit_checkpoint": Fixed(_ANY, "a run that is told to end saves a checkpoint in any case, at a step that all ranks agree on"),
-    "load_best_model_at_end": Fixed(_OFF, "a run ends with its last weights, which its records describe", "set metric_for_best_model, which keeps the best checkpoint whole: use its checkpoint-N folder as the model"),
     "ignore_data_skip": Fixed(_OFF, "a resumed run goes on in the data where it was, without reading what it has seen"),
     "restore_callback_states_from_checkpoint": Fixed(_OFF, "what a resumed run needs is restored in any case"),
     "overwrite_output_dir": Fixed(_OFF, "a folder is replaced by name only", "add --force overwrite"),
@@ -184,6 +187,9 @@ def translate(values: dict[str, Any], where: str = "") -> tuple[dict[str, Any], 
     kept: dict[str, Any] = {}
     problems = []
     for name, value in values.items():
+        if name == "max_length" and _as_written(value) == "none":
+            problems.append(f"max_length=none{where}: {_LENGTH_IS_NEEDED}")
+            continue
         ours, meant = _in_our_words(name, value)
         if ours != name and ours in values:
             problems.append(f"{name}{where}: is another name of {ours}, which is given too. Fix: keep one of them.")

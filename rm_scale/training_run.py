@@ -309,6 +309,7 @@ def open_run_directory(
         max_failed_saves=config.max_failed_saves,
         max_nonfinite_steps=config.max_nonfinite_steps,
         stop_margin_seconds=config.stop_margin_seconds,
+        ends_with_best=config.load_best_model_at_end,
         attempt=attempt,
     )
 
@@ -453,7 +454,10 @@ def train(trainer: RewardTrainer, attempt: Attempt) -> int:
         except LastSaveFailed as error:
             failed = error
     trainer.write_waiting_records(is_end=bool(trainer.stopping.reason))
-    return end_training(trainer, attempt, failed)
+    code = end_training(trainer, attempt, failed)
+    if code == 0 and trainer.checkpoints.settings.ends_with_best:
+        trainer.end_with_best()
+    return code
 
 
 def evaluate(trainer: RewardTrainer, data: PreparedData) -> EvaluationResult | None:
@@ -494,7 +498,7 @@ def save(
         trainer.save_model(config.output_dir)
         with agreed_errors(), disk_errors_explained(config.output_dir):
             if world.is_main:
-                _write_results(config, plan, result)
+                _write_results(config, plan, result, trainer.weights_step)
 
     try:
         trainer.checkpoints.save_last(write, f"the trained model ({config.output_dir})")
@@ -509,11 +513,11 @@ def save(
     return 0
 
 
-def _write_results(config: RunConfig, plan: Plan, result: EvaluationResult | None) -> None:
+def _write_results(config: RunConfig, plan: Plan, result: EvaluationResult | None, weights_step: int | None) -> None:
     folder = Path(config.output_dir)
     if result is not None:
         write_evaluation(result, run_folder(config))
-    write_model_card(folder, config, plan, result, read_warnings(run_folder(config)))
+    write_model_card(folder, config, plan, result, read_warnings(run_folder(config)), weights_step)
     if config.merge_adapter:
         merge_adapter(folder, folder / "merged", config.trust_remote_code)
     logger.info(f"model: {folder}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rm_scale.errors import ModelError
-from rm_scale.logs import get_logger
+from rm_scale.logs import KEPT, get_logger
 from rm_scale.modeling.padding_token import require_in_vocabulary, settle_pad_token
 from rm_scale.modeling.weight_files import LFS_START, file_of
 from rm_scale.planning.shape import refuse_endless_files
@@ -38,7 +38,8 @@ def load_tokenizer(
         trust_remote_code: run code that comes with the tokenizer.
         eos_token: replaces the tokenizer's EOS; must be in the vocabulary.
         pad_token: replaces the choice below; must be in the vocabulary and differ from EOS.
-        chat_template_path: Jinja file that replaces the chat template.
+        chat_template_path: Jinja file that replaces the chat template, or a tokenizer (folder or hub name) whose
+            template and EOS do, as in TRL.
 
     Raises:
         ModelError: no tokenizer there, a token is unknown, or pad and EOS are the same.
@@ -50,10 +51,40 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no EOS token. Fix: name one with --eos_token.")
     if chat_template_path is not None:
-        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        _take_chat_template(tokenizer, chat_template_path, keeps_eos=eos_token is not None)
     settle_pad_token(tokenizer, pad_token)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _take_chat_template(tokenizer: PreTrainedTokenizerBase, path: str, keeps_eos: bool) -> None:
+    """Give a tokenizer another chat template; from another tokenizer with its EOS, unless one was named.
+
+    TRL adds tokens that only the other tokenizer has to this one. Their embeddings would be random, and adapters are
+    saved without embeddings, so they are refused where the template writes them; all others do no harm missing.
+
+    Raises:
+        ModelError: there is no template, or it writes such a token.
+    """
+    if Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return
+    source = read_tokenizer(path)
+    if not source.chat_template:
+        raise ModelError(f"chat_template_path={path}: that tokenizer has no chat template. Fix: give a Jinja file.")
+    vocabulary = tokenizer.get_vocab()
+    added = [token.content for token in source.added_tokens_decoder.values()]
+    missing = [token for token in added if token not in vocabulary and token in str(source.chat_template)]
+    if missing:
+        raise ModelError(
+            f"chat_template_path={path}: its template writes {', '.join(missing[:5])}, which the model's tokenizer "
+            "does not have as a token. Fix: a template whose tokens it has, or add them to model and tokenizer first "
+            "(TRL's clone_chat_template does)."
+        )
+    tokenizer.chat_template = source.chat_template
+    if not keeps_eos and source.eos_token in vocabulary:
+        tokenizer.eos_token = source.eos_token
+    logger.info(f"chat template: that of {path}; EOS is {tokenizer.eos_token}", extra=KEPT)
 
 
 def read_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -292,6 +292,11 @@ def check_deepspeed_config(values: dict[str, Any], config: RunConfig, world_size
             f"optim_args={config.optim_args!r} with {where}: DeepSpeed's own {config.optim}, which runs where "
             "optimizer state is offloaded, takes none. Fix: leave optim_args out."
         )
+    if offload_device(values) == "nvme" and config.load_best_model_at_end:
+        problems.append(
+            f"load_best_model_at_end=True with {where}: state on NVMe is written in DeepSpeed's own form, from which "
+            "no weights come back. Fix: offload to the CPU, or leave it out and use the best checkpoint-N as the model."
+        )
     if stage not in {0, 1, 2, 3}:
         problems.append(f"{where}: zero_optimization.stage={stage}. The stage is 0, 1, 2 or 3. Fix: correct the file.")
     for block in ("optimizer", "scheduler"):

@@ -38,7 +38,7 @@ class HeadSync(TrainerCallback):
 
             head = active_head(self.trainer.model)
             safe_set_full_fp32_param(head.weight, self.saved_head.to(self.trainer.args.device))
-        self._sync()
+        self.sync()
         if not head_weight(self.trainer.model).isfinite().all():
             raise TrainingError(
                 "the reward head holds NaN or infinite weights before the first step. "
@@ -47,14 +47,14 @@ class HeadSync(TrainerCallback):
 
     def on_step_end(self, *unused: Any, **also_unused: Any) -> None:
         """Bring the residual up to date: the optimizer has changed the master."""
-        self._sync()
+        self.sync()
 
     def _is_rounded(self) -> bool:
         """Return whether an engine computes with a copy of the head in half precision."""
         has_engine = self.trainer.is_deepspeed_enabled and getattr(self.trainer, "deepspeed", None) is not None
         return has_engine and active_head(self.trainer.model).weight.dtype != torch.float32
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         """Hand the head the exact fp32 master that DeepSpeed holds. A collective."""
         if not self._is_rounded():
             return

@@ -27,6 +27,7 @@ from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.token_scores import batch_rewards
 from rm_scale.training.agreed_stop import StopOnRequest
 from rm_scale.training.callbacks import MetricsFile
+from rm_scale.training.checkpoint.best_weights import restore_best
 from rm_scale.training.checkpoint.optimizer_state import holds_portable_state
 from rm_scale.training.checkpoint.reload_check import (
     disk_errors_explained,
@@ -121,6 +122,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._step_terms = 1.0
         self._step_pairs = 1.0
         self._last_evaluation: tuple[int, EvaluationResult] | None = None
+        self.weights_step: int | None = None  # of the best checkpoint, once its weights have been taken back
         with _trained_weights_kept(model):
             super().__init__(
                 model=model,
@@ -152,7 +154,8 @@ class RewardTrainer(trl.RewardTrainer):
             self.train_dataset, folder / "nonfinite.jsonl", saves.max_nonfinite_steps, is_main
         )
         self.checkpoints = CheckpointWriter(self, saves, self.watchdog.beat)
-        self.add_callback(HeadSync(self, saved_head))
+        self.head_sync = HeadSync(self, saved_head)
+        self.add_callback(self.head_sync)
         self.step_times = StepTimes(folder, not self.is_deepspeed_enabled)
         self.add_callback(self.step_times)
         # Last, so that nothing that transformers decides at a step's end comes after it.
@@ -328,14 +331,29 @@ class RewardTrainer(trl.RewardTrainer):
         """Evaluate exactly over all groups, overall and per subset; log and return it under `eval_...`."""
         groups = eval_dataset if eval_dataset is not None else self.eval_dataset
         assert groups is not None, "nothing to evaluate on"
+        metrics = logged_metrics(self._count_pairs(groups), metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _count_pairs(self, groups: datasets.Dataset) -> EvaluationResult:
+        """Score groups with the weights as they are, and remember the result as this step's. A collective."""
         self.meter.pause()
         scored = score_groups(self.model_wrapped, groups, self.batching, self.args, self.watchdog.beat)
         result = evaluate_groups(scored, self.loss_settings, self.batching.collate.keep_ties)
         self._last_evaluation = (self.state.global_step, result)
-        metrics = logged_metrics(result, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return result
+
+    def end_with_best(self) -> None:
+        """Take back the weights of the best checkpoint, and evaluate them for the run's records. A collective.
+
+        That evaluation is not logged: its step has a line of it already.
+        """
+        self.watchdog.beat("reading the best checkpoint")
+        self.weights_step = restore_best(self)
+        if self.weights_step is not None:
+            self.head_sync.sync()
+            self._count_pairs(self.eval_dataset)
 
     def final_evaluation(self) -> EvaluationResult:
         """Return the evaluation after the last step: the one just done at that step, or a new one, logged."""

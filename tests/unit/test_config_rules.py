@@ -102,6 +102,29 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "metric_for_best_model",
         "metric_for_best_model=eval_acuracy: no evaluation measures it. Fix: did you mean accuracy?",
     ),
+    "best_weights_need_a_metric": (
+        {**EVALUATED, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True},
+        "metric_for_best_model",
+        "Fix: metric_for_best_model: loss, which is TRL's default",
+    ),
+    "best_weights_are_saved": (
+        {
+            **EVALUATED,
+            **{"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 2},
+            **{"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+        },
+        "save_steps",
+        "not every evaluation's weights are saved",
+    ),
+    "best_weights_in_full_precision": (
+        {
+            **EVALUATED,
+            **{"eval_strategy": "epoch", "save_strategy": "epoch", "optim": "adamw_8bit"},
+            **{"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+        },
+        "optim",
+        "optim=adamw_8bit: the weights come back from checkpoints that hold them",
+    ),
     "greater_is_better_needs_a_metric": (
         {"greater_is_better": True},
         "greater_is_better",

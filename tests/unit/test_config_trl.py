@@ -144,3 +144,10 @@ def test_the_tables_of_the_settings_page_are_those_of_the_installed_trl() -> Non
     module = settings_tables()
     page = module.PAGE.read_text(encoding="utf-8")
     assert page.partition(module.TRL_BEGIN)[2].partition(module.TRL_END)[0].strip() == module.trl_tables()
+
+
+def test_no_limit_on_the_length_is_refused_with_how_to_find_one() -> None:
+    for value in (None, "none"):
+        (problem,) = parsed(max_length=value).problems
+        assert problem.startswith("max_length=none: memory is planned for the longest text")
+        assert ". Fix: --max_length N" in problem

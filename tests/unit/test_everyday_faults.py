@@ -583,7 +583,10 @@ def test_small_files_are_read_as_strictly(refused: Told, tmp_path: Path, texts: 
     run.mkdir()
     for file, why in ((latin, "not written in UTF-8"), (pipe, "a pipe"), (tmp_path, "Is a directory")):
         given = ["--model_name_or_path", reward_model, "--dataset_path", texts, "--output_dir", tmp_path / "out"]
-        assert why in refused(*given, "--chat_template_path", file, program=train)
+        no_tokenizer = "the tokenizer there has no chat template"  # a folder may be a tokenizer's
+        assert (why if file != tmp_path else no_tokenizer) in refused(
+            *given, "--chat_template_path", file, program=train
+        )
         assert why in refused(*score(reward_model, texts, tmp_path / "out.jsonl", "--chat_template_path", str(file)))
         assert why in refused("plan", "--tier", "1b", "--hardware", file)
         assert why in refused("launch", *given, "--hostfile", file, "--dry_run")

@@ -28,6 +28,7 @@ def write_model_card(
     plan: Plan,
     result: EvaluationResult | None,
     warnings: Sequence[tuple[str | None, str]] = (),
+    weights_step: int | None = None,
 ) -> Path:
     """Write the card beside the weights.
 
@@ -37,10 +38,11 @@ def write_model_card(
         plan: what ran.
         result: the final evaluation, `None` when there was nothing to evaluate on.
         warnings: name, if any, and text of what the run warned about.
+        weights_step: the step whose weights these are, where they are not the last.
     """
     path = folder / CARD_FILE
     results = f"{BEGIN}\n{_results(result)}\n{END}"
-    parts = [_front_matter(config), _description(config, plan), *_warnings(warnings), results]
+    parts = [_front_matter(config), _description(config, plan, weights_step), *_warnings(warnings), results]
     parts += [_usage(config.output_dir, config)]
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
@@ -79,7 +81,8 @@ def _front_matter(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _description(config: RunConfig, plan: Plan) -> str:
+def _description(config: RunConfig, plan: Plan, weights_step: int | None) -> str:
+    best = f"; weights of step {weights_step:,}, the best {config.metric_for_best_model}" if weights_step else ""
     data = config.dataset_name or ", ".join(Path(path).name for path in config.dataset_path or [])
     zero = f"ZeRO-{plan.zero_stage}" if plan.deepspeed_config is not None else "no ZeRO"
     return "\n".join(
@@ -95,7 +98,7 @@ def _description(config: RunConfig, plan: Plan) -> str:
             f"| data | {_cell(data)}: {plan.num_train_groups:,} groups to train on |",
             f"| loss | {config.loss_type} |",
             f"| steps | {plan.total_steps:,} of {plan.global_batch_size} groups, learning rate "
-            f"{plan.learning_rate:g} |",
+            f"{plan.learning_rate:g}{best} |",
             f"| precision | weights {plan.dtype}, compute {plan.compute_dtype}, head float32 |",
             f"| longest text | {config.max_length} tokens |",
         ]

@@ -53,6 +53,7 @@ class SaveSettings:
         max_failed_saves: the run ends when this many saves in a row have failed.
         max_nonfinite_steps: this many steps with a NaN or infinite loss may be left out.
         stop_margin_seconds: see `rm_scale.training.preemption.margin_seconds`.
+        ends_with_best: the run ends with the weights of its best checkpoint.
         attempt: this attempt of the run, if attempts are recorded.
     """
 
@@ -61,6 +62,7 @@ class SaveSettings:
     max_failed_saves: int = 3
     max_nonfinite_steps: int = 0
     stop_margin_seconds: float | None = None
+    ends_with_best: bool = False
     attempt: Attempt | None = None
 
     @property

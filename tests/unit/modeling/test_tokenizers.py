@@ -12,6 +12,7 @@ import pytest
 from rm_scale.errors import ModelError
 from rm_scale.modeling import tokenizers
 from rm_scale.modeling.tokenizers import load_tokenizer, read_tokenizer
+from rm_scale.planning.template_checks import template_problems
 
 MISSING = "it comes as tokenizer.model, without tokenizer.json"
 
@@ -82,3 +83,61 @@ def test_the_error_stands_alone_where_the_cause_is_not_known(
     with pytest.raises(ModelError) as caught:
         read_tokenizer(str(folder))
     assert MISSING not in str(caught.value) and "beside the model" not in str(caught.value)
+
+
+# --- A chat template from another tokenizer --------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}<|done|>{% endfor %}"
+
+
+def another_tokenizer(model: Path, folder: Path, template: str | None, **settings: str) -> Path:
+    """The model's tokenizer with two tokens more and another EOS, as a folder of its own."""
+    tokenizer = read_tokenizer(str(model))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|done|>"], **settings})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_template_is_taken_from_another_tokenizer_with_its_eos(tiny_model: Path, tmp_path: Path) -> None:
+    """The same template, EOS and tokens as TRL's `clone_chat_template` gives, where the model has the tokens."""
+    from transformers import AutoModelForSequenceClassification
+    from trl import clone_chat_template
+
+    source = another_tokenizer(tiny_model, tmp_path / "source", TEMPLATE, eos_token="<|done|>")
+    ours_before = another_tokenizer(tiny_model, tmp_path / "ours", None)
+    ours = load_tokenizer(str(ours_before), chat_template_path=str(source))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    _, theirs, _ = clone_chat_template(model, read_tokenizer(str(ours_before)), str(source))
+    assert (ours.chat_template, ours.eos_token) == (TEMPLATE, "<|done|>")
+    assert (theirs.chat_template, theirs.eos_token) == (ours.chat_template, ours.eos_token)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    assert ours.apply_chat_template(messages)["input_ids"] == theirs.apply_chat_template(messages)["input_ids"]
+    named = load_tokenizer(str(ours_before), chat_template_path=str(source), eos_token=read_eos(tiny_model))
+    assert named.eos_token == read_eos(tiny_model)
+
+
+def read_eos(model: Path) -> str:
+    return str(read_tokenizer(str(model)).eos_token)
+
+
+def test_a_template_with_tokens_that_the_model_has_not_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    source = another_tokenizer(tiny_model, tmp_path / "source", TEMPLATE)
+    with pytest.raises(ModelError, match=r"its template writes <\|turn\|>, <\|done\|>, which the model's tokenizer"):
+        load_tokenizer(str(tiny_model), chat_template_path=str(source))
+    plain = another_tokenizer(tiny_model, tmp_path / "plain", "{{ messages[0]['content'] }}")
+    assert load_tokenizer(str(tiny_model), chat_template_path=str(plain)).eos_token == read_eos(tiny_model)
+
+
+def test_where_a_template_may_be_is_checked_before_anything_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    source = another_tokenizer(tiny_model, tmp_path / "source", TEMPLATE)
+    bare = another_tokenizer(tiny_model, tmp_path / "bare", None)
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE)
+    assert [template_problems(str(path)) for path in (source, file, "Qwen/Qwen3-0.6B")] == [[], [], []]
+    assert "the tokenizer there has no chat template" in template_problems(str(bare))[0]
+    for path in ("templates/chat.jinja", str(tmp_path / "chat.jinj"), "chat"):
+        (problem,) = template_problems(path)
+        assert problem.startswith(f"chat_template_path={path}: can't be read (")
+    with pytest.raises(ModelError, match="that tokenizer has no chat template"):
+        load_tokenizer(str(tiny_model), chat_template_path=str(bare))
