@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rm_scale.commands import eval_columns
+from rm_scale.commands.endpoint_options import (
+    add_endpoint_arguments,
+    endpoint_problems,
+    endpoint_scorer,
+    open_endpoints,
+)
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.files import write_problem
 from rm_scale.logs import get_logger
@@ -18,7 +24,8 @@ if TYPE_CHECKING:
     from rm_scale.evaluation.evaluated_models import EvaluatedModel
     from rm_scale.evaluation.requirements import Wanted
     from rm_scale.evaluation.score_models import ScoringRequest
-    from rm_scale.inference.scoring.scorer import RewardScorer
+    from rm_scale.inference.endpoint import Endpoint
+    from rm_scale.inference.scoring.contract_scorer import ContractScorer
 
 logger = get_logger(__name__)
 
@@ -68,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eval_columns.add_arguments(parser)
     _add_results(parser)
     _add_scoring(parser)
+    add_endpoint_arguments(parser, several=True)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +186,7 @@ def _check(options: argparse.Namespace, models: Sequence[EvaluatedModel]) -> lis
     from rm_scale.data.sources import local_sources
     from rm_scale.evaluation.requirements import read_requirements
 
-    problems = [*eval_columns.problems(options), *_result_problems(options)]
+    problems = [*eval_columns.problems(options), *_result_problems(options), *endpoint_problems(options)]
     if options.score_column is None:
         problems = [*_model_problems(options), *_data_problems(options, models), *problems]
     for option, (least, most) in _RANGES.items():
@@ -296,8 +304,8 @@ def _rejected_share(options: argparse.Namespace) -> float:
     return _DEFAULT_REJECTED_SHARE if options.max_rejected_share is None else float(options.max_rejected_share)
 
 
-def _loader(options: argparse.Namespace) -> Callable[[Path], RewardScorer]:
-    """Return a function that loads a model; which device there is, is found out when the first one is loaded."""
+def _loader(options: argparse.Namespace) -> Callable[[Path], ContractScorer]:
+    """Return a function that loads a model, or asks its server; which device there is, is found out at the first."""
 
     @functools.cache
     def device() -> str:
@@ -307,7 +315,13 @@ def _loader(options: argparse.Namespace) -> Callable[[Path], RewardScorer]:
         prepare_environment(World())
         return rank_device(options.device, World())
 
-    def load(path: Path) -> RewardScorer:
+    @functools.cache
+    def servers() -> dict[Path, Endpoint]:
+        return dict(zip(map(Path, options.model), open_endpoints(options), strict=False))
+
+    def load(path: Path) -> ContractScorer:
+        if options.endpoint and path in servers():
+            return endpoint_scorer(str(path), servers()[path], options)
         from rm_scale.inference.scoring.scorer import RewardScorer
 
         dtype = None if options.dtype == "auto" else options.dtype

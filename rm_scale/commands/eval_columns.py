@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rm_scale.evaluation.evaluate import ScoredModel
     from rm_scale.evaluation.requirements import Wanted
     from rm_scale.evaluation.score_columns import ColumnRequest
-    from rm_scale.inference.scoring.scorer import RewardScorer
+    from rm_scale.inference.scoring.contract_scorer import ContractScorer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def score(
     settings: Mapping[str, Any],
     max_rejected_share: float,
     wanted: Sequence[Wanted],
-    load: Callable[[Path], RewardScorer],
+    load: Callable[[Path], ContractScorer],
 ) -> tuple[list[ScoredModel], dict[str, dict[str, dict[str, Any]]]]:
     """Return the scores of the columns, with those of what they are compared with, and their benchmarks' results.
 

@@ -18,7 +18,7 @@ from rm_scale.evaluation.scores_file import is_scores_file, read_scores
 
 if TYPE_CHECKING:
     from rm_scale.evaluation.benchmarks import ScoredBenchmark
-    from rm_scale.inference.scoring.scorer import RewardScorer
+    from rm_scale.inference.scoring.contract_scorer import ContractScorer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ColumnJudgement:
     wanted: Sequence[Wanted] = ()
 
 
-def judge_columns(asked: ColumnJudgement, load: Callable[[Path], RewardScorer]) -> list[ScoredModel]:
+def judge_columns(asked: ColumnJudgement, load: Callable[[Path], ContractScorer]) -> list[ScoredModel]:
     """Return the scores of every column and file, and of the models that they are compared with.
 
     Args:
@@ -127,7 +127,7 @@ def _distinct(models: Sequence[ScoredModel], files: Sequence[str]) -> list[Path]
 
 
 def _of_models(
-    folders: Sequence[str], asked: ColumnJudgement, names: Sequence[str], load: Callable[[Path], RewardScorer]
+    folders: Sequence[str], asked: ColumnJudgement, names: Sequence[str], load: Callable[[Path], ContractScorer]
 ) -> list[ScoredModel]:
     if not folders:
         return []

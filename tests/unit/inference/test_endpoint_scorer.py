@@ -105,6 +105,20 @@ def test_rank_at_a_server(lora_run: Path, scorer: RewardScorer, ours: str, tmp_p
     assert row["scores"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_eval_at_a_server(lora_run: Path, vllm: VllmServer, pairs_file: Path, tmp_path: Path) -> None:
+    """The same numbers as with the model here, and the page says where they come from."""
+    found = []
+    for words in ((), ("--endpoint", vllm.url)):
+        output = tmp_path / f"eval{len(words)}"
+        command = ["eval", "--model", str(lora_run), "--dataset_path", str(pairs_file), "--output", str(output)]
+        assert main([*command, "--max_samples", "20", "--num_resamples", "100", *words]) == 0
+        found.append(json.loads((output / "evaluation.json").read_text()))
+    here, there = found
+    assert there["accuracy"] == here["accuracy"] and there["num_pairs"] == here["num_pairs"] == 20
+    assert there["mean_margin"] == pytest.approx(here["mean_margin"], abs=1e-4)
+    assert vllm.url in json.dumps(there) and vllm.url not in json.dumps(here)
+
+
 def test_two_models_at_two_servers(
     lora_run: Path, full_run: Path, scorer: RewardScorer, vllm: VllmServer, tmp_path: Path
 ) -> None:
