@@ -322,8 +322,8 @@ def _read_local(folder: Path) -> dict[str, Any]:
             continue
         if file_name == "adapter_config.json":
             raise ModelError(
-                f"model_name_or_path={str(folder)!r}: holds a LoRA adapter, not a model. Fix: merge it first "
-                "(merge_adapter: true when training it) and give the merged folder."
+                f"model_name_or_path={str(folder)!r}: holds a LoRA adapter, not a model. Fix: rm-scale export "
+                f"--model {folder} --output MERGED (another project's with --no_contract), and give that folder."
             )
         return _read_json(path, str(folder))
     raise ModelError(
