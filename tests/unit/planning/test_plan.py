@@ -314,7 +314,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config.json"):
         read_model_config(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"holds a LoRA adapter, not a model\. Fix: rm-scale export --model .* --no_contract"):
+    with pytest.raises(ModelError, match=r"holds a LoRA adapter, not a model\. Fix: rm-scale export .* --no_contract"):
         read_model_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"can't be read"):
