@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def parse_config(argv: Sequence[str]) -> ParsedConfig:
             nothing = RunConfig(model_name_or_path="")
             return ParsedConfig(nothing, (wrong,), frozenset(), frozenset(RunConfig.model_fields), source, True)
     values.update(flags)
-    return _validate(values, problems, source if isinstance(source, str) else None)
+    return _validate(values, problems, source if isinstance(source, str) else None, flags)
 
 
 def config_from_dict(values: dict[str, Any]) -> ParsedConfig:
@@ -127,15 +127,24 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
     return values, None
 
 
-def _validate(values: dict[str, Any], problems: list[str], source: str | None) -> ParsedConfig:
-    """Check names, values and combinations; what can't be used is reported and left at its default."""
+def _validate(
+    values: dict[str, Any], problems: list[str], source: str | None, flags: Collection[str] = ()
+) -> ParsedConfig:
+    """Check names, values and combinations; what can't be used is reported and left at its default.
+
+    Args:
+        values: settings by name.
+        problems: found so far.
+        source: the file that all settings come from but those given by flags.
+        flags: names given by flags.
+    """
     known = RunConfig.model_fields
     problems = list(problems)
     where = f" (in {source})" if source else ""
     values, refused = translate(values, where)
-    problems += refused
+    problems += [_without_file(problem, where, flags) for problem in refused]
     for name in [name for name in values if name not in known]:
-        problems.append(unknown_key_problem(name, known, where))
+        problems.append(unknown_key_problem(name, known, "" if name in flags else where))
         del values[name]
     values = {name: _normalise(name, value) for name, value in values.items()}
     rules = {name: _text_rule(value) or _path_rule(name, value) for name, value in values.items()}
@@ -157,6 +166,12 @@ def _validate(values: dict[str, Any], problems: list[str], source: str | None) -
         config = RunConfig(**good)
     problems += conflicts(config, broken)
     return ParsedConfig(config, tuple(problems), frozenset(values), frozenset(broken), source)
+
+
+def _without_file(problem: str, where: str, flags: Collection[str]) -> str:
+    """Return the problem of a setting; where a flag gave it, without the file that the others are in."""
+    name = problem.partition(where)[0].partition("=")[0] if where else ""
+    return problem.replace(where, "", 1) if name in flags else problem
 
 
 def _normalise(name: str, value: Any) -> Any:

@@ -13,7 +13,8 @@ from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.logs import get_logger
 from rm_scale.modeling.model_shape import shape_of
 from rm_scale.planning import plan_text
-from rm_scale.planning.advise import Request, changes_that_fit, recommend
+from rm_scale.planning.advise import Request, recommend
+from rm_scale.planning.changes import changes_that_fit
 from rm_scale.planning.expert_settings import adapted_parameters, expert_names, targets_problem
 from rm_scale.planning.group_lengths import LengthMix, full_rows
 from rm_scale.planning.hardware import GBIT, Device, find_device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rm_scale.config_parsing import ParsedConfig, parse_config
 from rm_scale.errors import ConfigError, ModelError, UserError
@@ -11,7 +11,9 @@ from rm_scale.launch.machine import Machine
 from rm_scale.logs import get_logger
 from rm_scale.modeling.model_shape import shape_of_run
 from rm_scale.planning import plan_text
-from rm_scale.planning.advise import Choice, Request, changes_that_fit, recommend
+from rm_scale.planning.advise import Choice, Offload, Request, recommend
+from rm_scale.planning.changes import Change, changes_that_fit, shortened
+from rm_scale.planning.deepspeed_config import read_deepspeed_config, zero_stage
 from rm_scale.planning.estimate import Estimate, estimate
 from rm_scale.planning.expert_settings import adapted_parameters
 from rm_scale.planning.group_lengths import LengthMix, full_rows
@@ -32,6 +34,7 @@ class PlannedRun:
 
     Attributes:
         settings: command line of `rm_scale/train.py`.
+        asked: that command line without what the planner chose.
         parsed: the configuration that the settings come to.
         plan: what will run.
         lengths: of the data where they were measured, else full rows.
@@ -39,6 +42,7 @@ class PlannedRun:
     """
 
     settings: list[str]
+    asked: list[str]
     parsed: ParsedConfig
     plan: Plan
     lengths: LengthMix
@@ -63,14 +67,23 @@ def plan_run(tier: str | None, settings: Sequence[str], machine: Machine, check_
         ConfigError: settings are wrong, or there are more devices than any cluster has.
     """
     _refuse_impossible_counts(machine)
-    settings = list(settings)
-    parsed = parse_config([*_tier_settings(tier, settings), *settings])
+    asked = [*_tier_settings(tier, settings), *settings]
+    parsed = parse_config(asked)
     lengths = measure(parsed)
-    settings = [*_tier_settings(tier, settings), *chosen_settings(parsed, machine, lengths), *settings]
+    chosen = chosen_settings(parsed, machine, lengths)
+    for name, value in chosen.items():
+        logger.info(f"{name} not given: {value}, by the plan")
+    return _planned(asked, chosen, machine, lengths, check_output)
+
+
+def _planned(
+    asked: list[str], chosen: dict[str, str], machine: Machine, lengths: LengthMix, check_output: bool
+) -> PlannedRun:
+    settings = [*(word for name, value in chosen.items() for word in (f"--{name}", value)), *asked]
     parsed = parse_config(settings)
     device = "cpu" if machine.device.is_cpu else "cuda"
     plan = make_plan(parsed, machine.world_size, device, check_output=check_output, shape_of=shape_of_run)
-    return PlannedRun(settings, parsed, plan, lengths, _predict(parsed, plan, machine, lengths))
+    return PlannedRun(settings, asked, parsed, plan, lengths, _predict(parsed, plan, machine, lengths))
 
 
 def _predict(parsed: ParsedConfig, plan: Plan, machine: Machine, lengths: LengthMix) -> Estimate | None:
@@ -172,6 +185,7 @@ def measure(parsed: ParsedConfig) -> LengthMix:
 def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> Request:
     """Return the planner's request for a run; what the settings leave open stays open."""
     config = parsed.config
+    stage, offload = _asked_engine(parsed)
     model = read_model_config(config.model_name_or_path, config.model_revision)
     shape = shape_of_run(config, model)
     return Request(
@@ -185,6 +199,8 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
         lengths=lengths,
         packing=choose_packing(config, model)[0],
         global_batch_size=config.global_batch_size or max(64, machine.world_size),
+        zero_stage=stage,
+        offload=offload,
         checkpointing=config.gradient_checkpointing if "gradient_checkpointing" in parsed.given else None,
         max_tokens=config.max_tokens_per_device,
         micro_batch=config.per_device_train_batch_size,
@@ -195,15 +211,35 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
     )
 
 
-def chosen_settings(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> list[str]:
+def _asked_engine(parsed: ParsedConfig) -> tuple[int | None, Offload | None]:
+    """Return the ZeRO stage (0: without DeepSpeed) and what leaves the device, as asked for; `None`: left open.
+
+    Raises:
+        ConfigError: the DeepSpeed file can't be read.
+    """
+    if "deepspeed" not in parsed.given:
+        return None, None
+    if parsed.config.deepspeed is None:
+        return 0, "none"
+    values = read_deepspeed_config(parsed.config.deepspeed)
+    zero = values.get("zero_optimization", {})
+    optimizer, weights = ((zero.get(f"offload_{what}") or {}).get("device", "none") for what in ("optimizer", "param"))
+    if "nvme" in {optimizer, weights}:
+        return zero_stage(values), "nvme"
+    if weights == "cpu":
+        return zero_stage(values), "all"
+    return zero_stage(values), "optimizer" if optimizer == "cpu" else "none"
+
+
+def chosen_settings(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> dict[str, str]:
     """Return settings for what the user left open: ZeRO, offload, checkpointing, rows, batch."""
     if parsed.problems:
-        return []  # all problems are reported together, by the plan
+        return {}  # all problems are reported together, by the plan
     try:
         request = request_for(parsed, machine, lengths)
         best = recommend(request)
     except UserError:
-        return []  # likewise; or nothing can be predicted, which is said later
+        return {}  # likewise; or nothing can be predicted, which is said later
     given, chosen = parsed.given, {}
     if "deepspeed" not in given and best.zero_stage:
         chosen["deepspeed"] = deepspeed_name(best)
@@ -215,9 +251,7 @@ def chosen_settings(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) 
         chosen["per_device_train_batch_size"] = str(best.micro_batch)
     if best.micro_batch is None and "max_tokens_per_device" not in given:
         chosen["max_tokens_per_device"] = str(best.max_tokens)
-    for name, value in chosen.items():
-        logger.info(f"{name} not given: {value}, by the plan")
-    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    return chosen
 
 
 def deepspeed_name(choice: Choice) -> str:
@@ -249,6 +283,69 @@ def refuse_what_does_not_fit(planned: PlannedRun, machine: Machine, forced: bool
     if forced:
         logger.warning(f"{problem}: started all the same, as --force plan asks")
         return
-    request = request_for(planned.parsed, machine, planned.lengths)
-    changes = "; ".join(change for change, _ in changes_that_fit(request)[:4])
+    changes = "; ".join(_fixes(planned, machine))
     raise ConfigError([f"{problem}. Fix: {changes or 'a larger device'}; or --force plan to try it."])
+
+
+_MOST_FIXES = 4
+
+
+def _fixes(planned: PlannedRun, machine: Machine) -> list[str]:
+    """Return options with which the run would fit, each planned with them as the run would be."""
+    request = request_for(parse_config(planned.asked), machine, planned.lengths)
+    found = []
+    for change in changes_that_fit(request):
+        settings, bigger = _as_settings(change), _with_more_devices(machine, change)
+        if _fits_with(planned, settings, bigger, change):
+            found.append(" ".join([*_machine_options(machine, bigger), *settings]))
+        if len(found) == _MOST_FIXES:
+            break
+    return found
+
+
+def _as_settings(change: Change) -> list[str]:
+    """Return the settings that make a change; of more devices none, as these are options of the launcher."""
+    chosen = {**change.changed, **change.chosen}
+    words = []
+    if "packing" in chosen:
+        words += ["--packing", chosen["packing"]]
+    if "max_length" in chosen:
+        words += ["--max_length", str(chosen["max_length"])]
+    if "method" in chosen:
+        words += ["--use_peft", "true", *(["--load_in_4bit", "true"] if chosen["method"] == "qlora" else [])]
+    if "zero_stage" in chosen or "offload" in chosen:
+        words += ["--deepspeed", deepspeed_name(change.choice) if change.choice.zero_stage else "none"]
+    if "checkpointing" in chosen:
+        words += ["--gradient_checkpointing", str(chosen["checkpointing"]).lower()]
+    if "max_tokens" in chosen:
+        words += ["--max_tokens_per_device", str(chosen["max_tokens"])]
+    if "micro_batch" in chosen:
+        words += ["--per_device_train_batch_size", str(chosen["micro_batch"])]
+    return words
+
+
+def _with_more_devices(machine: Machine, change: Change) -> Machine:
+    nodes = change.changed.get("num_nodes", machine.nodes)
+    return replace(machine, per_node=change.changed.get("num_devices", machine.world_size) // nodes, nodes=nodes)
+
+
+def _machine_options(machine: Machine, bigger: Machine) -> list[str]:
+    """Return the launcher's options for more devices: those of each node, and nodes."""
+    words = ["--gpus", str(bigger.per_node)] if bigger.per_node != machine.per_node else []
+    if bigger.nodes == machine.nodes:
+        return words
+    by_whom = [] if machine.hostfile is not None else ["(of a --hostfile, or with --slurm)"]
+    return [*words, "--nodes", str(bigger.nodes), *by_whom]
+
+
+def _fits_with(planned: PlannedRun, settings: list[str], machine: Machine, change: Change) -> bool:
+    """Tell whether the run would fit with these settings on this machine, planned anew from what was asked."""
+    asked = [*planned.asked, *settings]
+    length = change.changed.get("max_length")
+    lengths = planned.lengths if length is None else shortened(planned.lengths, length)
+    parsed = parse_config(asked)
+    try:
+        trial = _planned(asked, chosen_settings(parsed, machine, lengths), machine, lengths, check_output=False)
+    except UserError:
+        return False
+    return trial.predicted is not None and trial.predicted.fits

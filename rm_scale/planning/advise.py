@@ -1,10 +1,10 @@
-"""What to run: the fastest way that fits, and when none does, the smallest change that makes one fit."""
+"""What to run: the fastest way that fits, or the one that needs the least memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from rm_scale.planning.estimate import Estimate, estimate
@@ -121,58 +121,16 @@ def recommend(request: Request) -> Choice:
     return min(near, key=lambda way: (way.trouble, way.estimate.time.high, way.max_tokens))
 
 
-def changes_that_fit(request: Request) -> list[tuple[str, Choice]]:
-    """Find what would make a request fit that doesn't, the smallest change first."""
-    found = []
-    for text, changed in _changes(request):
-        best = recommend(changed)
-        if best.estimate.fits:
-            found.append((text, best))
-    return found
-
-
-def _changes(request: Request) -> Iterator[tuple[str, Request]]:
-    freed = replace(request, zero_stage=None, offload=None, checkpointing=None, max_tokens=None, micro_batch=None)
-    if freed != request:
-        yield "let the planner choose ZeRO stage, offload, checkpointing and row size", freed
-    if request.packing == "none":
-        yield "--packing prefix_shared", replace(freed, packing="prefix_shared")
-    for length in _shorter(request.max_length):
-        yield f"--seq {length}", replace(freed, max_length=length, lengths=_shortened(request.lengths, length))
-    if request.method == "full":
-        yield "--method lora", replace(freed, method="lora")
-    if request.method != "qlora":
-        yield "--method qlora", replace(freed, method="qlora")
-    per_node = max(request.device.devices_per_node, math.ceil(request.num_devices / request.num_nodes))
-    count = request.num_devices
-    while count < 64 * per_node and count * 2 <= request.global_batch_size:
-        count *= 2
-        nodes = max(request.num_nodes, math.ceil(count / per_node))
-        bigger = replace(freed, num_devices=count, num_nodes=nodes)
-        yield f"--gpus {count} --nodes {nodes}", bigger
-        if recommend(bigger).estimate.fits:
-            break
-
-
-def _shorter(length: int) -> Iterator[int]:
-    while length > 512:
-        length //= 2
-        yield length
-
-
-def _shortened(lengths: LengthMix, max_length: int) -> LengthMix:
-    from rm_scale.planning.group_lengths import full_rows
-
-    kept = [group for group in lengths.groups if group.longest <= max_length]
-    return lengths.cut(max_length) if kept else full_rows(max_length)
-
-
 def _stages(request: Request) -> list[int]:
     if request.zero_stage is not None:
         return [request.zero_stage]
+    if request.offload in {"all", "nvme"}:
+        return [3]  # weights leave the device under ZeRO-3 only
     if request.num_devices == 1:
-        return [0, 2, 3] if request.method == "full" else [0, 3]
-    return [1, 2, 3] if request.method == "full" else [0, 2, 3]
+        stages = [0, 2, 3] if request.method == "full" else [0, 3]
+    else:
+        stages = [1, 2, 3] if request.method == "full" else [0, 2, 3]
+    return [stage for stage in stages if stage > 0 or request.offload in {None, "none"}]
 
 
 def _offloads(request: Request, stage: int) -> list[Offload]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from rm_scale.planning.advise import Choice, Request
+from rm_scale.planning.changes import Change, plan_options
 from rm_scale.planning.parameters import active_parameters, count_parameters
 
 
-def to_dict(request: Request, choice: Choice, changes: list[tuple[str, Choice]]) -> dict[str, object]:
+def to_dict(request: Request, choice: Choice, changes: list[Change]) -> dict[str, object]:
     """Return a plan, and the changes with which it would fit, as JSON for scripts; the names are promised."""
     scenario = choice.estimate.scenario
     return {
@@ -31,5 +32,5 @@ def to_dict(request: Request, choice: Choice, changes: list[tuple[str, Choice]])
         },
         "lengths": request.lengths.origin,
         "notes": list(request.shape.notes),
-        "changes_that_fit": [text for text, _ in changes],
+        "changes_that_fit": [plan_options(change) for change in changes],
     }

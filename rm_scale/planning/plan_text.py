@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rm_scale.planning import network
 from rm_scale.planning.advise import Choice, Request
-from rm_scale.planning.estimate import RESERVE, Estimate, activations, tokens_to_hide_communication
-from rm_scale.planning.memory import model_states, partition_elements
+from rm_scale.planning.changes import Change, plan_options
+from rm_scale.planning.estimate import (
+    RESERVE,
+    Estimate,
+    activations,
+    offloaded_parts,
+    tokens_to_hide_communication,
+)
+from rm_scale.planning.host_link import HOST_BANDWIDTH, HOST_LINK, NVME_BANDWIDTH, copied_weight_bytes
+from rm_scale.planning.host_memory import stays_in_memory
+from rm_scale.planning.memory import (
+    frozen_bytes,
+    model_states,
+    offloaded_weight_bytes,
+    partition_elements,
+    trained_weight_bytes,
+)
 from rm_scale.planning.parameters import active_parameters, backbone_tensors, count_parameters, is_adapted, total
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.step_time import ATTENTION_SHARE, compute_parts, micro_step_flops
@@ -16,6 +32,8 @@ from rm_scale.texts import duration, large_number
 _GB = 1e9
 _CLOSE = 0.95
 """Share of the limit above which `--compare` says that it is close: the predictions are off by a few percent."""
+_MUCH_HOST_MEMORY = 100e9
+"""Bytes of a node's memory from which on a plan's verdict names it; with anything offloaded there it always does."""
 _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -33,7 +51,7 @@ _PARTS = {
 def summary(request: Request, choice: Choice, price: float | None, num_pairs: float | None) -> str:
     """Write the answer to one request: what it fits, takes and costs."""
     estimated = choice.estimate
-    lines = [_title(request), *request.shape.notes, *experts_lines(request), ""]
+    lines = [_title(request), _trained_line(estimated.scenario), *request.shape.notes, *experts_lines(request), ""]
     lines.append(f"{_verdict(estimated)}: {choice.describe()}, {_rows(request, choice)}")
     lines += ["", *_memory_lines(estimated), "", *_time_lines(estimated)]
     lines += _cost_lines(estimated, price, num_pairs)
@@ -48,6 +66,13 @@ def _title(request: Request) -> str:
         f"{request.name}, {large_number(count_parameters(request.shape))} parameters, {request.method}, "
         f"{request.num_devices} x {request.device.title}{nodes}  (predicted)"
     )
+
+
+def _trained_line(scenario: Scenario) -> str:
+    trained = scenario.num_trained
+    if scenario.method == "full":
+        return f"trains all of them, {trained:,} parameters with the head"
+    return f"trains {trained:,} parameters, adapters and head: {trained / (trained + scenario.num_frozen):.2%} of all"
 
 
 def experts_lines(request: Request) -> list[str]:
@@ -82,7 +107,19 @@ def _caveat(request: Request) -> str:
 
 
 def _verdict(estimated: Estimate) -> str:
-    return "fits" if estimated.fits else "DOES NOT FIT"
+    """Say whether it fits the devices, and what it asks of a node's memory where that is more than most have free."""
+    if not estimated.fits:
+        return "DOES NOT FIT"
+    if not needs_much_host_memory(estimated):
+        return "fits"
+    return f"fits if each node has {math.ceil(estimated.host_memory_bytes / _GB):,} GB of memory"
+
+
+def needs_much_host_memory(estimated: Estimate) -> bool:
+    """Tell whether fitting depends on a node's memory, which isn't known beside GPUs; a processor's is its own."""
+    scenario = estimated.scenario
+    offloads = "cpu" in {scenario.offload_optimizer, scenario.offload_param}
+    return not scenario.device.is_cpu and (offloads or estimated.host_memory_bytes > _MUCH_HOST_MEMORY)
 
 
 def _rows(request: Request, choice: Choice) -> str:
@@ -98,11 +135,18 @@ def _rows(request: Request, choice: Choice) -> str:
 
 def estimate_lines(estimated: Estimate) -> list[str]:
     """Write what is predicted for a run, in a few lines."""
-    parts = ", ".join(f"{_PARTS[name]} {size / _GB:.2f}" for name, size in estimated.memory.items() if size)
+    elsewhere = offloaded_texts(estimated.scenario)
+    parts = ", ".join(
+        f"{_PARTS[name]} {size / _GB:.2f}{f' ({elsewhere[name]})' if name in elsewhere else ''}"
+        for name, size in estimated.memory.items()
+        if size or name in elsewhere
+    )
+    host = f"; host memory {estimated.host_memory_bytes / _GB:.0f} GB per node"
     return [
         f"predicted on {estimated.scenario.device.title}: peak {estimated.peak_memory_bytes / _GB:.2f} of "
         f"{estimated.limit_bytes / _GB:.1f} GB per device ({parts}); "
-        f"loading {estimated.load_peak_memory_bytes / _GB:.2f} GB",
+        f"loading {estimated.load_peak_memory_bytes / _GB:.2f} GB"
+        f"{host if needs_much_host_memory(estimated) else ''}",
         *_time_lines(estimated),
     ]
 
@@ -110,9 +154,11 @@ def estimate_lines(estimated: Estimate) -> list[str]:
 def _memory_lines(estimated: Estimate) -> list[str]:
     device = estimated.scenario.device
     lines = ["memory per device, GB"]
+    elsewhere = offloaded_texts(estimated.scenario)
     for name, size in estimated.memory.items():
-        if size:
-            lines.append(f"  {_PARTS[name]:<24} {size / _GB:8.2f}")
+        if size or name in elsewhere:
+            line = f"  {_PARTS[name]:<24} {size / _GB:8.2f}"
+            lines.append(f"{line}   ({elsewhere[name]})" if name in elsewhere else line)
     lines.append(f"  {'peak in training':<24} {estimated.peak_memory_bytes / _GB:8.2f}")
     lines.append(f"  {'peak while loading':<24} {estimated.load_peak_memory_bytes / _GB:8.2f}")
     lines.append(
@@ -123,6 +169,16 @@ def _memory_lines(estimated: Estimate) -> list[str]:
     if estimated.nvme_bytes:
         lines.append(f"NVMe per node {estimated.nvme_bytes / _GB:.0f} GB")
     return lines
+
+
+def offloaded_texts(scenario: Scenario) -> dict[str, str]:
+    """Say of each part of the memory table how much of it a rank holds on its node instead, and where."""
+    places = {"cpu": "in the host's memory", "nvme": "on NVMe"}
+    return {
+        name: f"{size / _GB:.2f} GB {places[place]}"
+        for name, (size, place) in offloaded_parts(scenario).items()
+        if size and not stays_in_memory(scenario, place)
+    }
 
 
 def _time_lines(estimated: Estimate) -> list[str]:
@@ -150,14 +206,17 @@ def _cost_lines(estimated: Estimate, price: float | None, num_pairs: float | Non
 
 
 def _network_lines(request: Request, estimated: Estimate) -> list[str]:
-    scenario = estimated.scenario
-    if estimated.time.bound_by != "communication":
+    scenario, bound_by = estimated.scenario, estimated.time.bound_by
+    if bound_by == "compute":
         return []
     needed = tokens_to_hide_communication(scenario)
-    lines = [f"  communication takes longer than computing below {needed:,.0f} tokens per micro-step; what would help:"]
+    moving = "copying weights from the host" if bound_by == "weight copies" else "communication"
+    lines = [f"  {moving} takes longer than computing below {needed:,.0f} tokens per micro-step; what would help:"]
     lines.append(
         f"    longer rows: --max_tokens {2 * int(scenario.largest_tokens)} or more, with a larger global batch"
     )
+    if bound_by == "weight copies":
+        return [*lines, "    weights on the devices (--offload optimizer or none), where they fit: with more devices"]
     if scenario.zero_stage == 3 and scenario.num_nodes > 1 and scenario.hpz == 1:
         lines.append("    --hpz: the backward pass gathers weights within each node")
     if request.method != "full" and scenario.zero_stage == 3:
@@ -167,12 +226,16 @@ def _network_lines(request: Request, estimated: Estimate) -> list[str]:
     return lines
 
 
-def refusal(request: Request, choice: Choice, changes: Sequence[tuple[str, Choice]]) -> str:
+def refusal(request: Request, choice: Choice, changes: Sequence[Change]) -> str:
     """Say why nothing fits, and what would."""
     estimated = choice.estimate
     need = max(estimated.peak_memory_bytes, estimated.load_peak_memory_bytes)
     lines = [f"even so it needs {need / _GB:.1f} of {estimated.limit_bytes / _GB:.1f} GB. What would make it fit:"]
-    lines += [f"  {text:<40} {way.describe()}, {way.estimate.peak_memory_bytes / _GB:.1f} GB" for text, way in changes]
+    lines += [
+        f"  {plan_options(change):<40} {change.choice.describe()}, "
+        f"{change.choice.estimate.peak_memory_bytes / _GB:.1f} GB"
+        for change in changes
+    ]
     if not changes:
         lines.append("  nothing among shorter sequences, LoRA, QLoRA and more devices: take a larger device")
     return "\n".join(lines)
@@ -229,6 +292,31 @@ def _compute_parts(scenario: Scenario) -> str:
     return ", ".join(f"{name} {seconds(value)}" for name, value in compute_parts(scenario).items() if value)
 
 
+def _weight_kinds(scenario: Scenario) -> str:
+    """Say how many weights are kept in how many bytes, before they are sharded."""
+    quantised = [tensor for tensor in scenario.frozen if scenario.method == "qlora" and tensor.is_4bit]
+    kinds = [(scenario.num_trained, "trained", trained_weight_bytes(scenario))]
+    kinds.append((scenario.num_frozen - total(quantised), "frozen", 4 if scenario.precision == "fp32" else 2))
+    parts = [f"{count:,} {kind} of {size} B each" for count, kind, size in kinds if count]
+    if quantised:
+        size = frozen_bytes(scenario) - kinds[1][0] * kinds[1][2]
+        parts.append(f"{total(quantised):,} frozen in 4 bits, {size:,} B with their constants")
+    return ", ".join(parts)
+
+
+def _offload_explanation(estimated: Estimate) -> list[str]:
+    """Say what is offloaded, and how long its copies take."""
+    scenario = estimated.scenario
+    if scenario.offload_param == "none":
+        return []
+    return [
+        f"  of these {offloaded_weight_bytes(scenario):,} B are on the node; each rank copies "
+        f"{copied_weight_bytes(scenario):,.0f} B to its device in a micro-step, {estimated.time.weight_copies:.4g} s: "
+        f"the link {HOST_LINK:.4g} B/s, the node's memory {HOST_BANDWIDTH:.4g} B/s for all ranks, "
+        f"NVMe {NVME_BANDWIDTH:.4g} B/s for all ranks [DeepSpeed partition_parameters.py]"
+    ]
+
+
 def explanation(estimated: Estimate) -> str:
     """Write every formula with the numbers that went in, and where it is from."""
     scenario = estimated.scenario
@@ -239,13 +327,14 @@ def explanation(estimated: Estimate) -> str:
     lines = [
         "how each figure comes about",
         f"  parameters: trained {trained:,}, frozen {frozen:,} [counted from config.json, tensor by tensor]",
-        f"  weights {states.weights:,} B: {scenario.weight_bytes} B each"
+        f"  weights {states.weights:,} B: {_weight_kinds(scenario)}"
         + (
             f", sharded over {ranks} ranks, tensors up to {scenario.zero.persistent:,} elements whole"
-            if scenario.zero_stage == 3
+            if scenario.zero_stage == 3 and ranks > 1
             else ", whole"
         )
         + " [DeepSpeed stage3.py, stage_1_and_2.py; bitsandbytes: half a byte and 4 B per 64 weights in 4 bits]",
+        *_offload_explanation(estimated),
         f"  gradients {states.gradients:,} B; masters {states.masters:,} B = {scenario.master_bytes} x {elements:,}; "
         f"moments {states.moments:,} B = {scenario.optimizer_bytes:g} x {elements:,} [ZeRO, arXiv 1910.02054]",
         f"  gathered weights {estimated.memory['gathered_weights']:,} B: at most {scenario.zero.live:,.0f} elements "
@@ -268,7 +357,8 @@ def explanation(estimated: Estimate) -> str:
         f"{device.link_bandwidth:.4g} B/s x {network.LINK_SHARE}, network {device.node_bandwidth:.4g} B/s x "
         f"{network.network_share(device)} [ZeRO++, arXiv 2306.10209]",
         f"  step {estimated.time.low:.4g} to {estimated.time.high:.4g} s = {scenario.num_micro_steps:g} micro-steps x "
-        f"(longer of both .. sum) + {estimated.time.step_communication:.4g} + update {estimated.time.update:.4g}",
+        f"(longer of computing and moving .. sum) + {estimated.time.step_communication:.4g} + update "
+        f"{estimated.time.update:.4g}",
         f"  all weights {total(scenario.backbone):,}",
     ]
     return "\n".join(lines)

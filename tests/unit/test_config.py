@@ -124,3 +124,12 @@ def test_every_field_is_documented_and_frozen() -> None:
     config = config_from_dict({"model_name_or_path": "m", "dataset_path": "d"}).config
     with pytest.raises(ValueError, match=r"frozen"):
         config.lora_r = 3  # type: ignore[misc]
+
+
+def test_a_flag_is_not_looked_for_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: m\nlearning_rat: 1e-5\n")
+    problems = parse_config(["--config", str(file), "--lora_rank_of_all", "3", "--padding_side", "left"]).problems
+    assert any(problem.startswith(f"learning_rat (in {file}): no such setting") for problem in problems)
+    assert any(problem.startswith("lora_rank_of_all: no such setting") for problem in problems)
+    assert any(problem.startswith("padding_side: rows are padded") for problem in problems)

@@ -10,6 +10,7 @@ import pytest
 
 from rm_scale.cli import main
 from rm_scale.errors import ConfigError
+from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.launch.machine import Machine
 from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size, refuse_what_does_not_fit
 from rm_scale.planning.hardware import known_devices
@@ -76,3 +77,40 @@ def test_a_model_whose_memory_cant_be_predicted_is_started_all_the_same(
     assert "jamba: activation memory of Mamba layers is not modelled" in caplog.text
     refuse_what_does_not_fit(planned, machine, forced=False)
     assert planned.lines() == planned.plan.summary()
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> list[str]:
+    """A ready LoRA run of Qwen3-30B-A3B, whose config.json is all that a plan needs."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(KNOWN_MODELS["Qwen/Qwen3-30B-A3B"]))
+    config = str(Path(__file__).parents[3] / "configs" / "qwen3_30b_a3b_lora.yaml")
+    words = ["--config", config, "--model_name_or_path", str(folder), "--dataset_path", "none"]
+    return [*words, "--output_dir", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("more", "offered", "not_offered"),
+    [
+        (["--load_in_4bit", "true"], ["--deepspeed none", "--gpus 4"], "--max_length"),
+        (["--deepspeed", "none", "--max_length", "40960"], ["--max_length"], "--seq"),
+    ],
+)
+def test_each_change_that_is_offered_makes_the_run_fit(
+    mixture: list[str], more: list[str], offered: list[str], not_offered: str
+) -> None:
+    """As it is printed: options of launch alone, and nothing that has to be left out of a file beside them."""
+    machine = Machine(known_devices()["h100-80g"], 1, 1, None)
+    planned = plan_run(None, [*mixture, *more], machine, check_output=False)
+    with pytest.raises(ConfigError) as caught:
+        refuse_what_does_not_fit(planned, machine, forced=False)
+    fixes = str(caught.value).partition("Fix: ")[2].partition("; or --force plan")[0].split("; ")
+    assert all(any(fix.startswith(start) for fix in fixes) for start in offered), fixes
+    assert not any(not_offered in fix for fix in fixes)
+    for fix in fixes:
+        words = fix.split()
+        gpus = int(words[words.index("--gpus") + 1]) if "--gpus" in words else 1
+        settings = words[2:] if "--gpus" in words else words
+        again = plan_run(None, [*mixture, *more, *settings], Machine(machine.device, gpus, 1, None), check_output=False)
+        assert again.predicted is not None and again.predicted.fits, fix
