@@ -225,7 +225,8 @@ RULES = (
             + did_you_mean(
                 _without_prefix(c.metric_for_best_model or ""),
                 EVALUATION_METRICS,
-                f"one of {', '.join(EVALUATION_METRICS)}; for a subset its name with _accuracy behind it.",
+                f"one of {', '.join(EVALUATION_METRICS)}; for a subset its name with _accuracy behind it, for one of "
+                "several files also with _loss.",
             )
         ),
     ),
@@ -272,7 +273,7 @@ RULES = (
         lambda c: (
             c.greater_is_better is not None
             and c.metric_for_best_model is not None
-            and c.greater_is_better == (_without_prefix(c.metric_for_best_model) == "loss")
+            and c.greater_is_better == _is_loss(c.metric_for_best_model)
         ),
         lambda c: (
             f"greater_is_better={c.greater_is_better} with metric_for_best_model={c.metric_for_best_model}: the best "
@@ -293,7 +294,7 @@ RULES = (
         lambda c: (
             c.lr_scheduler_type in SCHEDULES_BY_LOSS
             and c.metric_for_best_model is not None
-            and _without_prefix(c.metric_for_best_model) != "loss"
+            and not _is_loss(c.metric_for_best_model)
         ),
         lambda c: (
             f"lr_scheduler_type={c.lr_scheduler_type} with metric_for_best_model={c.metric_for_best_model}: it lowers "
@@ -328,7 +329,11 @@ def _without_prefix(metric: str) -> str:
 
 def _is_measured(metric: str) -> bool:
     name = _without_prefix(metric)
-    return name in EVALUATION_METRICS or (name.endswith("_accuracy") and name != "_accuracy")
+    return name in EVALUATION_METRICS or any(name.endswith(end) and name != end for end in ("_accuracy", "_loss"))
+
+
+def _is_loss(metric: str) -> bool:
+    return metric.endswith("loss")  # as transformers tells it
 
 
 def _evaluation_sources(config: RunConfig) -> list[str]:

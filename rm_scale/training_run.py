@@ -62,6 +62,7 @@ from rm_scale.training.checkpoint.resume import choose_resume
 from rm_scale.training.checkpoint.run_facts import run_facts
 from rm_scale.training.checkpoint.writer import SaveSettings
 from rm_scale.training.determinism import use_deterministic_kernels
+from rm_scale.training.evaluation_sets import names_of_sets
 from rm_scale.training.losses import LossSettings
 from rm_scale.training.pair_counts import EvaluationResult
 from rm_scale.training.plan_check import PlanCheck, out_of_memory_explained, predicted_memory
@@ -121,20 +122,22 @@ def _refuse_labels_the_loss_ignores(config: RunConfig, data: PreparedData) -> No
 
 
 def _refuse_metric_of_no_subset(config: RunConfig, data: PreparedData) -> None:
-    """Refuse to choose the best model by a subset that the evaluation data does not have.
+    """Refuse to choose the best model by a subset or a file that the evaluation data does not have.
 
     Raises:
-        ConfigError: there is no such subset.
+        ConfigError: there is none of that name.
     """
     metric = (config.metric_for_best_model or "accuracy").removeprefix("eval_")
     if metric in EVALUATION_METRICS or data.eval is None:
         return
-    subsets = sorted({name for name in data.eval["subset"] if name})
-    if metric.removesuffix("_accuracy") not in subsets:
+    subsets, sets = _subsets(data), set(_eval_sets(data))
+    known = [f"{name}_accuracy" for name in sorted(subsets | sets)] + [f"{name}_loss" for name in sorted(sets)]
+    if metric not in known:
         raise ConfigError(
             [
-                f"metric_for_best_model={config.metric_for_best_model}: the evaluation data has no such subset; it has "
-                f"{one_line(', '.join(subsets), 400) or 'none'}. Fix: accuracy, loss, or NAME_accuracy of one of them."
+                f"metric_for_best_model={config.metric_for_best_model}: the evaluation data has no such subset and "
+                f"no such file; they have {one_line(', '.join(known), 400) or 'none'}. "
+                "Fix: accuracy, loss, or one of these."
             ]
         )
 
@@ -357,6 +360,7 @@ def build_trainer(
         shuffle=config.shuffle_train,
         saved_head=loaded.saved_head,
         saves=saves,
+        eval_sets=_eval_sets(data),
         callbacks=[
             StepInLogs(),
             Progress(bar=not config.disable_tqdm),
@@ -372,6 +376,14 @@ def build_trainer(
     if plan_check is not None:
         plan_check.step_times = trainer.step_times
     return trainer
+
+
+def _eval_sets(data: PreparedData) -> list[str]:
+    return names_of_sets(data.eval_origins, _subsets(data))
+
+
+def _subsets(data: PreparedData) -> set[str]:
+    return {name for name in data.eval["subset"] if name} if data.eval is not None else set()
 
 
 def _plan_check(config: RunConfig, plan: Plan, loaded: LoadedModel, data: PreparedData) -> PlanCheck | None:

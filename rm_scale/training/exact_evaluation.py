@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -23,6 +23,7 @@ def score_groups(
     batching: Batching,
     args: TrainingArguments,
     beat: Callable[[str], None],
+    sets: Sequence[str] = (),
 ) -> list[ScoredGroup]:
     """Return all groups with their rewards, in the data set's order, on every rank. A collective.
 
@@ -32,6 +33,7 @@ def score_groups(
         batching: how they become batches.
         args: of the run; its device, rank and number of ranks are used.
         beat: called before each batch, for the watchdog.
+        sets: name of the evaluation set of each group, if there are several.
     """
     world, rank = args.world_size, args.process_index
     batches = batching.scoring_batches(groups)
@@ -47,13 +49,16 @@ def score_groups(
         of_all.update(part)
     rows = groups.select_columns(["ranks", "margin", "soft_label", "subset", "id", "input_ids"])
     known: dict[bytes, float] = {}
-    return [_scored_group(rows[index], of_all[index], known) for index in range(len(groups))]
+    return [
+        _scored_group(rows[index], of_all[index], known, sets[index] if sets else "") for index in range(len(groups))
+    ]
 
 
-def _scored_group(row: dict[str, Any], rewards: list[float], known: dict[bytes, float]) -> ScoredGroup:
+def _scored_group(row: dict[str, Any], rewards: list[float], known: dict[bytes, float], of_set: str) -> ScoredGroup:
     """Return a row with its rewards; tokens that an earlier row had have the reward that they got there."""
     pairs = zip(row["input_ids"], rewards, strict=True)
-    return ScoredGroup.of_row(row, [known.setdefault(sequence_key(ids), reward) for ids, reward in pairs])
+    same = [known.setdefault(sequence_key(ids), reward) for ids, reward in pairs]
+    return ScoredGroup.of_row(row, same, source=of_set)
 
 
 def _score_batch(
@@ -77,4 +82,7 @@ def logged_metrics(result: EvaluationResult, prefix: str) -> dict[str, Any]:
     low, high = values["accuracy_ci95"]
     flat |= {"accuracy_ci95_low": low, "accuracy_ci95_high": high, "score_std": values["score_std"]}
     flat |= {f"{name}_accuracy": part["accuracy"] for name, part in values["subsets"].items()}
+    for name, counts in sorted(result.sources.items()):
+        part = counts.as_dict()
+        flat |= {f"{name}_{figure}": part[figure] for figure in ("accuracy", "loss", "mean_margin", "num_pairs")}
     return {f"{prefix}_{name}": value for name, value in flat.items()}

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ class RewardTrainer(trl.RewardTrainer):
         saved_head: an existing head in fp32, put back exactly when an engine has rounded it.
         callbacks: further callbacks.
         saves: what checkpoints remember, and what happens when one can't be written.
+        eval_sets: name of the evaluation set of each evaluation group, if there are several.
     """
 
     # The loss is already weighted for the whole step, so it must not be divided by the number of micro-steps.
@@ -112,8 +113,10 @@ class RewardTrainer(trl.RewardTrainer):
         saved_head: torch.Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         saves: SaveSettings | None = None,
+        eval_sets: Sequence[str] = (),
     ) -> None:
         self.batching = batching
+        self.eval_sets = eval_sets
         self.loss_settings = loss_settings
         self.contract = contract
         self.shuffle = shuffle
@@ -339,7 +342,8 @@ class RewardTrainer(trl.RewardTrainer):
     def _count_pairs(self, groups: datasets.Dataset) -> EvaluationResult:
         """Score groups with the weights as they are, and remember the result as this step's. A collective."""
         self.meter.pause()
-        scored = score_groups(self.model_wrapped, groups, self.batching, self.args, self.watchdog.beat)
+        sets = self.eval_sets if groups is self.eval_dataset else ()
+        scored = score_groups(self.model_wrapped, groups, self.batching, self.args, self.watchdog.beat, sets)
         result = evaluate_groups(scored, self.loss_settings, self.batching.collate.keep_ties)
         self._last_evaluation = (self.state.global_step, result)
         return result

@@ -28,10 +28,10 @@ def test_a_subset_that_is_there(tiny_model: Path, tmp_path: Path) -> None:
     load(tiny_model, tmp_path, "loss", ["maths", "chat"])
 
 
-@pytest.mark.parametrize(("subsets", "has"), [(["maths", "chat"], "chat, maths"), (["", ""], "none")])
+@pytest.mark.parametrize(("subsets", "has"), [(["maths", "chat"], "chat_accuracy, maths_accuracy"), (["", ""], "none")])
 def test_a_subset_that_is_not_there(tiny_model: Path, tmp_path: Path, subsets: list[str], has: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tiny_model, tmp_path, "code_accuracy", subsets)
     (problem,) = caught.value.problems
-    assert problem.startswith("metric_for_best_model=code_accuracy: the evaluation data has no such subset; it has ")
-    assert f"it has {has}. Fix: accuracy, loss" in problem
+    assert problem.startswith("metric_for_best_model=code_accuracy: the evaluation data has no such subset and no such")
+    assert f"they have {has}. Fix: accuracy, loss" in problem
