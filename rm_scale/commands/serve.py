@@ -20,8 +20,8 @@ logger = get_logger(__name__)
 HELP = "score over HTTP"
 EXAMPLE = "rm-scale serve --model outputs/demo --port 8000"
 DESCRIPTION = (
-    "Serve one reward model: /score and /rank, OpenRLHF's /get_reward, vLLM's /pooling and /classify, /health, /ready, "
-    "/metrics, /docs. Requests are batched together as they come. See docs/serving.md."
+    "Serve one reward model: /score and /rank, OpenRLHF's /get_reward, vLLM's /classify, /pooling and /rerank, "
+    "SGLang's /v1/embeddings, /health, /ready, /metrics, /docs. Requests are batched together as they come. See docs/serving.md."
 )
 
 

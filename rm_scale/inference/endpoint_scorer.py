@@ -61,7 +61,7 @@ class EndpointScorer(ContractScorer):
     def from_folder(
         cls,
         folder: str | Path,
-        endpoint: Endpoint,
+        endpoint: Endpoint | str,
         dtype: str | None = None,
         trust_remote_code: bool = False,
         chat_template: str | None = None,
@@ -74,7 +74,7 @@ class EndpointScorer(ContractScorer):
         Args:
             folder: holds `scoring_contract.json` and the tokenizer: a run's output directory, an export, or a hub name.
                 Its weights are not read.
-            endpoint: the server.
+            endpoint: the server, or its address.
             dtype: the type that it was started with, "float32" or another; `None`: what it says itself.
             trust_remote_code: run Python code that comes with the tokenizer.
             chat_template: Jinja text to render conversations with; must be the contract's own.
@@ -87,6 +87,7 @@ class EndpointScorer(ContractScorer):
                 or it does not give the golden scores.
             RemoteError: the server can't be reached or refuses.
         """
+        endpoint = Endpoint(endpoint) if isinstance(endpoint, str) else endpoint
         folder = local_folder(folder)
         if not (folder / CONTRACT_FILE).is_file():
             raise ModelError(

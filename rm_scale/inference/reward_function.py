@@ -17,7 +17,7 @@ from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import ConfigError, DataError, ModelError
 from rm_scale.inference.model_folder import local_folder, require_reward_model
 from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
-from rm_scale.inference.scoring.contract_scorer import prompt_keys
+from rm_scale.inference.scoring.contract_scorer import ContractScorer, prompt_keys
 from rm_scale.inference.scoring.encode_completions import (
     Completion,
     encode_completions,
@@ -67,7 +67,7 @@ class RewardFunction:
 
     def __init__(
         self,
-        source: Path | RewardScorer | RemoteScorer,
+        source: Path | ContractScorer | RemoteScorer,
         shape: RewardShape,
         name: str,
         batch_size: int,
@@ -82,7 +82,7 @@ class RewardFunction:
         self.max_tokens = max_tokens
         self.loading = loading
         self.ignore_columns = tuple(ignore_columns)
-        self._scorer: RewardScorer | None = None
+        self._scorer: ContractScorer | None = None
         self._pid = 0
         self._told: set[str] = set()
 
@@ -148,7 +148,8 @@ class RewardFunction:
         )
         good = [(ids, key) for ids, key in zip(encoded, keys, strict=True) if not isinstance(ids, RejectedRow)]
         # A trainer's mixed precision is not the contract's: inside it even the head would be rounded.
-        with torch.autocast(torch.device(scorer.device).type, enabled=False):
+        kind = torch.device(scorer.device).type if isinstance(scorer, RewardScorer) else "cpu"
+        with torch.autocast(kind, enabled=False):
             rewards = scorer.score_tokens(
                 [ids for ids, _ in good], self.batch_size, [key for _, key in good], self.max_tokens
             )
@@ -167,13 +168,13 @@ class RewardFunction:
         )
         return [_unscorable(one) if isinstance(one, RejectedRow) else next(scores) for one in read]
 
-    def scorer(self) -> RewardScorer:
+    def scorer(self) -> ContractScorer:
         """Return the model, loaded when it is first needed in this process.
 
         Raises:
             ModelError: the folder does not hold a reward model.
         """
-        if isinstance(self.source, RewardScorer):
+        if isinstance(self.source, ContractScorer):
             return self.source
         assert isinstance(self.source, Path)
         if self._scorer is None or self._pid != os.getpid():
@@ -190,7 +191,7 @@ class RewardFunction:
 
 
 def reward_function(
-    model: str | Path | RewardScorer | RemoteScorer,
+    model: str | Path | ContractScorer | RemoteScorer,
     *,
     normalized: bool = False,
     clip: float | tuple[float, float] | None = None,
@@ -233,10 +234,10 @@ def reward_function(
     """
     shape = RewardShape(normalized, _clip_bounds(clip), unscorable, empty)
     _check_numbers(shape)
-    if isinstance(model, RewardScorer | RemoteScorer):
+    if isinstance(model, ContractScorer | RemoteScorer):
         if options:
             raise ConfigError([f"{key}: belongs to the scorer, which is there already." for key in options], _HEADING)
-        default = "reward_model" if isinstance(model, RewardScorer) else "remote_reward"
+        default = "reward_model" if isinstance(model, ContractScorer) else "remote_reward"
         return RewardFunction(model, shape, name or default, batch_size, max_tokens, {}, ignore_columns)
     if isinstance(model, str) and model.startswith(("http://", "https://")):
         remote = RemoteScorer(model, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from rm_scale.errors import ModelError
 from rm_scale.inference.endpoint import Endpoint
 from rm_scale.inference.endpoint_scorer import EndpointScorer
 from rm_scale.inference.http_client import RemoteError
+from rm_scale.inference.reward_function import reward_function
 from rm_scale.inference.scoring.scorer import RewardScorer
 from tests.support.launching import read_lines
 from tests.support.serving import served
@@ -103,6 +105,13 @@ def test_rank_at_a_server(lora_run: Path, scorer: RewardScorer, ours: str, tmp_p
     (row,) = read_lines(target)
     expected = sorted(scorer.score("2 + 2 =", answers), reverse=True)
     assert row["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_function_over_a_server(lora_run: Path, scorer: RewardScorer, vllm: VllmServer) -> None:
+    """For a trainer; a text that the contract can't score gets no reward, and the others theirs."""
+    remote = pickle.loads(pickle.dumps(EndpointScorer.from_folder(lora_run, vllm.url)))
+    rewards = reward_function(remote)(["a", "a"], [" b", " 7" * 2000])
+    assert rewards == [pytest.approx(scorer.score("a", " b"), abs=1e-5), None]
 
 
 def test_eval_at_a_server(lora_run: Path, vllm: VllmServer, pairs_file: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_wrong_requests_are_explained(full_run: Path, tiny_model: Path, scorer: 
 def test_a_server_takes_the_same_options() -> None:
     ours = reward_function("http://127.0.0.1:1", token_env="MINE", max_retries=0, clip=1)
     assert isinstance(ours.source, RemoteScorer)
-    assert (ours.source.token_env, ours.shape.clip) == ("MINE", (-1.0, 1.0))
+    assert (ours.source.client.token_env, ours.shape.clip) == ("MINE", (-1.0, 1.0))
     with pytest.raises(RemoteError, match="no score after 1 tries"):
         ours(["a"], ["b"])
     assert json.dumps(reward_function("http://127.0.0.1:1", normalized=True).shape.normalized) == "true"
