@@ -21,7 +21,8 @@ HELP = "score over HTTP"
 EXAMPLE = "rm-scale serve --model outputs/demo --port 8000"
 DESCRIPTION = (
     "Serve one reward model: /score and /rank, OpenRLHF's /get_reward, vLLM's /classify, /pooling and /rerank, "
-    "SGLang's /v1/embeddings, /health, /ready, /metrics, /docs. Requests are batched together as they come. See docs/serving.md."
+    "SGLang's /v1/embeddings, /health, /ready, /metrics, /docs. Requests are batched together as they come. See "
+    "docs/serving.md."
 )
 
 

@@ -147,10 +147,12 @@ class EndpointScorer(ContractScorer):
         off = [place for place, drift in enumerate(drifts) if not drift <= allowed]
         if off:
             raise ModelError(self._difference(where, found, off, f"{allowed:.3g} in {kind}"))
-        logger.info(
-            f"{self.endpoint.url}: gives the {len(golden)} golden scores of {where} (off by {max(drifts):.3g} at most, "
-            f"allowed {allowed:.3g} in {kind})"
-        )
+        figures = f"off by {max(drifts):.3g} at most, allowed {allowed:.3g} in {kind}"
+        logger.info(f"{self.endpoint.url}: gives the {len(golden)} golden scores of {where} ({figures})")
+        if max(drifts) > SCORE_TOLERANCE[kind] * max(1.0, *(abs(one.score) for one in golden)):
+            logger.warning(
+                f"{self.endpoint.url}: scores move away from those of training by more than rounding ({figures})"
+            )
 
     def _difference(self, where: str, found: Sequence[float], off: Sequence[int], allowed: str) -> str:
         golden = self.contract.golden_scores
