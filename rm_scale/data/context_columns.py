@@ -44,7 +44,7 @@ _PLACE_WORDS = frozenset(["url", "path"])
 # fmt: on
 # Columns to which TRL's RewardTrainer gives a meaning that is not theirs here.
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
-_TOKEN_IDS = ("chosen_ids", "rejected_ids", "chosen_input_ids", "rejected_input_ids")
+TOKEN_IDS = ("chosen_ids", "rejected_ids", "chosen_input_ids", "rejected_input_ids")
 # Entries of a message that are no text of it.
 _NO_TEXT = frozenset(["role", "from", "type", "id", "name"])
 _ASSISTANT_ROLES = ("assistant", "gpt", "chatgpt", "bot", "model")
@@ -176,7 +176,7 @@ def advice(columns: Sequence[str]) -> str:
         return f"set these values in a chat template of your own (--chat_template_path FILE), or {ignoring}"
     if "margin" in columns:
         return f"margins belong to pairs of chosen and rejected; {ignoring}"
-    if any(name in _TOKEN_IDS for name in columns):
+    if any(name in TOKEN_IDS for name in columns):
         return f"{ignoring} these token ids, and on the texts"
     if "tools" in columns:
         return (
@@ -193,7 +193,7 @@ def _has_other_meaning(name: str, value: Any) -> bool:
         if isinstance(value, str):
             return value.strip() not in {"", "{}", "null"}
         return any(part is not None for part in value.values()) if isinstance(value, Mapping) else bool(value)
-    return (name == "margin" or name in _TOKEN_IDS) and value is not None
+    return (name == "margin" or name in TOKEN_IDS) and value is not None
 
 
 class _Texts:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rm_scale.data.context_columns import UnreadContext, advice, holds_context
+from rm_scale.data.context_columns import TOKEN_IDS, UnreadContext, advice, holds_context
 from rm_scale.data.conversations import json_messages
 from rm_scale.data.formats import (
     COMMON_COLUMNS,
@@ -224,6 +224,13 @@ def _misfit_text(name: str, columns: Sequence[str], sample: Sequence[Row], sourc
 
 
 def _no_format_text(columns: Sequence[str], source: str) -> str:
+    token_ids = [name for name in columns if name in TOKEN_IDS]
+    if token_ids:
+        return (
+            f"{source}: {some_names(token_ids)} hold token ids, as TRL's trainer takes them. Here texts are needed: "
+            "what is trained on must be what is scored later, by the rules of the scoring contract. Fix: give the rows as "
+            "they were before they were tokenised, with prompt, chosen and rejected."
+        )
     nearest = _nearest_format(columns)
     missing = _missing_columns(nearest, set(columns))
     hints = []

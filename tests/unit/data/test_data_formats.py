@@ -315,6 +315,16 @@ def test_no_format_fits() -> None:
     assert "is 'chosen_text' meant to be 'chosen'?" in text and "nearest format is explicit_prompt" in text
 
 
+@pytest.mark.parametrize("columns", [["chosen_ids", "rejected_ids"], ["chosen_input_ids", "rejected_input_ids"]])
+def test_data_that_was_tokenised_for_trl_is_refused_for_what_it_is(columns: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        choose_format("auto", [*columns, "margin"], [], "file.jsonl", "subset")
+    assert str(caught.value).startswith(
+        f"file.jsonl: {', '.join(columns)} hold token ids, as TRL's trainer takes them."
+    )
+    assert "Fix: give the rows as they were before they were tokenised" in str(caught.value)
+
+
 def test_soft_label_needs_two_responses_of_one_kind() -> None:
     with pytest.raises(DataError, match=r"both responses of one kind"):
         choose_format("soft_label", ["prompt", "chosen", "response_1", "soft_label"], [], "f", "subset")
