@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rm_scale.errors import ConfigError
 from rm_scale.logs import get_logger
 from rm_scale.texts import printable
+
+if TYPE_CHECKING:
+    from rm_scale.inference.export.engine_facts import EngineReady
 
 logger = get_logger(__name__)
 
@@ -17,8 +22,11 @@ HELP = "merge, convert, verify, and publish when asked"
 EXAMPLE = "rm-scale export --model outputs/lora --output outputs/exported"
 DESCRIPTION = (
     "Turn a run's output directory or checkpoint (model, LoRA or QLoRA adapter, ZeRO states) into one folder that "
-    "transformers, vLLM and TEI load, and prove that it scores the same. See docs/export.md."
+    "transformers and other engines load (--engine vllm, sglang or tei), and prove that it scores the same. See "
+    "docs/export.md."
 )
+ENGINES = ("vllm", "sglang", "tei")
+_UNUSABLE = "rm-scale export: the options can't be used"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -31,11 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--no_contract", action="store_true", help=foreign)
     export = parser.add_argument_group("export")
     export.add_argument(
-        "--output", metavar="DIR", help="the export; left out: --onnx or --push_to_hub for an export that exists"
+        "--output",
+        metavar="DIR",
+        help="the export; left out: --onnx, --engine or --push_to_hub for an export that exists",
     )
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export, once all is verified")
     export.add_argument("--dtype", choices=DTYPES, help="of the backbone in the file (default: as it was trained)")
     export.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a weights file (default 5GB)")
+    export.add_argument(
+        "--engine",
+        action="append",
+        choices=ENGINES,
+        default=[],
+        help="write what this engine needs, check it by the engine's rules, print its command; can be repeated",
+    )
     export.add_argument("--onnx", action="store_true", help="also model.onnx, if it scores the same")
     hub = parser.add_argument_group("publishing")
     hub.add_argument("--push_to_hub", metavar="USER/NAME", help="show what would be published; with --yes, do it")
@@ -52,18 +69,43 @@ def run(options: argparse.Namespace) -> int:
     from rm_scale.distributed import World, prepare_environment
 
     prepare_environment(World())
-    folder = _export(options) if options.output is not None else _verify(options)
-    if options.onnx:
+    if options.engine:
+        _refuse_engines(options)
+    ready: list[EngineReady] = []
+    if options.output is not None:
+        folder = _export(options, lambda partial: ready.extend(_prepare(partial, options)))
+    else:
+        folder = _verify(options)
+        ready = _prepare(folder, options)
+    if options.onnx and "tei" not in options.engine:
         from rm_scale.inference.export.onnx_export import ONNX_FILE, write_onnx
 
         difference = write_onnx(folder, options.trust_remote_code)
         print(f"{folder / ONNX_FILE}: the same scores in ONNX Runtime (largest difference {difference:.2g})")
+    for one in ready:
+        _tell(one, folder)
     if options.push_to_hub is not None:
         _publish(folder, options.push_to_hub, options.yes)
     return 0
 
 
-def _export(options: argparse.Namespace) -> Path:
+def _prepare(folder: Path, options: argparse.Namespace) -> list[EngineReady]:
+    if not options.engine:
+        return []
+    from rm_scale.inference.export.for_engines import prepare_for_engines
+
+    return prepare_for_engines(folder, options.engine, options.trust_remote_code)
+
+
+def _tell(ready: EngineReady, folder: Path) -> None:
+    """Print what was checked, how the server is started and how it is asked for the raw score."""
+    rows = [f"{ready.engine}: checked by the rules of {ready.version}", *(f"  {line}" for line in ready.checked)]
+    rows += [f"  note: {note}" for note in ready.notes]
+    rows += ["  start:", f"    {ready.command(folder)}", f"  raw score, as {ready.answer}:", f"    {ready.request()}"]
+    print(printable("\n".join(rows)))
+
+
+def _export(options: argparse.Namespace, finish: Callable[[Path], None]) -> Path:
     from rm_scale.inference.export.export_model import export
     from rm_scale.inference.export.zero_states import consolidated
 
@@ -76,6 +118,7 @@ def _export(options: argparse.Namespace) -> Path:
             overwrite=options.overwrite,
             trust_remote_code=options.trust_remote_code,
             allow_missing_contract=options.no_contract,
+            finish=finish,
         )
     print(
         f"{report.folder}: {report.num_bytes / 1e6:,.1f} MB; {report.num_probes} texts score the same in plain "
@@ -105,7 +148,7 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"max_shard_size={options.max_shard_size}: is no size. Fix: 5GB, or 500MB.")
     if options.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push_to_hub):
         problems.append(f"push_to_hub={options.push_to_hub}: is no name of a repository. Fix: USER/NAME.")
-    if options.output is None and not options.onnx and options.push_to_hub is None:
+    if options.output is None and not options.onnx and not options.engine and options.push_to_hub is None:
         problems.append("--output is missing. Fix: --output DIR, a folder for the export.")
     if options.output is None and (options.dtype is not None or options.overwrite):
         problems.append("--dtype and --overwrite are about a new export. Fix: --output DIR, or leave them out.")
@@ -116,7 +159,16 @@ def _check(options: argparse.Namespace) -> None:
         problem = target_problem(Path(options.output), options.overwrite, [("the model itself", options.model)])
         problems += [problem] if problem is not None else []
     if problems:
-        raise ConfigError(problems, "rm-scale export: the options can't be used")
+        raise ConfigError(problems, _UNUSABLE)
+
+
+def _refuse_engines(options: argparse.Namespace) -> None:
+    """Refuse engines that have no class for the model, before any weights are read."""
+    from rm_scale.inference.export.for_engines import class_problems
+
+    problems = class_problems(Path(options.model), options.engine)
+    if problems:
+        raise ConfigError(problems, _UNUSABLE)
 
 
 def _publish(folder: Path, repo: str, really: bool) -> None:

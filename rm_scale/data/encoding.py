@@ -217,8 +217,14 @@ class TextEncoder:
         Some data holds rendered conversations as plain text. Its texts hold the chat template's marks, but do not end
         as the template ends them.
         """
-        texts = [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in sequences]
-        self._reads_conversations = not self._renderer.are_plain(texts)
+        self._reads_conversations = not self._renderer.are_plain(self._decode(sequences))
+
+    def are_conversations(self, sequences: Sequence[Sequence[int]]) -> bool:
+        """Tell whether any of these sequences of training is a conversation that the chat template wrote."""
+        return self._renderer.are_conversations(self._decode(sequences))
+
+    def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in sequences]
 
     def _problem_of(self, ids: list[int]) -> RejectedRow | None:
         """Return why a score could not be read from this sequence as in training, or `None` if it can."""

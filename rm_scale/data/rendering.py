@@ -116,6 +116,17 @@ class TextRenderer:
             return False
         return any(frame.opening in text for text in texts) and not any(text.endswith(frame.ending) for text in texts)
 
+    def are_conversations(self, texts: Sequence[str]) -> bool:
+        """Tell whether the chat template wrote any of these texts; else they are plain, whatever marks they hold."""
+        template = self.chat_template
+        if template is None or self.are_plain(texts):
+            return False
+        frame = self._facts(template).frame
+        if frame is None:  # its marks can't be told; what is left is that plain text ends with EOS
+            return any(text != self._with_eos(text) for text in texts)
+        # Without a generation prompt the opening may be EOS, which ends plain text too.
+        return any(frame.opening in text.removesuffix(frame.ending) for text in texts)
+
     def complete(self, text: str, reads_conversations: bool = True) -> tuple[str, bool]:
         """Return a whole text that someone else rendered as `render` would give it, and whether it is a conversation.
 

@@ -40,8 +40,10 @@ _HOLDS_NO_HEAD = re.compile(
     r"pytorch_model[\w.-]*\.bin"
     r"|consolidated[\d.of-]*\.(safetensors|bin)"
     r"|(optimizer|scheduler|scaler|training_args|random_states|rng_state)[\w.-]*\.(safetensors|bin)"
+    r"|sglang_score_bias\.safetensors"
 )
-"""Files beside the weights that trainers and publishers leave there: the same under other names, a training's state."""
+"""Files beside the weights that trainers and publishers leave there: the same under other names, a training's state,
+the zero that an export holds for SGLang."""
 _STARTS_OF_PICKLED = (b"PK\x03\x04", b"\x80")
 """How files begin that torch.save writes: a zip archive, formerly a bare pickle."""
 _NOT_A_HEAD = ("embed", "position", "norm")

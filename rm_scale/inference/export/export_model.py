@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def export(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     allow_missing_contract: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> ExportReport:
     """Write a model, or an adapter merged into its base, as a plain sequence classifier, and verify it.
 
@@ -121,6 +122,7 @@ def export(
         overwrite: replace an earlier export that is there, once the new one has been verified.
         trust_remote_code: run Python code that comes with the model.
         allow_missing_contract: take a reward model of another project, by its tokenizer and config alone.
+        finish: called with the verified export before it gets its name; what it raises keeps the name from it.
 
     Raises:
         ModelError: the source is no reward model, or has no contract and that was not allowed; or the target is in the
@@ -142,12 +144,14 @@ def export(
     try:
         with full_disk_named(target):
             report = _write_and_verify(source, partial, contract, dtype, max_shard_size, trust_remote_code)
+            if finish is not None:
+                finish(partial)
         take_place(partial, target, overwrite, kept)
     except CheckpointError as error:
         raise CheckpointError(f"{error} What was written has been removed.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return replace(report, folder=target)
+    return replace(report, folder=target, num_bytes=folder_bytes(target))
 
 
 def _require_space(source: Path, contract: ScoringContract, target: Path, dtype: str) -> None:

@@ -113,7 +113,7 @@ def _trace(scores: _Scores, examples: Sequence[list[int]], pad_token_id: int, fi
             cause = cause.__cause__
         raise ModelError(
             f"{type(scores.backbone).__name__} can't be written as ONNX ({typed_line(cause, 200)}). "
-            "Fix: leave out --onnx; the exported folder is good."
+            "Fix: leave out --onnx and --engine tei; the export itself is good."
         ) from error
 
 
@@ -134,7 +134,7 @@ def _compare(scores: _Scores, examples: Sequence[list[int]], pad_token_id: int, 
     if not worst <= SCORE_TOLERANCE["float32"] * scale:
         raise CheckpointError(
             f"{folder / ONNX_FILE}: ONNX Runtime's scores are off by {worst:.3g} (allowed "
-            f"{SCORE_TOLERANCE['float32'] * scale:.2g}). It was not kept. Fix: leave out --onnx; the exported folder "
-            "itself is good."
+            f"{SCORE_TOLERANCE['float32'] * scale:.2g}). It was not kept. Fix: leave out --onnx and --engine "
+            "tei; the export itself is good."
         )
     return worst

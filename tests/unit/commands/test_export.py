@@ -18,7 +18,7 @@ from rm_scale.inference.export.earlier_export import take_place
 from rm_scale.inference.export.hub_upload import plan_upload
 from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.modeling.scoring_contract import ScoringContract
-from rm_scale.output_paths import list_files
+from rm_scale.output_paths import foreign_files, list_files
 from tests.support.launching import read_json, run
 from tests.support.tiny_runs import train_tiny
 
@@ -165,6 +165,41 @@ def test_onnx_and_a_dry_run_for_an_export_that_exists(
     replace(contract, golden_scores=wrong).save(folder)
     assert main(words) == 2
     assert "the saved model scores differently" in capsys.readouterr().err
+
+
+def test_engines_for_an_export_that_exists(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    assert main(["export", "--model", str(folder), "--engine", "vllm", "--engine", "sglang"]) == 0
+    said = capsys.readouterr().out
+    template = folder / "vllm_chat_template.jinja"
+    assert "vllm: checked by the rules of vLLM 0.32.0\n  architecture: LlamaForSequenceClassification runs as" in said
+    assert f"    vllm serve {folder} --runner pooling --dtype float32 --chat-template {template} " in said
+    assert "  raw score, as data[0].score:\n    curl -s http://localhost:8000/score -H 'Content-Type: " in said
+    assert f"    python -m sglang.launch_server --model-path {folder} --is-embedding --dtype float32\n" in said
+    assert set(read_json(folder / "rm_scale_export.json")["engines"]) == {"vllm", "sglang"}
+    assert plan_upload(folder, "me/model").warnings == () and foreign_files(folder) == []
+
+
+def test_an_engine_that_has_no_class_leaves_nothing(
+    full_run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "mistral"
+    shutil.copytree(full_run, source, ignore=shutil.ignore_patterns("run"))
+    config = read_json(source / "config.json")
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["MistralForSequenceClassification"]}))
+    assert main(["export", "--model", str(source), "--output", str(tmp_path / "o"), "--engine", "sglang"]) == 2
+    assert "--engine: SGLang 0.5.23 has no classifier for MistralForSequenceClassification" in capsys.readouterr().err
+    # What can be told from the written export alone.
+    words = ["export", "--model", str(checkpoint), "--output", str(tmp_path / "o"), "--engine", "tei"]
+    tokenizer = checkpoint / "tokenizer_config.json"
+    before = tokenizer.read_text()
+    tokenizer.write_text(json.dumps({**json.loads(before), "padding_side": "left"}))
+    try:
+        assert main(words) == 2
+    finally:
+        tokenizer.write_text(before)
+    assert "--engine tei: tokenizer_config.json: padding_side='left', on which TEI would pad" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mistral"]
 
 
 def test_what_is_no_export_is_not_published(
