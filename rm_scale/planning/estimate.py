@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from rm_scale.planning.activations.activation_memory import ActivationMemory, activations_of
+from rm_scale.planning.host_link import weight_copy_seconds
 from rm_scale.planning.host_memory import (
     held_block_bytes,
     offload_buffer_bytes,
     stays_in_memory,
     update_block_bytes,
 )
-from rm_scale.planning.memory import frozen_bytes, model_states, stored_elements
-from rm_scale.planning.network import break_even_tokens
+from rm_scale.planning.memory import frozen_bytes, model_states, offloaded_weight_bytes, stored_elements
+from rm_scale.planning.network import micro_step_seconds
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.step_time import StepTime, compute_seconds, step_time, useful_flops
@@ -149,13 +151,29 @@ def _lasting(scenario: Scenario) -> dict[str, int]:
     optimizer_stays = stays_in_memory(scenario, scenario.offload_optimizer)
     weights_stay = stays_in_memory(scenario, scenario.offload_param)
     lasting = {
-        "weights": states.weights + states.second_weights if weights_stay else 0,
+        "weights": states.weights + states.second_weights - (0 if weights_stay else offloaded_weight_bytes(scenario)),
         "gradients": states.gradients if optimizer_stays or scenario.zero_stage != 3 else 0,
         "optimizer": states.masters + states.moments if optimizer_stays else 0,
     }
     if scenario.device.is_cpu:
         lasting["offload_buffers"] = offload_buffer_bytes(scenario)
     return lasting
+
+
+def offloaded_parts(scenario: Scenario) -> dict[str, tuple[int, str]]:
+    """Return of each part of the memory table the bytes that a rank keeps on its node instead, and where.
+
+    That is cpu or nvme.
+    """
+    states = model_states(scenario)
+    parts: dict[str, tuple[int, str]] = {}
+    if scenario.offload_param != "none":
+        parts["weights"] = (offloaded_weight_bytes(scenario), scenario.offload_param)
+    if scenario.offload_optimizer != "none":
+        if scenario.zero_stage == 3:
+            parts["gradients"] = (states.gradients, scenario.offload_optimizer)
+        parts["optimizer"] = (states.masters + states.moments, scenario.offload_optimizer)
+    return parts
 
 
 _KNOWN: dict[tuple[object, ...], ActivationMemory] = {}
@@ -183,7 +201,7 @@ def gathered_bytes(scenario: Scenario) -> int:
     limit: of a mixture all experts of a layer, which are one module, beside what else its layer and the next have.
     Elements are those of storage: of 4-bit weights four are in one.
     """
-    if scenario.zero_stage != 3 or scenario.num_devices == 1:
+    if scenario.zero_stage != 3 or not _is_gathered(scenario):
         return 0
     stored = [(tensor, tensor.numel) for tensor in scenario.trained]
     stored += [(tensor, stored_elements(scenario, tensor)) for tensor in scenario.frozen]
@@ -196,6 +214,14 @@ def gathered_bytes(scenario: Scenario) -> int:
         rest = sum(tensor.count * numel for tensor, numel in stored if tensor.role not in {"experts", "embedding"})
         live = max(live, of_experts + 2 * rest / scenario.shape.num_layers + zero.prefetch)
     return int(min(elements, live) * scenario.weight_bytes)
+
+
+def _is_gathered(scenario: Scenario) -> bool:
+    """Tell whether weights are made anew for use: gathered from other ranks, or copied from the host by a single one.
+
+    A single rank uses the weights that it holds, and so does a processor with those in its own memory.
+    """
+    return scenario.num_devices > 1 or (scenario.offload_param != "none" and not scenario.device.is_cpu)
 
 
 def bucket_bytes(scenario: Scenario) -> int:
@@ -230,17 +256,20 @@ def collective_bytes(scenario: Scenario) -> int:
 def load_peak_bytes(scenario: Scenario) -> int:
     """Return the most bytes that a device holds before the first step.
 
-    A quantised model is loaded whole on each rank before it is sharded; ZeRO-3 shards any other while it is read;
-    ZeRO-1 and 2 copy what is trained into flat buffers.
+    A quantised model is loaded whole on each rank before it is sharded; ZeRO-3 shards any other while it is read, and
+    puts the parts where they are offloaded to; ZeRO-1 and 2 copy what is trained into flat buffers.
     """
     states = model_states(scenario)
+    sharded = states.weights
+    if not stays_in_memory(scenario, scenario.offload_param):
+        sharded += states.second_weights - offloaded_weight_bytes(scenario)
     size = scenario.weight_bytes
     whole = total(scenario.trained) * size + frozen_bytes(scenario)
     largest = max(tensor.numel for tensor in scenario.backbone) * size
     if scenario.method == "qlora":
-        peak = whole + largest + (states.weights if scenario.zero_stage == 3 else 0)
+        peak = whole + largest + (sharded if scenario.zero_stage == 3 else 0)
     elif scenario.zero_stage == 3:
-        peak = states.weights + 2 * largest
+        peak = sharded + 2 * largest
     elif scenario.zero_stage:
         peak = whole + total(scenario.trained) * size
     else:
@@ -272,5 +301,10 @@ def nvme_bytes(scenario: Scenario) -> int:
 
 
 def tokens_to_hide_communication(scenario: Scenario) -> float:
-    """Return the tokens per device and micro-step from which on computing takes longer than communicating."""
-    return break_even_tokens(scenario, compute_seconds)
+    """Return the tokens per device and micro-step from which on computing takes longer than moving weights.
+
+    Weights are moved by collectives, and from the host where they are offloaded.
+    """
+    moving = micro_step_seconds(scenario) + weight_copy_seconds(scenario)
+    computing = compute_seconds(scenario)
+    return scenario.load.tokens * moving / computing if computing > 0 else math.inf

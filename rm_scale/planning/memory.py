@@ -62,9 +62,20 @@ def model_states(scenario: Scenario) -> ModelStates:
     offloaded = masters + moments if scenario.offload_optimizer != "none" else 0
     if scenario.offload_optimizer != "none" and scenario.zero_stage == 3:
         offloaded += gradients
-    if scenario.offload_param != "none":
-        offloaded += weights - whole_small_tensors(scenario)
+    offloaded += offloaded_weight_bytes(scenario)
     return ModelStates(weights, second, masters, moments, gradients, offloaded)
+
+
+def offloaded_weight_bytes(scenario: Scenario) -> int:
+    """Return the bytes of a rank's weights that are in its node's memory or on its disk.
+
+    What stays on the device: small tensors, which ZeRO-3 keeps whole, and the constants of 4-bit weights, which are no
+    parameters. hpZ's second partition goes where the first one is.
+    """
+    if scenario.zero_stage != 3 or scenario.offload_param == "none":
+        return 0
+    staying = whole_small_tensors(scenario) + quantisation_constant_bytes(scenario)
+    return _weights(scenario) + _second_weights(scenario) - staying
 
 
 def partition_elements(scenario: Scenario) -> int:
@@ -89,11 +100,18 @@ def _aligned(elements: int, ranks: int) -> int:
     return math.ceil(elements / (2 * ranks)) * 2 * ranks
 
 
+def trained_weight_bytes(scenario: Scenario) -> int:
+    """Return the bytes of a trained weight in the copy that the forward pass reads."""
+    if scenario.zero_stage is not None:
+        return scenario.weight_bytes
+    if scenario.precision != "bf16" or (scenario.master_bytes and scenario.method != "full"):
+        return 4  # adapters without an engine are their own master
+    return scenario.weight_bytes
+
+
 def _weights(scenario: Scenario) -> int:
     trained, frozen = scenario.trained, scenario.frozen
-    trained_bytes = 4 if scenario.zero_stage is None and scenario.precision != "bf16" else scenario.weight_bytes
-    if scenario.zero_stage is None and scenario.master_bytes and scenario.method != "full":
-        trained_bytes = 4  # adapters without an engine are their own master
+    trained_bytes = trained_weight_bytes(scenario)
     if scenario.zero_stage == 3:
         whole = whole_small_tensors(scenario)
         return whole + _sharded(scenario, trained, trained_bytes) + _frozen_sharded(scenario, frozen)
@@ -115,6 +133,13 @@ def frozen_bytes(scenario: Scenario) -> int:
 
 def _packed(numel: int) -> int:
     return math.ceil(numel / 2)
+
+
+def quantisation_constant_bytes(scenario: Scenario) -> int:
+    """Return the bytes of all 4-bit weights' constants; 0 without any."""
+    if scenario.method != "qlora":
+        return 0
+    return sum(tensor.count * constants_bytes(scenario, tensor) for tensor in scenario.frozen if tensor.is_4bit)
 
 
 def constants_bytes(scenario: Scenario, tensor: Tensor) -> int:

@@ -7,11 +7,10 @@ its bytes over each device's link and (k-1)/k over each node's network cards; wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from rm_scale.planning.hardware import Device
-from rm_scale.planning.memory import constants_bytes, frozen_bytes
+from rm_scale.planning.memory import frozen_bytes, quantisation_constant_bytes
 from rm_scale.planning.parameters import total
 from rm_scale.planning.scenario import Scenario
 
@@ -69,7 +68,7 @@ def traffic(scenario: Scenario) -> Traffic:
             return Traffic(0, 0, 0, trained, trained, 0, buckets + 2)
         gradients = scenario.num_trained * (4 if scenario.method != "full" else scenario.weight_bytes)
         return Traffic(0, 0, 0, 0, 2 * gradients, 0, math.ceil(gradients / 25e6))
-    gathered = _gathered_bytes(scenario)
+    gathered = sharded_bytes(scenario)
     again = gathered * gathered_again(scenario)
     backward_in_node = scenario.hpz > 1 and scenario.num_nodes > 1
     # Weights are fetched ahead in buckets; a tensor larger than the bucket is fetched alone.
@@ -98,15 +97,12 @@ def gathered_again(scenario: Scenario) -> float:
     return max(0.0, 1 - kept / max(1, elements))
 
 
-def _gathered_bytes(scenario: Scenario) -> float:
+def sharded_bytes(scenario: Scenario) -> float:
     """Return the bytes of all sharded weights: what one all-gather of the model moves."""
     trained = total([t for t in scenario.trained if t.numel > scenario.zero.persistent]) * scenario.weight_bytes
     if scenario.method == "full":
         return trained
-    constants = 0.0
-    if scenario.method == "qlora":
-        constants = sum(t.count * constants_bytes(scenario, t) for t in scenario.frozen if t.is_4bit)
-    return trained + frozen_bytes(scenario) - constants
+    return trained + frozen_bytes(scenario) - quantisation_constant_bytes(scenario)
 
 
 def network_share(device: Device) -> float:
@@ -160,15 +156,3 @@ def step_seconds(scenario: Scenario) -> float:
 def _reduce_cost(scenario: Scenario) -> float:
     """Return the bytes moved per byte reduced: gloo has no reduce-scatter, and its all-reduce moves twice as much."""
     return 2.0 if scenario.device.is_cpu else 1.0
-
-
-def break_even_tokens(scenario: Scenario, compute_seconds: Callable[[Scenario], float]) -> float:
-    """Return the tokens per device and micro-step from which on computing takes longer than communicating.
-
-    Args:
-        scenario: the run.
-        compute_seconds: time of a scenario's computation in a micro-step.
-    """
-    communication = micro_step_seconds(scenario)
-    computing = compute_seconds(scenario)
-    return scenario.load.tokens * communication / computing if computing > 0 else math.inf

@@ -87,6 +87,7 @@ class Scenario:
         nested_quant: double quantisation of 4-bit weights.
         zero_stage: 0 to 3; `None`: plain torch, gradients averaged by DDP.
         offload_optimizer, offload_param: none, cpu or nvme.
+        pin_memory: offloaded weights lie in page-locked memory (`offload_param.pin_memory`).
         hpz: ranks that hold a second copy of the weights among them (zero_hpz_partition_size); 1: none.
         precision: bf16 (an engine with fp32 masters), amp (fp32 weights, bf16 products) or fp32.
         master_bytes: bytes of the fp32 master per trained weight; 0 where bf16 weights are updated themselves.
@@ -121,6 +122,7 @@ class Scenario:
     zero_stage: int | None = 3
     offload_optimizer: str = "none"
     offload_param: str = "none"
+    pin_memory: bool = True
     hpz: int = 1
     precision: Precision = "bf16"
     master_bytes: int = 4

@@ -1,6 +1,7 @@
 """How long an optimizer step takes: computing, communicating, updating; a band where they overlap.
 
-A step lies between the longer of computing and communicating (they overlap completely) and their sum (not at all).
+A step lies between the longer of computing and moving weights and gradients (they overlap completely) and their sum
+(not at all). Weights come from the host, where they are offloaded, and from the other ranks, one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rm_scale.planning.flops import (
     state_flops_per_token,
     step_flops,
 )
+from rm_scale.planning.host_link import HOST_BANDWIDTH, HOST_LINK, NVME_BANDWIDTH, weight_copy_seconds
 from rm_scale.planning.launches import num_launches, num_unpacking_launches
 from rm_scale.planning.parameters import backbone_tensors, total
 from rm_scale.planning.scenario import Scenario
@@ -65,15 +67,6 @@ EXPERT_TILE = 128
 """Tokens for which a GPU's grouped products compute at once (tiles of 64 to 128 rows in CUTLASS's). An expert's last
 tile is computed whole, so that uneven loads cost up to a tile for each expert that has tokens. Not measured here."""
 
-HOST_BANDWIDTH = 100e9
-"""Bytes/s of a node's memory, shared by its ranks, when the optimizer runs there."""
-
-HOST_LINK = 25e9
-"""Bytes/s between a device and its node's memory (PCIe 4 x16)."""
-
-NVME_BANDWIDTH = 6e9
-"""Bytes/s of a node's NVMe disks."""
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -86,6 +79,7 @@ class StepTime:
         update: of the optimizer.
         num_micro_steps: per optimizer step.
         imbalance: what the least even loads of experts add to a micro-step's computation.
+        weight_copies: of one micro-step's copies of offloaded weights from the host.
     """
 
     compute: float
@@ -94,16 +88,22 @@ class StepTime:
     update: float
     num_micro_steps: float
     imbalance: float = 0.0
+    weight_copies: float = 0.0
+
+    @property
+    def moving(self) -> float:
+        """Seconds of a micro-step's copies and collectives; a rank's part is copied before it is gathered."""
+        return self.communication + self.weight_copies
 
     @property
     def low(self) -> float:
-        """Communication hidden behind computing as far as it goes."""
-        return self.num_micro_steps * max(self.compute, self.communication) + self._once
+        """What is moved hidden behind computing as far as it goes."""
+        return self.num_micro_steps * max(self.compute, self.moving) + self._once
 
     @property
     def high(self) -> float:
         """Nothing overlaps, and experts are loaded as unevenly as can be."""
-        return self.num_micro_steps * (self.compute + self.imbalance + self.communication) + self._once
+        return self.num_micro_steps * (self.compute + self.imbalance + self.moving) + self._once
 
     @property
     def expected(self) -> float:
@@ -116,9 +116,12 @@ class StepTime:
 
     @property
     def bound_by(self) -> str:
-        """compute or communication."""
+        """What takes longest: compute, communication or weight copies (of offloaded weights, from the host)."""
+        copying = self.num_micro_steps * self.weight_copies
         communicating = self.num_micro_steps * self.communication + self.step_communication
-        return "communication" if communicating > self.num_micro_steps * self.compute else "compute"
+        if copying + communicating <= self.num_micro_steps * self.compute:
+            return "compute"
+        return "weight copies" if copying > communicating else "communication"
 
 
 def step_time(scenario: Scenario) -> StepTime:
@@ -130,6 +133,7 @@ def step_time(scenario: Scenario) -> StepTime:
         update=update_seconds(scenario),
         num_micro_steps=scenario.num_micro_steps,
         imbalance=imbalance_seconds(scenario),
+        weight_copies=weight_copy_seconds(scenario),
     )
 
 
@@ -308,7 +312,9 @@ def update_seconds(scenario: Scenario) -> float:
     in_node = share * scenario.devices_per_node
     moved = share * 2 * scenario.weight_bytes / HOST_LINK
     if scenario.offload_optimizer == "nvme":
-        return moved + in_node * 2 * (scenario.optimizer_bytes + scenario.master_bytes) / NVME_BANDWIDTH
+        on_disk = 2 * (scenario.optimizer_bytes + scenario.master_bytes)
+        on_disk += scenario.weight_bytes if scenario.offload_param == "nvme" else 0
+        return moved + in_node * on_disk / NVME_BANDWIDTH
     return moved + in_node * update_bytes_per_weight(scenario) / HOST_BANDWIDTH
 
 

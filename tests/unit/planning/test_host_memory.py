@@ -14,7 +14,7 @@ from rm_scale.planning.estimate import RESERVE, estimate, host_memory_bytes, loa
 from rm_scale.planning.group_lengths import GroupLengths, LengthMix, full_rows
 from rm_scale.planning.hardware import known_devices
 from rm_scale.planning.host_memory import PIECES_SHARE, held_block_bytes, update_block_bytes
-from rm_scale.planning.memory import model_states
+from rm_scale.planning.memory import model_states, whole_small_tensors
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.shape import shape_from_config
 from rm_scale.tiers import model_tier
@@ -40,9 +40,10 @@ def test_what_is_offloaded_to_the_host_is_in_a_processors_own_memory() -> None:
     assert lasting == pytest.approx(20 * offloaded.num_trained, rel=1e-3)
     assert load_peak_bytes(offloaded) > lasting
     gpu = replace(offloaded, device=known_devices()["h100-80g"])
-    assert peak_memory(gpu)["weights"] == peak_memory(gpu)["optimizer"] == 0 and "offload_buffers" not in peak_memory(
-        gpu
-    )
+    on_gpu = peak_memory(gpu)
+    assert on_gpu["weights"] == whole_small_tensors(gpu), "small tensors stay on the device"
+    assert on_gpu["optimizer"] == 0
+    assert "offload_buffers" not in on_gpu
     on_disk = replace(offloaded, offload_optimizer="nvme")
     assert peak_memory(on_disk)["optimizer"] == peak_memory(on_disk)["offload_buffers"] == 0
 
