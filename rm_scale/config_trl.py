@@ -70,7 +70,7 @@ FIXED: dict[str, Fixed] = {
     "tf32": Fixed(_NONE, "a run in float32 is for exactness", "use bf16: true for speed"),
     "activation_offloading": Fixed(_OFF, "plans count activations on the device", "use gradient_checkpointing, deepspeed: zero3_offload or a smaller max_tokens_per_device to save memory"),
     "torch_compile_backend": Fixed((*_NONE, "inductor"), "each decoder layer is compiled with torch's own compiler", "use torch_compile alone"),
-    "torch_compile_mode": Fixed((*_NONE, "default"), "other modes record CUDA graphs, and packed rows change their shape", "use torch_compile alone"),
+    "torch_compile_mode": Fixed((*_NONE, "default"), "packed rows change their shape, and other modes try out or record each one", "use torch_compile alone"),
     "liger_kernel_config": Fixed(_NONE, "which of Liger's kernels fit a reward model is settled", "use use_liger_kernel alone"),
     "use_cache": Fixed(_OFF, "training scores each text once"),
     "torch_empty_cache_steps": Fixed(_NONE, "rows of one size leave no memory in pieces", "lower max_tokens_per_device where memory runs out"),
@@ -141,7 +141,7 @@ FIXED: dict[str, Fixed] = {
     # --- ScriptArguments and DatasetMixtureConfig
     "dataset_streaming": Fixed(_OFF, "a plan, the order of the groups and a resumed run need the whole data", "leave it out: data is read once, cached on disk and not held in memory"),
     "streaming": Fixed(_OFF, "a plan, the order of the groups and a resumed run need the whole data", "leave it out: data is read once, cached on disk and not held in memory"),
-    "ignore_bias_buffers": Fixed(_ANY, "boolean buffers of a model are never sent between ranks"),
+    "ignore_bias_buffers": Fixed(_OFF, "TRL's own script for reward models does not read it either"),
     "datasets": Fixed(("empty",), _MIXTURE, "name the files of all in dataset_path, or one hub data set with dataset_name, dataset_config and dataset_train_split"),
 }
 
@@ -193,8 +193,8 @@ def translate(values: dict[str, Any], where: str = "") -> tuple[dict[str, Any], 
         ours, meant = _in_our_words(name, value)
         if ours != name and ours in values:
             problems.append(f"{name}{where}: is another name of {ours}, which is given too. Fix: keep one of them.")
-        elif name in FIXED and ours == name:
-            problems += [] if _as_written(value) in FIXED[name].accepted else [refusal(name, where)]
+        elif ours in FIXED:
+            problems += [] if _as_written(meant) in FIXED[ours].accepted else [refusal(ours, where)]
         else:
             kept[ours] = meant
     return kept, problems
@@ -203,6 +203,8 @@ def translate(values: dict[str, Any], where: str = "") -> tuple[dict[str, Any], 
 def _in_our_words(name: str, value: Any) -> tuple[str, Any]:
     """Return our name and value for one of TRL's; the same where it is ours already, or none of ours."""
     written = _as_written(value)
+    if name.startswith("no_") and name not in FIXED and written == "true":
+        return name.removeprefix("no_"), False  # how TRL's command line switches something off
     if name == "warmup_steps" and _is_share(written):
         return "warmup_ratio", value
     if name == "train_sampling_strategy" and written in {"random", "sequential"}:

@@ -228,8 +228,8 @@ def _no_format_text(columns: Sequence[str], source: str) -> str:
     if token_ids:
         return (
             f"{source}: {some_names(token_ids)} hold token ids, as TRL's trainer takes them. Here texts are needed: "
-            "what is trained on must be what is scored later, by the rules of the scoring contract. Fix: give the rows as "
-            "they were before they were tokenised, with prompt, chosen and rejected."
+            "what is trained on must be what is scored later, by the rules of the scoring contract. Fix: give the rows "
+            "as they were before they were tokenised, with prompt, chosen and rejected."
         )
     nearest = _nearest_format(columns)
     missing = _missing_columns(nearest, set(columns))

@@ -97,6 +97,17 @@ def test_other_names_and_values_mean_what_they_mean_in_trl(settings: dict[str, A
     assert name in result.given
 
 
+def test_switches_of_trls_command_line_are_read() -> None:
+    words = ["--model_name_or_path", "m", "--dataset_path", "d.jsonl", "--no_disable_dropout"]
+    found = parse_config([*words, "--no_gradient_checkpointing", "--no_logging_nan_inf_filter"])
+    assert found.problems == ()
+    assert not found.config.disable_dropout and not found.config.gradient_checkpointing
+    (problem,) = parse_config([*words, "--no_dataloader_pin_memory"]).problems
+    assert problem.startswith("dataloader_pin_memory: batches are built ahead")
+    (problem,) = parse_config([*words, "--disable_dropout"]).problems
+    assert problem.startswith("no_disable_dropout: is another name of disable_dropout, which is given too.")
+
+
 def test_one_setting_under_two_names_is_refused() -> None:
     (problem,) = parsed(activation_checkpointing=True, gradient_checkpointing=True).problems
     assert problem == (
