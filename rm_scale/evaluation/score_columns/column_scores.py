@@ -105,7 +105,7 @@ def _read_set(
     else:
         readable = [row.value for row in rows if isinstance(row.value, Mapping)]
         has_chosen = all(key in sample[0] for key in ("chosen", "rejected"))
-        labels = label_reader(columns, request.label_column, readable, has_chosen, name)
+        labels = label_reader(columns, request.label_column, readable, has_chosen, ignored, name)
         how = f"{columns.text}: {labels.text}"
         found = _read_wide(columns, labels, rows[: request.max_groups], ignored, request.subset_column)
     use = _data_use(found, how)
@@ -245,7 +245,7 @@ def _judge(found: _Found, name: str, how: str, max_rejected_share: float) -> Non
     if len(found.refused) > max_rejected_share * total or not found.rows:
         share = math.ceil(1000 * len(found.refused) / total) / 1000
         other = f", or leave them out with --max_rejected_share {share:g}" if found.rows else ""
-        raise DataError(f"{said}. Fix: score these again{other}.")
+        raise DataError(f"{said}. Fix: correct these rows{other}.")
     if lines:
         logger.warning(f"{said}. They are left out, and counted.")
 

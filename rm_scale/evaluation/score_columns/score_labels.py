@@ -167,7 +167,12 @@ def ranks_of_labels(values: Sequence[float], smallest_is_best: bool) -> tuple[in
 
 
 def label_reader(
-    columns: ScoreColumns, asked: str | None, rows: Iterable[Mapping[str, Any]], has_chosen: bool, name: str
+    columns: ScoreColumns,
+    asked: str | None,
+    rows: Iterable[Mapping[str, Any]],
+    has_chosen: bool,
+    taken: Sequence[str],
+    name: str,
 ) -> LabelReader:
     """Find out where the labels are.
 
@@ -176,6 +181,7 @@ def label_reader(
         asked: the column that the user names; `None` looks for a known one, unless the scores' names say chosen.
         rows: all readable rows.
         has_chosen: the rows hold `chosen` and `rejected`, to which a list of scores belongs in this order.
+        taken: columns that hold scores of this set or of another, which are no labels.
         name: of the file, for messages.
 
     Raises:
@@ -188,7 +194,7 @@ def label_reader(
         hint = did_you_mean(asked, known, f"it has {', '.join(known[:20])}")
         raise DataError(f"--label_column {asked}: {name} has no such column. Fix: {hint}.")
     if asked is None and not columns.says_chosen:
-        found = (one for one in LABEL_COLUMNS if one not in columns.columns)
+        found = (one for one in LABEL_COLUMNS if one not in taken)
         column = next((one for one in found if one in known and not _is_foreign(one, rows, has_chosen)), None)
     if column is None:
         return LabelReader(None)
@@ -196,9 +202,14 @@ def label_reader(
 
 
 def _is_foreign(column: str, rows: Sequence[Mapping[str, Any]], has_chosen: bool) -> bool:
-    """Tell whether a column of a known name is no label: single scores, or a class label beside chosen and rejected."""
-    value = next((row[column] for row in rows if row.get(column) is not None), None)
-    if column in {"scores", "labels", "correct", "is_correct"}:
+    """Tell whether a column of a known name is no label: scores of a model, or a class beside two responses."""
+    first = next((row for row in rows if row.get(column) is not None), None)
+    value = None if first is None else first[column]
+    if column == "scores":
+        # As in training data, or right and wrong as in PPE; else they are what another model gave.
+        is_ranked = first is not None and any(isinstance(first.get(key), list) for key in ("responses", "completions"))
+        return not isinstance(value, list) or not (is_ranked or all(one in (0, 1) for one in value))
+    if column in {"labels", "correct", "is_correct"}:
         return not isinstance(value, list)
     return value is None or (column == "label" and has_chosen)
 

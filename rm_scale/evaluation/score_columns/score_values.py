@@ -123,13 +123,14 @@ def score_columns(words: Sequence[str], sample: Sequence[Mapping[str, Any]], nam
         if found is None:
             raise DataError(
                 f"--score_column: {name} has no column of scores with a known name; it has "
-                f"{some_names(_columns(sample))}. Fix: --score_column NAME, of a list per row, or CHOSEN,REJECTED."
+                f"{some_names(_columns(sample)) or 'no columns'}. Fix: --score_column NAME, of a list per row, or "
+                "CHOSEN,REJECTED."
             )
         return [ScoreColumns(tuple(column for part in found for column in _expand(part, sample)))]
     sets: list[ScoreColumns] = []
     for word in words:
         names = [word] if _expand(word, sample) else [part.strip() for part in word.split(",") if part.strip()]
-        columns = [column for part in names for column in _expanded(part, sample, name)]
+        columns = [column for part in names or [word] for column in _expanded(part, sample, name)]
         partner = _partner(columns[0]) if len(columns) == 1 else None
         if sets and partner is not None and sets[-1].columns == (partner, columns[0]):
             continue  # chosen and rejected as two words: the first has found the second
@@ -143,7 +144,7 @@ def _expanded(word: str, sample: Sequence[Mapping[str, Any]], name: str) -> list
     columns = _expand(word, sample)
     if not columns:
         hint = did_you_mean(word, _columns(sample), f"it has {some_names(_columns(sample))}")
-        raise DataError(f"--score_column {one_line(word, 80)}: {name} has no such column. Fix: {hint}.")
+        raise DataError(f"--score_column {one_line(word, 80)!r}: {name} has no such column. Fix: {hint}.")
     return columns
 
 

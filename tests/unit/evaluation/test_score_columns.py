@@ -148,6 +148,16 @@ def test_a_column_of_labels_by_name(tmp_path: Path) -> None:
         read(path, "rewards", label_column="glod")
 
 
+def test_scores_of_another_model_are_no_labels(tmp_path: Path) -> None:
+    row = {"new": [1, 2, 3], "scores": [0.5, 2.5, 0.25]}
+    path = write(tmp_path / "x.jsonl", [row])
+    assert seen(read(path, "new")) == [([1, 2, 3], [0, 1, 1])]
+    both = read_column_scores([str(path)], ColumnRequest(("new", "scores")))
+    assert [seen(one)[0][1] for one in both] == [[0, 1, 1], [0, 1, 1]]
+    ranked = write(tmp_path / "y.jsonl", [{**row, "responses": ["a", "b", "c"], "prompt": "p"}])
+    assert seen(read(ranked, "new")) == [([1, 2, 3], [1, 0, 2])], "as training reads such a file"
+
+
 def test_numbers_of_responses_count_from_0_or_1(tmp_path: Path) -> None:
     def ranks(*labels: Any) -> list[list[int]]:
         path = write(tmp_path / "x.jsonl", [{"rewards": [1, 2], "label": label} for label in labels])
@@ -211,7 +221,7 @@ def test_what_is_no_score_is_named_with_its_row(
     assert found.data is not None and found.data["num_pairs_lost"] == 1
     # 0, 1/4, 1/2, 3/4 are below 1, which is a tie, and all others above; row 7 is above, too.
     assert found.data["accuracy_if_lost"] == 4 / 20 and len(found.groups) == 19
-    with pytest.raises(DataError, match=r"1 of 20 can't be used\. .* Fix: score these again, or .* 0\.05"):
+    with pytest.raises(DataError, match=r"1 of 20 can't be used\. .* Fix: correct these rows, or .* 0\.05"):
         read(path, max_rejected_share=0.04)
 
 
@@ -238,8 +248,11 @@ def test_lines_that_are_no_rows_are_counted(tmp_path: Path) -> None:
 
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"scores_chosen": 1, "scores_rejected": 0, "prompt": "p"}])
-    with pytest.raises(DataError, match=r"--score_column scores_chosn: .* Fix: did you mean scores_chosen"):
+    with pytest.raises(DataError, match=r"--score_column 'scores_chosn': .* Fix: did you mean scores_chosen"):
         read(path, "scores_chosn")
+    for word in ("", ","):
+        with pytest.raises(DataError, match=rf"--score_column '{word}': .* has no such column"):
+            read(path, word)
     with pytest.raises(DataError, match="has no column of scores with a known name; it has prompt"):
         read(write(tmp_path / "y.jsonl", [{"prompt": "p"}]))
     with pytest.raises(DataError, match=r"--group_column prompt: .* holds all scores of a group in one row"):
