@@ -32,9 +32,11 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int) -> Con
     return {"model_type": "llama", **sizes, "max_position_embeddings": 131072}
 
 
-def _gemma3(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, window: int) -> Config:
+def _gemma3(
+    hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, window: int, head_dim: int = 256
+) -> Config:
     kinds = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(layers)]
-    sizes = _sizes(hidden, layers, heads, kv_heads, 256, mlp, vocabulary)
+    sizes = _sizes(hidden, layers, heads, kv_heads, head_dim, mlp, vocabulary)
     positions = 32768 if hidden < 2000 else 131072
     more = {"sliding_window": window, "layer_types": kinds, "max_position_embeddings": positions}
     return {"model_type": "gemma3_text", **sizes, **more}
@@ -47,6 +49,32 @@ def _with_vision_tower(text: Config) -> Config:
 def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int) -> Config:
     sizes = _sizes(hidden, layers, heads, kv_heads, hidden // heads, mlp, vocabulary)
     return {"model_type": "qwen2", **sizes, "max_position_embeddings": 32768}
+
+
+def _qwen3_moe(hidden: int, layers: int, heads: int, mlp: int, expert: int, positions: int) -> Config:
+    return {
+        "model_type": "qwen3_moe",
+        **_sizes(hidden, layers, heads, 4, 128, mlp, 151936),
+        "moe_intermediate_size": expert,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": positions,
+    }
+
+
+def _gpt_oss(layers: int, experts: int) -> Config:
+    return {
+        "model_type": "gpt_oss",
+        **_sizes(2880, layers, 64, 8, 64, 2880, 201088),
+        "attention_bias": True,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],
+        "max_position_embeddings": 131072,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
 
 
 KNOWN_MODELS: dict[str, Config] = {
@@ -63,14 +91,34 @@ KNOWN_MODELS: dict[str, Config] = {
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 9728),
     "Qwen/Qwen3-8B": _qwen3(4096, 36, 32, 12288),
     "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 17408),
-    "Qwen/Qwen3-30B-A3B": {
-        "model_type": "qwen3_moe",
-        **_sizes(2048, 48, 32, 4, 128, 6144, 151936),
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
+    "Qwen/Qwen3-30B-A3B": _qwen3_moe(2048, 48, 32, 6144, 768, 40960),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": _qwen3_moe(2048, 48, 32, 6144, 768, 262144),
+    "Qwen/Qwen3-235B-A22B": _qwen3_moe(4096, 94, 64, 12288, 1536, 40960),
+    "openai/gpt-oss-20b": _gpt_oss(24, 32),
+    "openai/gpt-oss-120b": _gpt_oss(36, 128),
+    "mistralai/Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral",
+        **_sizes(4096, 32, 32, 8, 128, 14336, 32000),
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+    },
+    "deepseek-ai/DeepSeek-V3": {
+        "model_type": "deepseek_v3",
+        **_sizes(7168, 61, 128, 128, 64, 18432, 129280),
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
         "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
+        "first_k_dense_replace": 3,
+        "max_position_embeddings": 163840,
+        "quantization_config": {"quant_method": "fp8"},
     },
     "meta-llama/Llama-3.2-1B-Instruct": _llama(2048, 16, 32, 8, 8192),
     "meta-llama/Llama-3.2-3B-Instruct": _llama(3072, 28, 24, 8, 8192),
@@ -78,6 +126,7 @@ KNOWN_MODELS: dict[str, Config] = {
     "google/gemma-3-1b-it": _gemma3(1152, 26, 4, 1, 6912, 262144, 512),
     "google/gemma-3-4b-it": _with_vision_tower(_gemma3(2560, 34, 8, 4, 10240, 262208, 1024)),
     "google/gemma-3-12b-it": _with_vision_tower(_gemma3(3840, 48, 16, 8, 15360, 262208, 1024)),
+    "google/gemma-3-27b-it": _with_vision_tower(_gemma3(5376, 62, 32, 16, 21504, 262208, 1024, head_dim=128)),
     "allenai/Olmo-3-7B-Instruct": {
         "model_type": "olmo3",
         **_sizes(4096, 32, 32, 32, 128, 11008, 100278),
@@ -97,4 +146,4 @@ KNOWN_MODELS: dict[str, Config] = {
         "max_position_embeddings": 16384,
     },
 }
-"""By hub name; without quantisation and without what neither memory nor time depends on."""
+"""By hub name; without what neither memory nor time depends on. Quantisation stands where no other weights exist."""

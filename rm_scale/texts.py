@@ -58,7 +58,12 @@ def typed_line(error: BaseException, limit: int | None = None) -> str:
     return f"{type(error).__name__}: {one_line(error, limit)}".removesuffix(": ")
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1, likeness: float = 0.6) -> str:
+_NUMBER = re.compile(r"\d+")
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], otherwise: str, most: int = 1, likeness: float = 0.6, same_number: bool = False
+) -> str:
     """Return "did you mean NAME?" with the known names that look like this one.
 
     Args:
@@ -67,8 +72,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1,
         otherwise: returned when no name is near.
         most: how many names to offer.
         likeness: from 0 to 1; `difflib`'s ratio that a name must reach.
+        same_number: offer only names that begin with the same number, where the name has one: a 4090 is no 5090.
     """
-    close = difflib.get_close_matches(name, list(known), n=most, cutoff=likeness)
+    number = _NUMBER.search(name) if same_number else None
+    alike = [one for one in known if number is None or ((n := _NUMBER.search(one)) and n[0] == number[0])]
+    close = difflib.get_close_matches(name, alike, n=most, cutoff=likeness)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 

@@ -35,7 +35,7 @@ class SizeTier:
 SIZE_TIERS = (
     SizeTier("below 1B", 1e9, 2e-5, 8, 1.0),
     SizeTier("1-7B", 7.2e9, 1e-5, 4, 1.0),
-    SizeTier("7-13B", float("inf"), 5e-6, 2, 1.0),
+    SizeTier("above 7B", float("inf"), 5e-6, 2, 1.0),
 )
 
 
@@ -95,7 +95,7 @@ def model_tier(name: str) -> ModelTier:
         if plain == tier.name:
             return tier
     names = [tier.name for tier in MODEL_TIERS]
-    hint = did_you_mean(plain, names, f"choose from {', '.join(names)}.", likeness=0.5)
+    hint = did_you_mean(plain, names, f"choose from {', '.join(names)}.", likeness=0.5, same_number=True)
     raise ConfigError(
         [
             f"tier={one_line(name, 200)!r}: the tiers are {', '.join(names)}. Fix: {hint} Other sizes: "

@@ -8,9 +8,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from rm_scale.errors import ConfigError, ModelError, collect_problems
-from rm_scale.known_models import KNOWN_MODELS
-from rm_scale.logs import get_logger
+from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.modeling.model_shape import shape_of
 from rm_scale.planning import plan_text
 from rm_scale.planning.advise import Request, recommend
@@ -19,13 +17,12 @@ from rm_scale.planning.expert_settings import adapted_parameters, expert_names, 
 from rm_scale.planning.group_lengths import LengthMix, full_rows
 from rm_scale.planning.hardware import GBIT, Device, find_device
 from rm_scale.planning.parameters import backbone_tensors
+from rm_scale.planning.plan_checks import expert_names_problem, length_problem
 from rm_scale.planning.plan_json import to_dict
 from rm_scale.planning.scenario import Method
 from rm_scale.planning.shape import ModelShape, read_model_config, shape_from_config
 from rm_scale.texts import one_line, range_rule
 from rm_scale.tiers import model_tier
-
-logger = get_logger(__name__)
 
 HELP = "will it fit, how fast, for how much: before anything is queued"
 DESCRIPTION = "Predict memory, speed and cost of a run from the model's config.json and a machine's figures."
@@ -42,6 +39,8 @@ _MOST = {
     "lora_r": 65_536,
     "pairs": 1_000_000_000_000,
 }
+SEQUENCE, LORA_RANK = 4096, 16
+"""Tokens of the longest sequence, and rank of adapters, where none are given."""
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 
@@ -52,22 +51,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="DIR|NAME", help="a folder, a config.json, or a hub name")
     model.add_argument("--exact", action="store_true", help="ask the model's own class (imports torch)")
     model.add_argument("--trust_remote_code", action="store_true", help="with --exact: run code that comes with it")
-    model.add_argument("--method", choices=METHODS, default="full")
-    model.add_argument("--lora_r", type=int, default=16)
+    model.add_argument("--method", choices=METHODS, default="full", help="default: full")
+    model.add_argument("--lora_r", type=int, help=f"rank of the adapters; default: {LORA_RANK}")
     model.add_argument("--lora_target_modules", nargs="+", metavar="NAME", help="default: all linear layers")
     model.add_argument("--lora_target_parameters", nargs="+", metavar="NAME", help="of experts; default: none")
     model.add_argument("--use_bnb_nested_quant", action="store_true", help="double quantisation of 4-bit weights")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--gpus", type=int, default=8, help="devices in all")
-    machine.add_argument("--gpu", default="h100-80g", help="a100-40g, a100-80g, h100-80g, h200, b200, l40s, ...")
+    machine.add_argument("--gpus", type=int, default=8, help="devices in all; default: 8")
+    machine.add_argument(
+        "--gpu", default="h100-80g", help="default: h100-80g; a100-40g, a100-80g, h200, b200, l40s, ..."
+    )
     machine.add_argument("--nodes", type=int, help="default: as many as the devices need")
-    machine.add_argument("--node_bandwidth_gbit", type=float, help="out of one node, all its network cards together")
+    machine.add_argument(
+        "--node_bandwidth_gbit", type=float, help="out of one node, all its cards; default: the kind's"
+    )
     machine.add_argument("--hardware", metavar="FILE.yaml", help="devices of your own; see docs/planning.md")
     run = parser.add_argument_group("run")
-    run.add_argument("--seq", type=int, default=4096, help="longest sequence, as max_length of a run")
-    run.add_argument("--data", metavar="FILE", help="preference file whose real lengths are used")
-    run.add_argument("--packing", choices=["none", "padding_free", "prefix_shared"], default="prefix_shared")
-    run.add_argument("--global_batch_size", type=int, default=128, help="groups per optimizer step")
+    run.add_argument(
+        *("--seq", "--max_length"),
+        type=int,
+        help=f"longest sequence; default: {SEQUENCE:,}, or as many as the model has positions",
+    )
+    run.add_argument("--data", metavar="FILE", help="preference file whose real lengths are used; default: full rows")
+    run.add_argument(
+        *("--packing",),
+        choices=["none", "padding_free", "prefix_shared"],
+        default="prefix_shared",
+        help="default: prefix_shared",
+    )
+    run.add_argument("--global_batch_size", type=int, default=128, help="groups per optimizer step; default: 128")
     run.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="default: chosen; 0: without DeepSpeed")
     run.add_argument("--offload", choices=["none", "optimizer", "all", "nvme"], help="default: chosen")
     run.add_argument("--checkpointing", choices=["on", "off"], help="default: chosen")
@@ -130,9 +142,11 @@ def read_request(options: argparse.Namespace) -> Request:
     if problems:
         raise ConfigError(problems, heading="the plan can't be made")
     assert device is not None and shape is not None
-    problems = _adapter_problems(shape, options)
+    seq = options.seq or min(SEQUENCE, shape.max_positions or SEQUENCE)
+    problems = [*_length_problems(shape, seq, options.max_tokens), *_adapter_problems(shape, options)]
     if problems:
         raise ConfigError(problems, heading="the plan can't be made")
+    lowered = f"seq not given: {seq:,}, all positions that the model has"
     device = _with_network(device, options.node_bandwidth_gbit)
     nodes = options.nodes or math.ceil(options.gpus / device.devices_per_node)
     return Request(
@@ -142,8 +156,8 @@ def read_request(options: argparse.Namespace) -> Request:
         device=device,
         num_devices=options.gpus,
         num_nodes=nodes,
-        max_length=options.seq,
-        lengths=_lengths(options),
+        max_length=seq,
+        lengths=_lengths(options, seq),
         packing=options.packing,
         global_batch_size=options.global_batch_size,
         zero_stage=options.zero,
@@ -152,10 +166,11 @@ def read_request(options: argparse.Namespace) -> Request:
         max_tokens=options.max_tokens,
         micro_batch=options.micro_batch,
         hpz=options.hpz,
-        lora_rank=options.lora_r,
+        lora_rank=options.lora_r or LORA_RANK,
         lora_targets=tuple(options.lora_target_modules) if options.lora_target_modules else None,
         lora_parameters=adapted_parameters(options.lora_target_parameters, shape),
         nested_quant=options.use_bnb_nested_quant,
+        notes=() if options.seq or seq == SEQUENCE else (lowered,),
     )
 
 
@@ -174,24 +189,13 @@ def read_shape(options: argparse.Namespace) -> tuple[ModelShape, str]:
         return _shape(chosen.config, chosen.model, options), f"{chosen.name} ({chosen.model})"
     assert model is not None
     name = model.removesuffix("/config.json") if model.endswith("config.json") else model
-    return _shape(_config_of(name), name, options), name
+    return _shape(read_model_config(name, or_known=True), name, options), name
 
 
 def _shape(config: dict[str, Any], name: str, options: argparse.Namespace) -> ModelShape:
     if options.exact:
         return shape_of(config, name, trust_remote_code=options.trust_remote_code, exact=True)
     return shape_from_config(config)
-
-
-def _config_of(name: str) -> dict[str, Any]:
-    """Return a model's config.json; of a known model its shape alone where the hub can't be asked."""
-    try:
-        return read_model_config(name)
-    except ModelError:
-        if name not in KNOWN_MODELS:
-            raise
-        logger.warning(f"the hub gave no config.json of {name}: planned with the shape that comes with rm_scale")
-        return KNOWN_MODELS[name]
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
@@ -236,42 +240,59 @@ def _problems(options: argparse.Namespace) -> list[str]:
         found.append("trust_remote_code=True without exact: no code is run. Fix: add --exact, or leave it out.")
     if options.max_tokens is not None and options.packing == "none":
         found.append("max_tokens with packing=none: padded rows are sized by --micro_batch. Fix: leave one out.")
-    if options.max_tokens is not None and options.max_tokens < options.seq:
-        found.append(
-            f"max_tokens={options.max_tokens} with seq={options.seq}: a row must hold a sequence. Fix: "
-            f"--max_tokens {2 * options.seq}."
-        )
     return found
+
+
+def _length_problems(shape: ModelShape, seq: int, max_tokens: int | None) -> list[str]:
+    too_long = length_problem("seq", seq, shape)
+    if too_long is not None:
+        return [too_long]
+    if max_tokens is None or max_tokens >= seq:
+        return []
+    return [f"max_tokens={max_tokens} with seq={seq}: a row must hold a sequence. Fix: --max_tokens {2 * seq}."]
 
 
 def _adapter_problems(shape: ModelShape, options: argparse.Namespace) -> list[str]:
     """Say which names of adapted layers the model doesn't have: their adapters would count nothing."""
-    asked = {name: getattr(options, name) or [] for name in ("lora_target_modules", "lora_target_parameters")}
-    given = [name for name, values in asked.items() if values]
-    if given and options.method == "full" and not options.compare:
-        return [f"{given[0]}={asked[given[0]]} with method=full: adapters are LoRA's. Fix: --method lora."]
-    targets, parameters = asked["lora_target_modules"], asked["lora_target_parameters"]
+    named = [name for name in (*_OF_ADAPTERS, "use_bnb_nested_quant") if getattr(options, name)]
+    wrong = [] if options.compare else [_not_of_method(name, options) for name in named]
+    if any(wrong):
+        return [problem for problem in wrong if problem is not None]
+    targets, kind = options.lora_target_modules or [], shape.model_type
+    found = [
+        expert_names_problem(targets, kind),
+        targets_problem(options.lora_target_parameters or [], expert_names(shape), f"a model of type {kind}"),
+    ]
     known = sorted({tensor.module for tensor in backbone_tensors(shape) if tensor.role == "linear"})
-    unknown = [target for target in targets if target not in known]
-    found = []
-    if unknown:
+    unknown = [target for target in targets if target.rpartition(".")[2] not in known]
+    if unknown and found[0] is None:
         fix = f"one of {', '.join(known)}"
         found.append(f"lora_target_modules={unknown}: this model has no such layer. Fix: {fix}.")
-    problem = targets_problem(parameters, expert_names(shape), f"a model of type {shape.model_type}")
-    return [*found, problem] if problem is not None else found
+    return [problem for problem in found if problem is not None]
+
+
+_OF_ADAPTERS = ("lora_r", "lora_target_modules", "lora_target_parameters")
+
+
+def _not_of_method(name: str, options: argparse.Namespace) -> str | None:
+    """Say why an option can't stand beside the method, of which it would change nothing."""
+    given = f"{name}={getattr(options, name)} with method={options.method}"
+    if name in _OF_ADAPTERS:
+        return f"{given}: adapters are LoRA's. Fix: --method lora." if options.method == "full" else None
+    return f"{given}: only QLoRA has 4-bit weights. Fix: --method qlora." if options.method != "qlora" else None
 
 
 def _with_network(device: Device, gbit: float | None) -> Device:
     return device if gbit is None else replace(device, node_bandwidth=gbit * GBIT)
 
 
-def _lengths(options: argparse.Namespace) -> LengthMix:
+def _lengths(options: argparse.Namespace, seq: int) -> LengthMix:
     if options.data is None:
-        return full_rows(options.seq)
+        return full_rows(seq)
     from rm_scale.data.measure_lengths import measure_lengths
 
     measured = measure_lengths([options.data], options.model)
-    kept = measured.cut(options.seq)
+    kept = measured.cut(seq)
     if not kept.groups:
-        raise ConfigError([f"seq={options.seq}: every group of {options.data} is longer. Fix: a larger --seq."])
+        raise ConfigError([f"seq={seq}: every group of {options.data} is longer. Fix: a larger --seq."])
     return kept

@@ -336,7 +336,7 @@ def model(asked: Asked) -> Check:
     """Check that the model's shape can be read."""
     if asked.model is None:
         return Check("model", "skip", "no --model given")
-    shape = shape_of(read_model_config(asked.model), asked.model)
+    shape = shape_of(read_model_config(asked.model, or_known=True), asked.model)
     size = f"{large_number(count_parameters(shape))} parameters"
     return Check("model", "pass", f"{asked.model}: {shape.model_type}, {size}")
 
@@ -344,7 +344,7 @@ def model(asked: Asked) -> Check:
 def _shape(asked: Asked) -> ModelShape | None:
     """Return the model's shape, `None` without a model or where it can't be read, which the check `model` reports."""
     try:
-        return None if asked.model is None else shape_of(read_model_config(asked.model), asked.model)
+        return None if asked.model is None else shape_of(read_model_config(asked.model, or_known=True), asked.model)
     except ModelError:
         return None
 

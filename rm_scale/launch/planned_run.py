@@ -82,7 +82,7 @@ def _planned(
     settings = [*(word for name, value in chosen.items() for word in (f"--{name}", value)), *asked]
     parsed = parse_config(settings)
     device = "cpu" if machine.device.is_cpu else "cuda"
-    plan = make_plan(parsed, machine.world_size, device, check_output=check_output, shape_of=shape_of_run)
+    plan = make_plan(parsed, machine.world_size, device, check_output, shape_of=shape_of_run, or_known=True)
     return PlannedRun(settings, asked, parsed, plan, lengths, _predict(parsed, plan, machine, lengths))
 
 
@@ -139,7 +139,7 @@ def refuse_named_model_of_another_size(tier: str | None, settings: Sequence[str]
     if tier is None or "model_name_or_path" not in parsed.given:
         return  # the tier's own model, or that of its script's configuration
     try:
-        shape = shape_of_run(parsed.config)
+        shape = shape_of_run(parsed.config, or_known=True)
     except UserError:
         return  # it may be readable where the run is started
     refuse_size(tier, parsed.config.model_name_or_path, count_parameters(shape))
@@ -186,7 +186,7 @@ def request_for(parsed: ParsedConfig, machine: Machine, lengths: LengthMix) -> R
     """Return the planner's request for a run; what the settings leave open stays open."""
     config = parsed.config
     stage, offload = _asked_engine(parsed)
-    model = read_model_config(config.model_name_or_path, config.model_revision)
+    model = read_model_config(config.model_name_or_path, config.model_revision, or_known=True)
     shape = shape_of_run(config, model)
     return Request(
         name=config.model_name_or_path,
@@ -266,7 +266,7 @@ def deepspeed_name(choice: Choice) -> str:
 def scenario_for(parsed: ParsedConfig, plan: Plan, machine: Machine, lengths: LengthMix):  # type: ignore[no-untyped-def]
     """Return the scenario of the run as it will be started."""
     config = parsed.config
-    return scenario_of_run(config, plan, shape_of_run(config), machine.device, machine.nodes, lengths)
+    return scenario_of_run(config, plan, shape_of_run(config, or_known=True), machine.device, machine.nodes, lengths)
 
 
 def refuse_what_does_not_fit(planned: PlannedRun, machine: Machine, forced: bool) -> None:

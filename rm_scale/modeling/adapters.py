@@ -85,7 +85,7 @@ def add_adapters(model: PreTrainedModel, config: RunConfig, keep_dtype: bool) ->
             frozen.
     """
     _refuse_unread_layers(model, config)
-    problem = expert_names_problem(config, model.config.model_type, _read_as_experts(model))
+    problem = expert_names_problem(config.lora_target_modules, model.config.model_type, _read_as_experts(model))
     if problem is not None:
         raise ModelError(problem)
     problem = targets_problem(config.lora_target_parameters or [], _matrices(model), type(model).__name__)

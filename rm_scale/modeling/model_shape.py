@@ -18,18 +18,19 @@ from rm_scale.planning.shape import (
 logger = get_logger(__name__)
 
 
-def shape_of_run(config: RunConfig, values: dict[str, Any] | None = None) -> ModelShape:
+def shape_of_run(config: RunConfig, values: dict[str, Any] | None = None, or_known: bool = False) -> ModelShape:
     """Return the shape of the model that a run trains.
 
     Args:
         config: what was asked.
         values: content of the model's config.json where it has been read already.
+        or_known: see `read_model_config`.
 
     Raises:
         ModelError: it can't be read, or transformers has no class for it.
     """
     name, revision = config.model_name_or_path, config.model_revision
-    values = read_model_config(name, revision) if values is None else values
+    values = read_model_config(name, revision, or_known) if values is None else values
     return shape_of(values, name, revision, config.trust_remote_code)
 
 

@@ -39,6 +39,7 @@ class Request:
         micro_batch: groups of a padded micro-batch.
         hpz: use a second partition within each node.
         lora_rank, lora_targets, lora_parameters, nested_quant: as in a run.
+        notes: what was decided for the user, one sentence each.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Request:
     lora_targets: tuple[str, ...] | None = None
     lora_parameters: tuple[str, ...] = ()
     nested_quant: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

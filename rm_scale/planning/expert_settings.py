@@ -9,7 +9,10 @@ from collections.abc import Collection, Iterable, Sequence
 
 from rm_scale.errors import ModelError
 from rm_scale.planning.families import EXPERTS_ARE_IN, WITHOUT_BALANCING_LOSS
+from rm_scale.planning.parameters import active_parameters, backbone_tensors, is_adapted, total
+from rm_scale.planning.scenario import Method
 from rm_scale.planning.shape import ModelShape
+from rm_scale.texts import large_number, some_names
 
 _MATRICES = ("gate_up_proj", "down_proj")
 
@@ -115,3 +118,38 @@ def router_loss_problem(asked: float | None, model_type: str, reason_against: st
         f"router_aux_loss_coef={asked:g}: there is no load-balancing loss of {model_type} models here, "
         f"{reason_against}. Fix: leave router_aux_loss_coef out."
     )
+
+
+def expert_notes(
+    shape: ModelShape, method: Method, targets: Sequence[str] | None, parameters: Sequence[str]
+) -> list[str]:
+    """Say of a mixture of experts what a token goes through, what LoRA adapts and what is kept in 4 bits.
+
+    Args:
+        shape: the model's; of one without experts there is nothing to say.
+        method: full, lora or qlora.
+        targets: adapted modules; `None` for all linear layers.
+        parameters: adapted tensors of experts, as `adapted_parameters` gives them.
+    """
+    experts = shape.experts
+    if experts is None:
+        return []
+    tensors = backbone_tensors(shape)
+    in_experts = total([tensor for tensor in tensors if tensor.role == "experts"])
+    shared = f" and one shared of width {experts.shared_width:,}" if experts.shared_width else ""
+    lines = [
+        f"mixture of experts: {large_number(active_parameters(shape))} of the parameters at work for a token, "
+        f"{experts.chosen} of {experts.num} experts a layer{shared}; all {large_number(in_experts)} weights of experts "
+        "are in memory"
+    ]
+    if method != "full":
+        adapted = sorted({tensor.module for tensor in tensors if is_adapted(tensor, targets)})
+        named = some_names(parameters, most=6)
+        rest = f"of the experts {named}" if named else "not the experts, which lora_target_parameters would add"
+        lines.append(f"LoRA adapts {', '.join(adapted)}; {rest}")
+    if method == "qlora":
+        lines.append(
+            f"4 bits: linear layers alone. bitsandbytes leaves the experts' 3-D tensors in 16 bits, "
+            f"{2 * in_experts / 1e9:.1f} GB of them"
+        )
+    return lines

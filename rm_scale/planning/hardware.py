@@ -298,7 +298,7 @@ def find_device(name: str, file: str | None = None) -> Device:
     found = devices.get(plain) or devices.get(_ALIASES.get(plain, "")) or devices.get(name)
     if found is not None:
         return found
-    hint = did_you_mean(plain, [*devices, *_ALIASES], "one of those.", most=3, likeness=0.4)
+    hint = did_you_mean(plain, [*devices, *_ALIASES], "one of those.", most=3, likeness=0.4, same_number=True)
     raise ConfigError(
         [
             f"gpu={one_line(name, 200)!r}: not a device we know ({', '.join(devices)}). Fix: {hint} For another "

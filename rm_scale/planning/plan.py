@@ -15,6 +15,7 @@ from rm_scale.config_parsing import ParsedConfig
 from rm_scale.config_schedules import rate_problems
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.planning.deepspeed_config import check_deepspeed_config, offload_device, read_deepspeed_config, zero_stage
+from rm_scale.planning.expert_settings import adapted_parameters, expert_notes
 from rm_scale.planning.hardware import read_devices
 from rm_scale.planning.layout_choice import choose_packing, default_max_tokens, packing_problems, rope_problems
 from rm_scale.planning.model_file_checks import check_adapted_modules, check_tokens
@@ -163,6 +164,7 @@ def make_plan(
     check_output: bool = True,
     defer_output: bool = False,
     shape_of: ShapeReader = _by_formula,
+    or_known: bool = False,
 ) -> Plan:
     """Turn settings into a plan, or say everything that is wrong with them at once.
 
@@ -176,6 +178,7 @@ def make_plan(
             ranks which don't probe learn of it.
         shape_of: how the model's shape is read. By default without torch, which refuses kinds of model that the
             formulas don't know; `rm_scale.modeling.model_shape.shape_of_run` asks their class.
+        or_known: plan with the shape that comes with rm_scale where the hub gives no config.json; a dry run always may.
 
     Raises:
         ConfigError: all problems of settings, files, model and DeepSpeed configuration together.
@@ -184,7 +187,7 @@ def make_plan(
     problems = list(parsed.problems)
     if parsed.is_unreadable:
         raise _met_by_node(problems)
-    model = collect_problems(problems, lambda: _read_model(config)) if config.model_name_or_path else None
+    model = collect_problems(problems, lambda: _read_model(config, or_known)) if config.model_name_or_path else None
     shape = collect_problems(problems, lambda: shape_of(config, model)) if model is not None else None
     values: dict[str, Any] | None = None
     if config.deepspeed is not None:
@@ -235,8 +238,8 @@ def require_output_dir(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _read_model(config: RunConfig) -> dict[str, Any]:
-    return read_model_config(config.model_name_or_path, config.model_revision)
+def _read_model(config: RunConfig, or_known: bool) -> dict[str, Any]:
+    return read_model_config(config.model_name_or_path, config.model_revision, or_known or config.dry_run)
 
 
 def _resolve(
@@ -248,13 +251,14 @@ def _resolve(
     device: str,
 ) -> Plan:
     tier = size_tier(count_parameters(shape))
-    notes = list(shape.notes)
+    parameters = adapted_parameters(config.lora_target_parameters, shape) if config.use_peft else ()
+    notes = [*shape.notes, *expert_notes(shape, config.method, config.lora_target_modules, parameters)]
 
     def default(name: str, tier_value: float) -> Any:
         given = getattr(config, name)
         if given is not None:
             return given
-        notes.append(f"{name} not given: {tier_value:g}, the default for models of {tier.name}")
+        notes.append(f"{name} not given: {tier_value:g}, the default by size ({tier.name})")
         return tier_value
 
     if config.use_peft and config.learning_rate is None:

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,14 @@ def check_kernels(config: RunConfig, values: dict[str, Any] | None, device: str)
 def check_model(config: RunConfig, shape: ModelShape, values: dict[str, Any] | None) -> list[str]:
     """Check what the model's config.json says against the settings and the DeepSpeed file."""
     problems = []
-    if shape.max_positions is not None and config.max_length > shape.max_positions:
-        problems.append(
-            f"max_length={config.max_length}: the model has only {shape.max_positions} positions. "
-            f"Fix: --max_length {shape.max_positions} or less."
-        )
+    too_long = length_problem("max_length", config.max_length, shape)
+    problems += [too_long] if too_long is not None else []
     if shape.quantization is not None:
         problems.append(
             f"model_name_or_path={config.model_name_or_path!r}: its weights are already quantised "
             f"({shape.quantization}); they can't be sharded or trained here. Fix: {_unquantised(shape.quantization)}."
         )
-    experts = expert_names_problem(config, shape.model_type, READ_AS_EXPERTS.get(shape.model_type, ()))
+    experts = expert_names_problem(config.lora_target_modules, shape.model_type)
     problems += [experts] if config.use_peft and experts is not None else []
     problems += expert_settings_problems(config, shape)
     if values is not None and offload_device(values) == "nvme" and zero_stage(values) != 3:
@@ -110,18 +107,38 @@ def _unquantised(method: str) -> str:
     )
 
 
-def expert_names_problem(config: RunConfig, model_type: str, read_as_experts: Collection[str]) -> str | None:
+def length_problem(name: str, length: int, shape: ModelShape) -> str | None:
+    """Say why sequences can't be so long; `None`: the model has as many positions.
+
+    Args:
+        name: of the option or setting.
+        length: its value, in tokens.
+        shape: the model's.
+    """
+    if shape.max_positions is None or length <= shape.max_positions:
+        return None
+    return (
+        f"{name}={length}: the model has only {shape.max_positions} positions. "
+        f"Fix: --{name} {shape.max_positions} or less."
+    )
+
+
+def expert_names_problem(
+    targets: Sequence[str] | None, model_type: str, read_as_experts: Collection[str] | None = None
+) -> str | None:
     """Say why `lora_target_modules` names what PEFT would read as the experts or the router; `None` if it does not.
 
     PEFT takes such names, also at the end of dotted ones, for those of older versions of transformers, and adapts the
     tensors of all experts in place of the linear layers of that name: a hundred times the weights that are meant.
 
     Args:
-        config: the settings.
+        targets: the setting.
         model_type: transformers' name of the family.
-        read_as_experts: the names that PEFT reads so in this family.
+        read_as_experts: the names that PEFT reads so in this family; default those that are known.
     """
-    targets = config.lora_target_modules or []
+    targets = list(targets or [])
+    if read_as_experts is None:
+        read_as_experts = READ_AS_EXPERTS.get(model_type, ())
     found = [target for target in targets if target.rpartition(".")[2] in read_as_experts]
     if not found:
         return None

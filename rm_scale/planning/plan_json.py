@@ -5,6 +5,7 @@ from __future__ import annotations
 from rm_scale.planning.advise import Choice, Request
 from rm_scale.planning.changes import Change, plan_options
 from rm_scale.planning.parameters import active_parameters, count_parameters
+from rm_scale.planning.plan_text import notes
 
 
 def to_dict(request: Request, choice: Choice, changes: list[Change]) -> dict[str, object]:
@@ -31,6 +32,6 @@ def to_dict(request: Request, choice: Choice, changes: list[Change]) -> dict[str
             "packing": request.packing,
         },
         "lengths": request.lengths.origin,
-        "notes": list(request.shape.notes),
+        "notes": notes(request),
         "changes_that_fit": [plan_options(change) for change in changes],
     }

@@ -15,6 +15,7 @@ from rm_scale.planning.estimate import (
     offloaded_parts,
     tokens_to_hide_communication,
 )
+from rm_scale.planning.expert_settings import expert_notes
 from rm_scale.planning.host_link import HOST_BANDWIDTH, HOST_LINK, NVME_BANDWIDTH, copied_weight_bytes
 from rm_scale.planning.host_memory import stays_in_memory
 from rm_scale.planning.memory import (
@@ -24,7 +25,7 @@ from rm_scale.planning.memory import (
     partition_elements,
     trained_weight_bytes,
 )
-from rm_scale.planning.parameters import active_parameters, backbone_tensors, count_parameters, is_adapted, total
+from rm_scale.planning.parameters import count_parameters, total
 from rm_scale.planning.scenario import Scenario
 from rm_scale.planning.step_time import ATTENTION_SHARE, compute_parts, micro_step_flops
 from rm_scale.texts import duration, large_number
@@ -51,7 +52,7 @@ _PARTS = {
 def summary(request: Request, choice: Choice, price: float | None, num_pairs: float | None) -> str:
     """Write the answer to one request: what it fits, takes and costs."""
     estimated = choice.estimate
-    lines = [_title(request), _trained_line(estimated.scenario), *request.shape.notes, *experts_lines(request), ""]
+    lines = [_title(request), _trained_line(estimated.scenario), *notes(request), ""]
     lines.append(f"{_verdict(estimated)}: {choice.describe()}, {_rows(request, choice)}")
     lines += ["", *_memory_lines(estimated), "", *_time_lines(estimated)]
     lines += _cost_lines(estimated, price, num_pairs)
@@ -77,29 +78,12 @@ def _trained_line(scenario: Scenario) -> str:
 
 def experts_lines(request: Request) -> list[str]:
     """Say of a mixture of experts what a token goes through, what LoRA adapts and what is kept in 4 bits."""
-    shape = request.shape
-    experts = shape.experts
-    if experts is None:
-        return []
-    tensors = backbone_tensors(shape)
-    in_experts = total([tensor for tensor in tensors if tensor.role == "experts"])
-    shared = f" and one shared of width {experts.shared_width:,}" if experts.shared_width else ""
-    lines = [
-        f"mixture of experts: {large_number(active_parameters(shape))} of the parameters at work for a token, "
-        f"{experts.chosen} of {experts.num} experts a layer{shared}; all {large_number(in_experts)} weights of experts "
-        "are in memory"
-    ]
-    if request.method != "full":
-        adapted = sorted({t.module for t in tensors if is_adapted(t, request.lora_targets)})
-        named = ", ".join(request.lora_parameters)
-        rest = f"of the experts {named}" if named else "not the experts, which lora_target_parameters would add"
-        lines.append(f"LoRA adapts {', '.join(adapted)}; {rest}")
-    if request.method == "qlora":
-        lines.append(
-            f"4 bits: linear layers alone. bitsandbytes leaves the experts' 3-D tensors in 16 bits, "
-            f"{2 * in_experts / _GB:.1f} GB of them"
-        )
-    return lines
+    return expert_notes(request.shape, request.method, request.lora_targets, request.lora_parameters)
+
+
+def notes(request: Request) -> list[str]:
+    """Return what must be said of the figures: of the request, of the model, and of its experts."""
+    return [*request.notes, *request.shape.notes, *experts_lines(request)]
 
 
 def _caveat(request: Request) -> str:
@@ -248,7 +232,9 @@ def comparison(rows: Sequence[tuple[Request, Choice]], num_pairs: float | None) 
     )
     if num_pairs is not None:
         head += f"{'time':>24}"
-    lines = [f"{_title(rows[0][0]).replace(f', {rows[0][0].method}', '')}", "", head]
+    # Of QLoRA there is most to say; the rest of it is true of the others too.
+    said = notes(rows[-1][0])
+    lines = [f"{_title(rows[0][0]).replace(f', {rows[0][0].method}', '')}", *said, "", head]
     for request, choice in rows:
         estimated = choice.estimate
         slow, fast = estimated.pairs_per_second
@@ -266,6 +252,7 @@ def comparison(rows: Sequence[tuple[Request, Choice]], num_pairs: float | None) 
         lines.append(
             f"close: needs more than {_CLOSE:.0%} of the memory; see docs/planning.md for how far off this can be"
         )
+    lines.append(f"lengths: {rows[0][0].lengths.origin}")
     return "\n".join(lines)
 
 

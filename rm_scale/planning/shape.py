@@ -6,7 +6,7 @@ import os
 import socket
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -14,12 +14,17 @@ from urllib.parse import urlsplit
 from rm_scale.errors import ModelError
 from rm_scale.files import endless_model_file
 from rm_scale.json_values import OBJECT, Rule, broken_rule, parse_json, shown, whole
+from rm_scale.known_models import KNOWN_MODELS
+from rm_scale.logs import get_logger
 from rm_scale.planning import families
 from rm_scale.planning.classifiers import WITHOUT_CLASSIFIER, no_classifier
 from rm_scale.planning.layer_parts import DeltaNet, Experts, LatentAttention, LayerKind, LayerStyle, Mamba
+from rm_scale.texts import some_names
 
 if TYPE_CHECKING:
     from rm_scale.planning.model_class import ModelClass
+
+logger = get_logger(__name__)
 
 _PLAIN = LayerStyle()
 
@@ -285,8 +290,14 @@ def _unknown(named: Any) -> ModelError:
     )
 
 
-def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:
+def read_model_config(name: str, revision: str = "main", or_known: bool = False) -> dict[str, Any]:
     """Read the `config.json` of a local folder or a hub model.
+
+    Args:
+        name: the folder, or the model's name on the hub.
+        revision: of a hub model.
+        or_known: where the hub gives none, return the shape that comes with rm_scale, if there is one of this name: a
+            plan needs no more. It is warned of once.
 
     Raises:
         ModelError: nothing of that name, the file can't be read, or it holds sizes that no model has.
@@ -300,7 +311,18 @@ def read_model_config(name: str, revision: str = "main") -> dict[str, Any]:
         raise ModelError(
             f"model_name_or_path={name!r}: there is no such folder. Fix: give a folder that holds config.json."
         )
-    return _read_json(_download(name, revision), name)
+    try:
+        return _read_json(_download(name, revision), name)
+    except ModelError:
+        if not or_known or name not in KNOWN_MODELS:
+            raise
+    _warn_of_known_shape(name)
+    return KNOWN_MODELS[name]
+
+
+@cache
+def _warn_of_known_shape(name: str) -> None:
+    logger.warning(f"the hub gave no config.json of {name}: planned with the shape that comes with rm_scale")
 
 
 def refuse_endless_files(name: str | Path) -> None:
@@ -349,18 +371,25 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 def _download(name: str, revision: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    # The hub's client waits and tries again for a minute where a machine has no network.
+    offline = not _hub_has_an_address()
     try:
-        # The hub's client waits and tries again for a minute where a machine has no network.
-        offline = not _hub_has_an_address()
         return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        cause = type(error).__name__
+        no_network = isinstance(error, LocalEntryNotFoundError) or offline
+        cause = "no network" if no_network else type(error).__name__
         raise ModelError(
             f"model_name_or_path={name!r} (revision {revision}): not a folder here, and the hub gave no config.json "
-            f"({cause}). Fix: check the name; for a gated model set HF_TOKEN; without network give a local folder."
+            f"({cause}). Fix: {_WITHOUT_NETWORK if no_network else 'check the name; for a gated model set HF_TOKEN.'}"
         ) from error
+
+
+_WITHOUT_NETWORK = (
+    "give a local folder of the model; for a plan one that holds its config.json will do. Plans and dry runs of "
+    f"{some_names(KNOWN_MODELS, 3)} (docs/planning.md names all) need no network."
+)
 
 
 def _hub_has_an_address() -> bool:

@@ -139,7 +139,7 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def test_table_by_size_is_that_of_the_tiers() -> None:
-    rows = re.findall(r"^\| (below 1B|1-7B|7-13B) \| (\S+) \| (\S+) \| (\S+) \|", TEXT, re.M)
+    rows = re.findall(r"^\| (below 1B|1-7B|above 7B) \| (\S+) \| (\S+) \| (\S+) \|", TEXT, re.M)
     assert [(name, float(rate), int(pairs), float(epochs)) for name, rate, pairs, epochs in rows] == [
         (tier.name, tier.learning_rate, tier.per_device_train_batch_size, tier.num_train_epochs) for tier in SIZE_TIERS
     ]

@@ -101,7 +101,7 @@ def test_qlora_loads_the_whole_quantised_model_on_each_rank(capsys: pytest.Captu
 
 def test_compare_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "plan", "--tier", "7b", "--compare", "--pairs", "1e5")
-    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["full", "lora", "qlora", "close:"]
+    assert [line.split()[0] for line in out.splitlines()[-5:]] == ["full", "lora", "qlora", "close:", "lengths:"]
     _, out, _ = run(capsys, "plan", "--tier", "7b", "--explain", "--gpu_hour_price", "2.5", "--pairs", "1e5")
     assert "ZeRO, arXiv 1910.02054" in out
     assert "activations, " in out
@@ -126,7 +126,7 @@ def test_real_lengths_drive_the_plan(capsys: pytest.CaptureFixture[str], pairs_f
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--tier", "14b"], "tier='14b': the tiers are 1b, 3b, 7b, 13b. Fix: did you mean 1b?"),
+        (["--tier", "14b"], "tier='14b': the tiers are 1b, 3b, 7b, 13b. Fix: choose from 1b"),
         (["--tier", "a" * 100_000], f"tier='{'a' * 200}...': the tiers are"),
         (["--tier", "7b", "--gpu", "a" * 100_000], f"gpu='{'a' * 200}...': not a device we know"),
         ([], "tier and model: give one of them"),
@@ -286,3 +286,78 @@ def test_figures_are_those_that_a_person_would_say(tmp_path: Path, capsys: pytes
 )
 def test_large_numbers(value: int, text: str) -> None:
     assert large_number(value) == text
+
+
+MIXTURE = ("plan", "--model", "Qwen/Qwen3-30B-A3B", "--gpus", "8")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rm_scale.planning.shape._hub_has_an_address", lambda: False)
+
+
+def test_no_sequence_is_longer_than_the_model_has_positions(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, no_network: None
+) -> None:
+    code, _, err = run(capsys, *MIXTURE, "--max_length", "65536")
+    assert code == 2 and "seq=65536: the model has only 40960 positions. Fix: --seq 40960 or less." in err
+    tiny = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny |= {"intermediate_size": 64, "vocab_size": 400, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    answer = json.loads(run(capsys, "plan", "--model", str(tmp_path), "--gpus", "1", "--json")[1])
+    assert answer["notes"] == ["seq not given: 512, all positions that the model has"]
+    assert "every sequence 512 tokens" in answer["lengths"]
+
+
+def test_methods_side_by_side_say_what_one_says(capsys: pytest.CaptureFixture[str], no_network: None) -> None:
+    experts = ["--lora_target_parameters", "gate_up_proj"]
+    code, out, _ = run(capsys, *MIXTURE, "--compare", *experts)
+    assert code == 0
+    for text in ("mixture of experts: 3.04B", "of the experts experts.gate_up_proj", "4 bits: linear layers alone"):
+        assert text in out
+    assert "lengths: assumed: every sequence 4,096 tokens" in out
+    answer = json.loads(run(capsys, *MIXTURE, "--compare", "--json", *experts)[1])
+    assert [len(answer[method]["notes"]) for method in ("full", "lora", "qlora")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--lora_r", "8"), "lora_r=8 with method=full: adapters are LoRA's. Fix: --method lora."),
+        (("--use_bnb_nested_quant",), "with method=full: only QLoRA has 4-bit weights. Fix: --method qlora."),
+        (("--method", "lora", "--use_bnb_nested_quant"), "with method=lora: only QLoRA has 4-bit weights."),
+        (
+            ("--method", "lora", "--lora_target_modules", "gate_proj"),
+            "of qwen3_moe models PEFT reads gate_proj as the tensors of all experts",
+        ),
+        (("--gpu", "5090"), "gpu='5090': not a device we know"),
+    ],
+)
+def test_an_option_that_means_nothing_or_something_else_is_refused(
+    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str], no_network: None
+) -> None:
+    code, _, err = run(capsys, *MIXTURE, *words)
+    assert code == 2 and told in err and "did you mean" not in err
+
+
+def test_a_known_model_is_planned_by_all_without_a_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, no_network: None
+) -> None:
+    """As the header of its ready run says; training itself needs the real file."""
+    from rm_scale import train
+    from rm_scale.planning.shape import _warn_of_known_shape
+
+    _warn_of_known_shape.cache_clear()
+    config = str(Path(__file__).parents[3] / "configs" / "qwen3_30b_a3b_lora.yaml")
+    words = ["--config", config, "--dataset_path", "none", "--output_dir", str(tmp_path / "out")]
+    assert train.main([*words, "--dry_run"]) == 0
+    seen = capsys.readouterr()
+    assert "LoRA adapts k_proj, o_proj, q_proj, v_proj; not the experts" in seen.out
+    assert "the default by size (above 7B)" in seen.out
+    assert (seen.out + seen.err).count("planned with the shape that comes with rm_scale") == 1
+    code, out, _ = run(capsys, "launch", "--dry_run", "--gpus", "8", "--gpu", "h100-80g", *words)
+    assert code == 0 and "mixture of experts: 3.04B" in out
+    assert train.main(words) == 2
+    assert "(no network). Fix: give a local folder" in capsys.readouterr().err
+    _, out, _ = run(capsys, "doctor", "--model", "Qwen/Qwen3-30B-A3B", "--output_dir", str(tmp_path / "out"))
+    assert "Qwen/Qwen3-30B-A3B: qwen3_moe, 30.22B parameters" in out

@@ -51,7 +51,16 @@ def test_gemma_3_as_it_lies_on_the_hub() -> None:
         num_hidden_layers=48,
         num_key_value_heads=8,
     )
-    for config, name in ((small, "google/gemma-3-4b-it"), (large, "google/gemma-3-12b-it")):
+    largest = gemma(
+        hidden_size=5376,
+        head_dim=128,
+        intermediate_size=21504,
+        num_attention_heads=32,
+        num_hidden_layers=62,
+        num_key_value_heads=16,
+    )
+    sizes = {"google/gemma-3-4b-it": small, "google/gemma-3-12b-it": large, "google/gemma-3-27b-it": largest}
+    for name, config in sizes.items():
         assert shape_from_config(config) == shape_from_config(KNOWN_MODELS[name])
 
 

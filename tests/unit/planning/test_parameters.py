@@ -8,8 +8,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.planning.families import LAYER_STYLES
-from rm_scale.planning.parameters import adapter_tensors, backbone_tensors, count_parameters, each, head_tensor, total
+from rm_scale.planning.parameters import (
+    active_parameters,
+    adapter_tensors,
+    backbone_tensors,
+    count_parameters,
+    each,
+    head_tensor,
+    total,
+)
 from rm_scale.planning.shape import shape_from_config
 
 SIZES = {
@@ -76,3 +85,23 @@ def test_only_the_targets_are_adapted() -> None:
     shape = shape_from_config(real_model("llama").config.to_dict())
     adapters = adapter_tensors(backbone_tensors(shape), 8, ["q_proj", "v_proj"])
     assert total(adapters) == 3 * 8 * ((64 + 64) + (64 + 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.53, 3.35),
+        ("Qwen/Qwen3-235B-A22B", 235.09, 22.19),
+        ("openai/gpt-oss-20b", 20.91, 3.61),
+        ("openai/gpt-oss-120b", 116.83, 5.13),
+        ("mistralai/Mixtral-8x7B-v0.1", 46.70, 12.88),
+        ("deepseek-ai/DeepSeek-V3", 671.03, 37.55),
+    ],
+)
+def test_known_mixtures_have_the_published_parameters(name: str, billions: float, active: float) -> None:
+    """Their model cards count the language model's head too; OpenAI's leave its weights out of the active ones."""
+    shape = shape_from_config(KNOWN_MODELS[name])
+    head = shape.vocab_size * shape.hidden_size
+    assert (count_parameters(shape) + head) / 1e9 == pytest.approx(billions, abs=0.01)
+    at_work = active_parameters(shape) + (0 if "gpt-oss" in name else head)
+    assert at_work / 1e9 == pytest.approx(active, abs=0.01)
