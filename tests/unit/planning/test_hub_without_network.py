@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rm_scale.errors import ModelError
+from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.planning.shape import read_model_config
 
 
@@ -35,3 +37,8 @@ def test_a_hub_model_without_a_network_is_refused_without_asking(monkeypatch: py
     with pytest.raises(ModelError):
         read_model_config("nobody/no-such-model")
     assert asked == [True, False], "a proxy may know the name"
+
+
+def test_the_page_names_all_models_that_need_no_network() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "planning.md").read_text()
+    assert [name for name in KNOWN_MODELS if f"`{name}`" not in page] == []
