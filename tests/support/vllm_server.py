@@ -10,9 +10,30 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import jsonschema_rs
+
 from rm_scale.inference.scoring.scorer import RewardScorer
+from tests.support.launching import REPOSITORY
 
 Answer = tuple[int, Any]
+THEIRS = json.loads((REPOSITORY / "tests" / "data" / "vllm_answers.json").read_text())
+"""What vLLM answers, and the fields of its requests: see `source` and `version` in it."""
+
+
+def differences(path: str, answer: Any) -> list[str]:
+    """What an answer has that vLLM's has not on this route, or lacks of it."""
+    return [str(one) for one in jsonschema_rs.Draft202012Validator(_exact(THEIRS["answers"][path])).iter_errors(answer)]
+
+
+def _exact(schema: Any) -> Any:
+    """The schema of what vLLM writes: all of its fields, and no others."""
+    if isinstance(schema, dict):
+        # What a client sent as parts of a text comes back as it was.
+        found = {key: value if "ContentPart" in key else _exact(value) for key, value in schema.items()}
+        if isinstance(schema.get("properties"), dict):
+            found.update(additionalProperties=False, required=list(schema["properties"]))
+        return found
+    return [_exact(part) for part in schema] if isinstance(schema, list) else schema
 
 
 class VllmServer:
