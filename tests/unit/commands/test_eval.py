@@ -138,7 +138,7 @@ def test_sources_subsets_and_what_was_not_used(
     (entry,) = model["data"]["rejected"]
     assert (entry["reason"], entry["count"], entry["first_rows"]) == ("identical_responses", 1, [39])
     printed = capsys.readouterr().out
-    assert "identical_responses 1: all responses of the row are the same text" in printed
+    assert "identical_responses 1 (rows 39): all responses of the row are the same text" in printed
     summary = (tmp_path / "out" / "evaluation.md").read_text()
     assert "60 rows read" in summary and "identical\\_responses" not in summary and "identical_responses" in summary
     assert evaluate("--dataset_path", *two_files, "--max_rejected_share", "0.001", name="strict") == 2
