@@ -94,6 +94,7 @@ class TextStatistics:
         num_duplicate_groups: groups whose prompt and responses all occurred before.
         prompt_tokens: tokens shared by a group's sequences, per group.
         response_tokens: tokens after the shared ones, per response.
+        longest_sequence: tokens of the longest prompt and response together, which `max_length` must hold.
         chosen_longer_share: share of pairs whose better response has more tokens.
         longer_wins_accuracy: accuracy of "the longer response is better" over pairs, equal lengths counted half.
         shorter_wins_accuracy: the same for "the shorter response is better".
@@ -105,6 +106,7 @@ class TextStatistics:
     num_duplicate_groups: int = 0
     prompt_tokens: Spread = field(default_factory=Spread)
     response_tokens: Spread = field(default_factory=Spread)
+    longest_sequence: int = 0
     chosen_longer_share: float | None = None
     longer_wins_accuracy: float | None = None
     shorter_wins_accuracy: float | None = None
@@ -229,7 +231,8 @@ def _side_line(name: str, side: TextStatistics) -> str:
     prompt, response = side.prompt_tokens, side.response_tokens
     return (
         f"{name}: {side.num_groups:,} groups, {side.num_pairs:,} pairs, tokens per prompt {prompt.mean:.0f} "
-        f"(max {prompt.max:,}), per response {response.mean:.0f} (max {response.max:,}){longer}, "
+        f"(max {prompt.max:,}), per response {response.mean:.0f} (max {response.max:,}), longest sequence "
+        f"{side.longest_sequence:,}{longer}, "
         f"{side.num_duplicate_groups:,} duplicates"
     )
 
@@ -271,6 +274,7 @@ def text_statistics(
         num_duplicate_groups=len(groups) - len(np.unique(groups)),
         prompt_tokens=_spread(prompt_lengths),
         response_tokens=_spread(lengths - np.repeat(prompt_lengths, sizes)),
+        longest_sequence=int(lengths.max()),
         chosen_longer_share=longer / pairs if pairs else None,
         longer_wins_accuracy=accuracy,
         shorter_wins_accuracy=None if accuracy is None else 1 - accuracy,

@@ -14,12 +14,13 @@ SLOW_RATIO = 1.5
 """A rank is named when it works this many times as long per step as the median rank."""
 
 
-def name_slow_ranks(watchdog: Watchdog, seconds: float) -> dict[str, Any]:
+def name_slow_ranks(watchdog: Watchdog, seconds: float, is_first: bool = False) -> dict[str, Any]:
     """Compare how long each rank worked, and warn of those that keep the others waiting. A collective.
 
     Args:
         watchdog: of this rank; it knows which share of the time the rank was at work.
         seconds: that were spent training since the last log line.
+        is_first: of this process: what ranks prepare once, such as compiled kernels, tells nothing of their nodes.
 
     Returns:
         `slow_ranks` for the log line; empty when there are none, or it can't be known.
@@ -28,7 +29,7 @@ def name_slow_ranks(watchdog: Watchdog, seconds: float) -> dict[str, Any]:
         return {}
     share = watchdog.work_share()
     ranks = gather_from_ranks(None if share is None else share * seconds)
-    if len(ranks) < 2 or None in ranks:
+    if is_first or len(ranks) < 2 or None in ranks:
         return {}
     slow = slow_ranks(ranks)
     for rank, ratio in slow:

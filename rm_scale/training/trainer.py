@@ -144,6 +144,7 @@ class RewardTrainer(trl.RewardTrainer):
     def _add_parts(self, saves: SaveSettings, folder: Path, saved_head: torch.Tensor | None) -> None:
         """Make the parts that this class calls, and those that transformers calls back."""
         attempt, is_main = saves.attempt, self.args.process_index == 0
+        self._has_logged = False
         self.watchdog = Watchdog(
             folder,
             self.args.process_index,
@@ -311,7 +312,9 @@ class RewardTrainer(trl.RewardTrainer):
         if "loss" in logs:
             seconds = self.meter.running_seconds()
             figures = {**self.meter.read(), **self.routing.read()}
-            logs.update(self._scalars({**figures, **name_slow_ranks(self.watchdog, seconds)}))
+            slow = name_slow_ranks(self.watchdog, seconds, is_first=not self._has_logged)
+            self._has_logged = True
+            logs.update(self._scalars({**figures, **slow}))
         self.meter.pause()
         super().log(logs, start_time)
 

@@ -104,7 +104,7 @@ class RewardScorer(ContractScorer):
         if is_plain:
             _give_padding(model, contract)
         if dtype is None:
-            _warn_of_precision(folder, contract, str(next(model.parameters()).dtype).removeprefix("torch."))
+            _tell_precision(folder, contract, str(next(model.parameters()).dtype).removeprefix("torch."))
         require_golden_tokens(contract, model.get_input_embeddings().num_embeddings, str(folder))
         scorer = cls(model, tokenizer, contract, device, _enable_packing(model, device, packed))
         if check_scores:
@@ -204,12 +204,12 @@ def _type_to_load(
     return dtype
 
 
-def _warn_of_precision(folder: Path, contract: ScoringContract, dtype: str) -> None:
-    """Warn that a model is scored in fp32, unasked, though it was trained in a lower type."""
+def _tell_precision(folder: Path, contract: ScoringContract, dtype: str) -> None:
+    """Say that a model is scored in fp32, unasked, though it was trained in a lower type."""
     if dtype == "float32" and contract.compute_dtype != "float32":
-        logger.warning(
+        logger.info(
             f"{folder} was trained in {contract.compute_dtype} and is scored in float32: no score depends on its "
-            f"batch, and all differ from those of training. To be near those: dtype {contract.compute_dtype}; see "
+            f"batch, and all differ from those of training. To be near those: --dtype {contract.compute_dtype}; see "
             "docs/using.md."
         )
 

@@ -47,6 +47,7 @@ def test_lengths_and_the_length_baseline_of_pairs() -> None:
     assert (found.num_groups, found.num_pairs, found.num_prompts, found.num_duplicate_groups) == (4, 4, 3, 2)
     assert (found.prompt_tokens.mean, found.prompt_tokens.max) == (3.0, 6)
     assert found.response_tokens.mean == (6 + 2 + 1 + 5 + 2 + 2 + 5 + 9) / 8 and found.response_tokens.max == 9
+    assert found.longest_sequence == 10
     assert found.response_tokens.p95 == np.percentile([6, 2, 1, 5, 2, 2, 5, 9], 95)
     assert found.chosen_longer_share == 0.5
     assert (found.longer_wins_accuracy, found.shorter_wins_accuracy) == (0.625, 0.375)

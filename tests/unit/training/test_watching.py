@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from rm_scale.training.checkpoint.reload_check import disk_errors_explained, ref
 from rm_scale.training.checkpoint.resume import choose_resume
 from rm_scale.training.hang_report import explain_hang
 from rm_scale.training.head_sync import head_weight
-from rm_scale.training.slow_ranks import slow_rank_text, slow_ranks
+from rm_scale.training.slow_ranks import name_slow_ranks, slow_rank_text, slow_ranks
 from rm_scale.training.watchdog import Watchdog, collective_failure
 
 ARGS: Any = SimpleNamespace(spec=TrainingArguments)
@@ -401,6 +401,16 @@ def test_a_rank_is_slow_beside_one_that_was_never_seen_at_work(tmp_path: Path) -
         watched._samples = samples
         shares.append(watched.work_share() or 0.0)
     assert [rank for rank, _ in slow_ranks([share * 6.6 for share in shares])] == [1]
+
+
+def test_the_first_interval_of_a_process_names_no_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled in it, by one rank for all; its samples are used up all the same."""
+    shares = iter([0.9, 0.9])
+    watching = SimpleNamespace(knows_work=True, work_share=lambda: next(shares))
+    monkeypatch.setattr("rm_scale.training.slow_ranks.gather_from_ranks", lambda mine: [mine, mine / 3, mine / 3])
+    assert name_slow_ranks(cast(Watchdog, watching), 10.0, is_first=True) == {}
+    assert name_slow_ranks(cast(Watchdog, watching), 10.0) == {"slow_ranks": [0]}
+    assert next(shares, None) is None
 
 
 def test_the_line_of_a_slow_rank_says_what_was_measured() -> None:

@@ -278,8 +278,10 @@ def test_a_model_trained_in_another_type_than_saved_says_so(
     RewardScorer.from_pretrained(full_run, device="cpu")
     RewardScorer.from_pretrained(copy, device="cpu", dtype="bfloat16")
     assert "was trained in" not in caplog.text
-    RewardScorer.from_pretrained(copy, device="cpu")
+    with caplog.at_level(logging.INFO, "rm_scale"):
+        RewardScorer.from_pretrained(copy, device="cpu")
     assert "was trained in bfloat16 and is scored in float32: no score depends on its" in caplog.text
+    assert "--dtype bfloat16" in caplog.text and "WARNING" not in caplog.text
 
 
 def test_bf16_weights_are_scored_in_fp32_on_a_processor(full_run: Path, pairs_file: Path, tmp_path: Path) -> None:
