@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,7 @@ NUM_PAIRS = 600
 MOST_CHARACTERS = 700
 TEXTS_PER_REQUEST = 100
 SECONDS_TO_START = 1800.0
+ROUTES = ["/classify", "/pooling", "/score", "/classify again"]
 SETTINGS = "--bf16 false --learning_rate 2e-3 --max_length 512 --per_device_train_batch_size 4 --global_batch_size 8"
 SETTINGS += " --sample_scores 0 --disable_tqdm --max_rejected_share 1 --eval_split_size 8 --save_strategy no"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -180,7 +182,7 @@ def exported(model: Model, pairs: Path, folder: Path) -> Path:
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, str(REPOSITORY / "rm_scale" / "train.py"), *flags]
     require(subprocess.run(command, cwd=REPOSITORY, check=False).returncode, run)
-    require(rm_scale(["export", "--model", str(run), "--output", str(export)]), export)
+    require(rm_scale(["export", "--model", str(run), "--output", str(export), "--engine", "vllm"]), export)
     return export
 
 
@@ -188,7 +190,9 @@ def write_base(family: str, base: Path, folder: Path) -> None:
     """Write a tiny causal model of this family; vLLM's attention on processors takes heads of 32 and more."""
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(folder / "models" / "tokenizer", vocab_size=1024))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    write_causal_model(base, family, tokenizer, **sizes, head_dim=32, max_position_embeddings=2048)
+    # Qwen3 as its models are published: without windows, which vLLM takes in all its layers or in none.
+    plain = {"use_sliding_window": False, "layer_types": None} if family == "qwen3" else {}
+    write_causal_model(base, family, tokenizer, **sizes, **plain, head_dim=32, max_position_embeddings=2048)
 
 
 def require(code: int, what: Path) -> None:
@@ -209,9 +213,13 @@ def vllm_server(vllm: Path, export: Path, dtype: str, prefix_cache: str, log: Pa
     """Serve an export; gives the address. All of the server's processes end with the block."""
     port = free_port()
     cache = "--enable-prefix-caching" if prefix_cache == "on" else "--no-enable-prefix-caching"
-    # What `vllm serve` starts; the build for processors lacks the package's name, by which that command looks it up.
-    command = [str(vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(export), "--runner", "pooling"]
-    command += ["--dtype", dtype, cache, "--host", "127.0.0.1", "--port", str(port)]
+    # The words that the export names; the build for processors lacks the package's name, by which `vllm serve` looks
+    # itself up, so its module is started.
+    words = json.loads((export / "rm_scale_export.json").read_text())["engines"]["vllm"]["serve"]
+    options = [word.replace("FOLDER", str(export)) for word in shlex.split(words)[2:]]
+    options[options.index("--dtype") + 1] = dtype
+    command = [str(vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", *options, cache]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     room = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as lines:
@@ -258,6 +266,17 @@ def ask(url: str, route: str, texts: Sequence[str]) -> list[float]:
     return found
 
 
+def ask_pairs(url: str, sides: Sequence[tuple[str, str]]) -> list[float]:
+    """Return what vLLM's /score gives prompts and completions, which it renders by the export's chat template."""
+    found: list[float] = []
+    for start in range(0, len(sides), TEXTS_PER_REQUEST):
+        prompts, completions = zip(*sides[start : start + TEXTS_PER_REQUEST], strict=True)
+        answer = httpx.post(f"{url}/score", json={"text_1": prompts, "text_2": completions}, timeout=1800)
+        answer.raise_for_status()
+        found += [row["score"] for row in sorted(answer.json()["data"], key=lambda row: row["index"])]
+    return found
+
+
 # --- Comparing ----------------------------------------------------------------------------------------------------
 
 
@@ -267,18 +286,18 @@ def compare(
     """Yield a row for each endpoint; with the prefix cache on, one more for texts that are asked for again."""
     scorer = RewardScorer.from_pretrained(export, dtype=dtype)
     read = [json.loads(line) for line in pairs.read_text().splitlines()]
-    texts = [scorer.encoder.render(row["prompt"], row[side]) for row in read for side in ("chosen", "rejected")]
-    texts = [text for text in texts if isinstance(scorer.encoder.encode_rendered(text), list)][:num_texts]
+    sides = [(row["prompt"], row[side]) for row in read for side in ("chosen", "rejected")]
+    sides = [pair for pair in sides if len(scorer.encoder.encode(*pair)) <= scorer.encoder.rules.max_length][:num_texts]
+    texts = [scorer.encoder.render(*pair) for pair in sides]
     ours = scorer.score_texts(texts)
     log = export.parent / f"vllm_{dtype}_{prefix_cache}.log"
     with vllm_server(vllm, export, dtype, prefix_cache, log) as url:
-        asked = [("/classify", ""), ("/pooling", "")] + [("/classify", " again")] * (prefix_cache == "on")
-        for route, which in asked:
-            theirs = ask(url, route, texts)
+        for route in ROUTES if prefix_cache == "on" else ROUTES[:-1]:
+            theirs = ask_pairs(url, sides) if route == "/score" else ask(url, route.split()[0], texts)
             difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
             swapped = num_swapped(ours, theirs)
             passed = difference <= LARGEST_DIFFERENCE if dtype == "float32" else swapped == 0
-            yield Row(model.name, dtype, prefix_cache, route + which, len(texts), difference, swapped, passed)
+            yield Row(model.name, dtype, prefix_cache, route, len(texts), difference, swapped, passed)
 
 
 def num_swapped(ours: Sequence[float], theirs: Sequence[float]) -> int:

@@ -25,4 +25,4 @@ def test_an_export_scores_the_same_in_vllm(tmp_path: Path) -> None:
     command = [str(COMPAT / "vllm.sh"), "--quick", "--folder", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-5000:]
-    assert finished.stdout.count("| holds |") == 3
+    assert finished.stdout.count("| holds |") == 4

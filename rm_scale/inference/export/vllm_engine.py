@@ -17,6 +17,9 @@ from rm_scale.inference.export.engine_facts import FOLDER, EngineFacts, EngineRe
 from rm_scale.inference.export.vllm_chat_template import TEMPLATE_FILE, write_chat_template
 
 _INSTEAD = "Fix: serve it with rm-scale serve."
+_ONE_KIND_OF_LAYER = ("qwen2", "qwen3")
+"""Model types whose class in vLLM (models/qwen2.py) runs no mixture of layers with and without a window."""
+
 _NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Model types that vLLM's config/model.py refuses in float16."""
 
@@ -95,6 +98,10 @@ def _config_problems(facts: EngineFacts) -> list[str]:
             )
     if facts.contract.dtype == "float16" and config.get("model_type") in _NO_FLOAT16:
         found.append(f"vLLM refuses {config['model_type']} in float16. Fix: --dtype bfloat16 or float32.")
+    if config.get("model_type") in _ONE_KIND_OF_LAYER and len(set(config.get("layer_types") or ())) > 1:
+        found.append(
+            f"layer_types: vLLM runs {config['model_type']} with a window in all layers or in none. {_INSTEAD}"
+        )
     place = facts.tensors.get("score.weight")
     if place is None or place.shape[0] != 1:
         shape = "none" if place is None else "x".join(map(str, place.shape))

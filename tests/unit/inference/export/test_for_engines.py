@@ -179,6 +179,10 @@ def test_plain_training_beside_a_chat_template(tiny_model: Path, tmp_path: Path,
         ),
         ({"architectures": ["NewForSequenceClassification"]}, "is not known here to run the architecture NewFor"),
         ({"vision_config": {}}, "with its tower for pictures"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+            "vLLM runs qwen3 with a window in all layers or in none. Fix: .*rm-scale serve",
+        ),
     ],
 )
 def test_what_vllm_would_score_differently(folder: Path, values: dict[str, Any], text: str) -> None:
