@@ -329,7 +329,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 
 def test_unknown_hub_name_says_what_to_do() -> None:
-    with pytest.raises(ModelError, match=r"the hub gave no config.json .*without network give a local folder"):
+    with pytest.raises(ModelError, match=r"the hub gave no config.json .*give a local folder of the model"):
         read_model_config("nobody/no-such-model")
 
 
