@@ -125,7 +125,7 @@ def _export(options: argparse.Namespace, finish: Callable[[Path], None]) -> Path
         f"transformers (largest difference {report.largest_difference:.2g}, allowed {report.tolerance:.2g})"
     )
     if report.drift > report.tolerance:
-        print(f"scores moved by up to {report.drift:.3g} from those in training: another precision, or 4 bits unfolded")
+        print(f"scores moved by up to {report.drift:.3g} from those in training: {report.moved_by}")
     if report.constant:
         print(f"scores are lower by {report.constant:.6g} than in {options.model}, all alike: its head's constant")
     return report.folder

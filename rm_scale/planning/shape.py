@@ -382,7 +382,7 @@ def _download(name: str, revision: str) -> Path:
         cause = "no network" if no_network else type(error).__name__
         raise ModelError(
             f"model_name_or_path={name!r} (revision {revision}): not a folder here, and the hub gave no config.json "
-            f"({cause}). Fix: {_WITHOUT_NETWORK if no_network else 'check the name; for a gated model set HF_TOKEN.'}"
+            f"({cause}). Fix: {_WITHOUT_NETWORK if no_network else 'check the name; for a gated model set HF_TOKEN; or give a local folder.'}"
         ) from error
 
 

@@ -91,6 +91,7 @@ class ExportReport:
         drift: between the scores in training and the export's own.
         num_bytes: of its files.
         constant: by which all its scores are lower than the source's: the constant of another project's head.
+        moved_by: why the scores are not quite those of training.
     """
 
     folder: Path
@@ -100,6 +101,7 @@ class ExportReport:
     drift: float
     num_bytes: int
     constant: float = 0.0
+    moved_by: str = ""
 
 
 def export(
@@ -209,7 +211,25 @@ def _write_and_verify(
         facts.append(("lower than before, all alike, by", f"{constant:.6g}, the constant of the head that it had"))
     write_export_card(source, partial, contract.base_model.name, facts)
     list_files(partial)
-    return ExportReport(partial, len(probes), worst, tolerance, drift, folder_bytes(partial), constant)
+    moved_by = cause_of_drift(contract, dtype, is_merged)
+    return ExportReport(partial, len(probes), worst, tolerance, drift, folder_bytes(partial), constant, moved_by)
+
+
+def cause_of_drift(contract: ScoringContract, dtype: str, is_merged: bool) -> str:
+    """Say why an export's scores are not quite those of training.
+
+    Args:
+        contract: the source's.
+        dtype: of the exported weights.
+        is_merged: an adapter was merged into them.
+    """
+    if contract.base_model.quantization:
+        return "the adapter was trained beside 4-bit weights, and is merged into those that are not quantised"
+    if dtype != contract.compute_dtype:
+        return f"training computed in {contract.compute_dtype}, the export's weights are {dtype}"
+    if is_merged:
+        return f"the adapter is added to weights of {dtype}, which rounds their sums"
+    return "it is computed text by text, in other kernels than in training"
 
 
 def _scores_under_the_contract(folder: Path, sequences: Sequence[list[int]], trust_remote_code: bool) -> list[float]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rm_scale.batching.padding import pad_right
 from rm_scale.errors import CheckpointError, DiskError, ModelError
 from rm_scale.inference.export import export_model, onnx_export
-from rm_scale.inference.export.export_model import export
+from rm_scale.inference.export.export_model import cause_of_drift, export
 from rm_scale.inference.export.onnx_export import write_onnx
 from rm_scale.inference.scoring.scorer import RewardScorer
 from rm_scale.modeling.scoring_contract import ScoringContract
@@ -211,3 +211,21 @@ def test_onnx_that_scores_differently_is_not_kept(
     with pytest.raises(ModelError, match=r"--onnx needs onnxruntime\. Fix: pip install 'rm-scale\[onnx\]'"):
         write_onnx(folder)
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("quantization", "compute", "is_merged", "told"),
+    [
+        ({"quant_type": "nf4"}, "bfloat16", True, "beside 4-bit weights"),
+        (None, "bfloat16", True, "the adapter is added to weights of bfloat16"),
+        (None, "float32", True, "training computed in float32, the export's weights are bfloat16"),
+        (None, "bfloat16", False, "in other kernels"),
+    ],
+)
+def test_why_scores_move_is_told(
+    quantization: dict[str, str] | None, compute: str, is_merged: bool, told: str, full_run: Path
+) -> None:
+    contract = ScoringContract.load(full_run)
+    base = replace(contract.base_model, quantization=quantization)
+    moved = replace(contract, base_model=base, compute_dtype=compute)
+    assert told in cause_of_drift(moved, "bfloat16", is_merged)
