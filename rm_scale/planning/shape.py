@@ -382,10 +382,11 @@ def _download(name: str, revision: str) -> Path:
         cause = "no network" if no_network else type(error).__name__
         raise ModelError(
             f"model_name_or_path={name!r} (revision {revision}): not a folder here, and the hub gave no config.json "
-            f"({cause}). Fix: {_WITHOUT_NETWORK if no_network else 'check the name; for a gated model set HF_TOKEN; or give a local folder.'}"
+            f"({cause}). Fix: {_WITHOUT_NETWORK if no_network else _WITH_NETWORK}"
         ) from error
 
 
+_WITH_NETWORK = "check the name; for a gated model set HF_TOKEN; or give a local folder."
 _WITHOUT_NETWORK = (
     "give a local folder of the model; for a plan one that holds its config.json will do. Plans and dry runs of "
     f"{some_names(KNOWN_MODELS, 3)} (docs/planning.md names all) need no network."
