@@ -386,7 +386,7 @@ def _download(name: str, revision: str) -> Path:
         ) from error
 
 
-_WITH_NETWORK = "check the name; for a gated model set HF_TOKEN; or give a local folder."
+_WITH_NETWORK = "check the name; for a gated model set HF_TOKEN; or give a local folder of the model."
 _WITHOUT_NETWORK = (
     "give a local folder of the model; for a plan one that holds its config.json will do. Plans and dry runs of "
     f"{some_names(KNOWN_MODELS, 3)} (docs/planning.md names all) need no network."
