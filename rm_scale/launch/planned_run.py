@@ -258,8 +258,10 @@ def deepspeed_name(choice: Choice) -> str:
     """Return the name of the shipped DeepSpeed file for a choice."""
     if choice.offload == "nvme":
         return "zero3_nvme"
-    if choice.offload in {"optimizer", "all"}:
+    if choice.offload == "all":
         return "zero3_offload"
+    if choice.offload == "optimizer":
+        return f"zero{max(2, choice.zero_stage)}_offload_optimizer"
     return f"zero{choice.zero_stage}"
 
 

@@ -138,7 +138,7 @@ def _stages(request: Request) -> list[int]:
 def _offloads(request: Request, stage: int) -> list[Offload]:
     if request.offload is not None:
         return [request.offload]
-    if stage == 0:
+    if stage <= 1:  # with the optimizer on the host ZeRO-2 does the same and holds fewer gradients
         return ["none"]
     return ["none", "optimizer", "all"] if stage == 3 else ["none", "optimizer"]
 

@@ -32,6 +32,7 @@ PROMISED_CONFIGS = {
     "qwen2.5_14b_qlora",
 }
 PROMISED_DS_CONFIGS = {"zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "zero3_hpz"}
+PROMISED_DS_CONFIGS |= {"zero2_offload_optimizer", "zero3_offload_optimizer"}
 
 
 def relative(path: Path) -> str:

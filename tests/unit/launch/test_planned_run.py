@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,15 @@ from rm_scale.cli import main
 from rm_scale.errors import ConfigError
 from rm_scale.known_models import KNOWN_MODELS
 from rm_scale.launch.machine import Machine
-from rm_scale.launch.planned_run import nearest_tier, plan_run, refuse_another_size, refuse_what_does_not_fit
+from rm_scale.launch.planned_run import (
+    deepspeed_name,
+    nearest_tier,
+    plan_run,
+    refuse_another_size,
+    refuse_what_does_not_fit,
+)
+from rm_scale.planning.advise import Choice
+from rm_scale.planning.deepspeed_config import read_deepspeed_config
 from rm_scale.planning.hardware import known_devices
 from tests.support.families import tiny_config
 
@@ -88,6 +97,18 @@ def mixture(tmp_path: Path) -> list[str]:
     config = str(Path(__file__).parents[3] / "configs" / "qwen3_30b_a3b_lora.yaml")
     words = ["--config", config, "--model_name_or_path", str(folder), "--dataset_path", "none"]
     return [*words, "--output_dir", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "optimizer"), (3, "all"), (3, "nvme")],
+)
+def test_the_shipped_file_of_a_choice_does_what_was_planned(stage: int, offload: Any) -> None:
+    name = deepspeed_name(Choice(stage, offload, False, 4096, None, None))  # type: ignore[arg-type]
+    zero = read_deepspeed_config(name)["zero_optimization"]
+    devices = [(zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")]
+    expected = {"none": ["none"] * 2, "optimizer": ["cpu", "none"], "all": ["cpu"] * 2, "nvme": ["nvme"] * 2}
+    assert zero["stage"] == stage and devices == expected[offload]
 
 
 @pytest.mark.parametrize(
