@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rm_scale.planning.activations.micro_step import MicroStep
 from rm_scale.planning.activations.simulated_autograd import Allocation, Gradients, Size, SizedTensor
+from rm_scale.planning.parameters import names_module
 
 
 def linear(step: MicroStep, name: str, value: SizedTensor, size: Size, is_last: bool = False) -> SizedTensor:
@@ -26,7 +27,7 @@ def is_adapted(step: MicroStep, name: str) -> bool:
     targets = step.options.lora_targets
     if step.is_full:
         return False
-    return name in targets if targets is not None else name not in step.not_adapted
+    return names_module(targets, name) if targets is not None else name not in step.not_adapted
 
 
 def product(

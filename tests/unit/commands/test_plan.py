@@ -59,7 +59,7 @@ def test_the_layers_that_are_adapted_can_be_named(
     experts = ["--lora_target_parameters", "experts.gate_up_proj", "experts.down_proj"]
     trained = [
         json.loads(run(capsys, *words, *more)[1])["num_trained_parameters"]
-        for more in ([], ["--lora_target_modules", "q_proj", "v_proj"], experts)
+        for more in ([], ["--lora_target_modules", "q_proj", "self_attn.v_proj"], experts)
     ]
     layers, hidden, queries, values, rank = 48, 2048, 4096, 512, 16
     assert trained[1] == layers * rank * (hidden + queries + hidden + values) + hidden  # the head
