@@ -177,11 +177,13 @@ def experts_with_adapters(tensors: Sequence[Tensor], parameters: Sequence[str]) 
 
 def is_adapted(tensor: Tensor, targets: Sequence[str] | None) -> bool:
     """Tell whether LoRA adapts this linear layer, by the names asked for or by default."""
-    return tensor.role == "linear" and (tensor.takes_adapter if targets is None else names_module(targets, tensor.module))
+    if tensor.role != "linear":
+        return False
+    return tensor.takes_adapter if targets is None else names_module(targets, tensor.module)
 
 
 def names_module(targets: Sequence[str], module: str) -> bool:
-    """Tell whether target names reach a layer's module, as PEFT reads them: by the module's name or the end of its path.
+    """Tell whether target names reach a layer's module, as PEFT reads them: by its name or the end of its path.
 
     A path with a layer's number reaches that layer alone; it is counted as if it reached all.
     """
