@@ -1,7 +1,7 @@
 """Write the table of docs/models.md:  python tools/models_table.py
 
 Its columns come from the code (planner, packed rows), from tests/data/families.json, which the family tests write, and
-from vLLM's list of models. How the file is made anew:
+from vLLM's and transformers' lists of models. How the file is made anew:
 
     rm -f results.json
     RM_SCALE_ALL_CELLS=1 RM_SCALE_FAMILY_RESULTS=$PWD/results.json pytest tests/distributed/test_families.py
@@ -18,6 +18,13 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY)]
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES  # noqa: E402
+
+from rm_scale.inference.export.engine_architectures import (  # noqa: E402
+    VLLM_CLASSES,
+    VLLM_OVERRIDES,
+    VLLM_THROUGH_TRANSFORMERS,
+)
 from rm_scale.planning.families import LAYER_STYLES, TEXT_TYPES  # noqa: E402
 from rm_scale.planning.layout_choice import (  # noqa: E402
     REFUSED_MODEL_TYPES,
@@ -72,22 +79,15 @@ EXAMPLES = {
     "bloom": "BLOOM",
 }
 
-VLLM = {
-    **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"},
-    **{"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen3_next": "Qwen3NextForCausalLM"},
-    **{"qwen2_moe": "Qwen2MoeForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"},
-    **{"gemma3_text": "Gemma3ForCausalLM", "mixtral": "MixtralForCausalLM", "phi": "PhiForCausalLM"},
-    **{"phi3": "Phi3ForCausalLM", "phimoe": "PhiMoEForCausalLM", "olmo": "OlmoForCausalLM"},
-    **{"olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "gpt_oss": "GptOssForCausalLM"},
-    **{"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"},
-    **{"starcoder2": "Starcoder2ForCausalLM", "zamba2": "Zamba2ForCausalLM"},
-    **{"jamba": "JambaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"},
-    **{"glm4": "Glm4ForCausalLM", "glm": "GlmForCausalLM", "exaone4": "Exaone4ForCausalLM"},
-    **{"seed_oss": "SeedOssForCausalLM", "nemotron": "NemotronForCausalLM", "stablelm": "StableLmForCausalLM"},
-    **{"falcon": "FalconForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "bloom": "BloomForCausalLM"},
-    **{"arcee": "ArceeForCausalLM", "minicpm3": "MiniCPM3ForCausalLM"},
-}
-"""From vLLM's registry as of January 2026: the classifiers there, else the causal model that it turns into one."""
+
+def vllm(text_type: str) -> str:
+    """Tell what vLLM runs an export of this model type with."""
+    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(text_type, "")
+    if name in VLLM_CLASSES:
+        return f"`{VLLM_CLASSES[name]}`"
+    if name in VLLM_OVERRIDES:
+        return f"`{VLLM_OVERRIDES[name]}`, named to it"
+    return "by transformers' code" if name in VLLM_THROUGH_TRANSFORMERS else "no"
 
 
 def families() -> list[str]:
@@ -136,14 +136,13 @@ def packed(family: str) -> str:
 
 def table() -> str:
     """Return the table in Markdown."""
-    heads = ["family", "models", *METHODS.values(), "export", "packed rows", "planner", "vLLM class"]
+    heads = ["family", "models", *METHODS.values(), "export", "packed rows", "planner", "vLLM"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for family in families():
         row = [f"`{family}`", EXAMPLES.get(family, ""), *(trained(family, method) for method in METHODS)]
         text = TEXT_TYPES.get(family, family)
         planner = "formulas" if text in LAYER_STYLES else "`--exact`"
-        vllm = f"`{VLLM[text]}`" if text in VLLM else ""
-        lines.append(f"| {' | '.join([*row, exported(family), packed(text), planner, vllm])} |")
+        lines.append(f"| {' | '.join([*row, exported(family), packed(text), planner, vllm(text)])} |")
     return "\n".join(lines)
 
 
