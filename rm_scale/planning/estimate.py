@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rm_scale.planning.activations.activation_memory import ActivationMemory, activations_of
-from rm_scale.planning.host_link import weight_copy_seconds
+from rm_scale.planning.host_link import gradient_copy_seconds, weight_copy_seconds
 from rm_scale.planning.host_memory import (
     held_block_bytes,
     offload_buffer_bytes,
@@ -303,8 +303,8 @@ def nvme_bytes(scenario: Scenario) -> int:
 def tokens_to_hide_communication(scenario: Scenario) -> float:
     """Return the tokens per device and micro-step from which on computing takes longer than moving weights.
 
-    Weights are moved by collectives, and from the host where they are offloaded.
+    Weights are moved by collectives, and from the host where they are offloaded; gradients to the host and back.
     """
-    moving = micro_step_seconds(scenario) + weight_copy_seconds(scenario)
+    moving = micro_step_seconds(scenario) + weight_copy_seconds(scenario) + gradient_copy_seconds(scenario)
     computing = compute_seconds(scenario)
     return scenario.load.tokens * moving / computing if computing > 0 else math.inf

@@ -5,10 +5,15 @@ Before a weight is used, the rank copies its part to the device (from NVMe into 
 gather the parts there; a single rank's part is the whole weight. So weights are copied as often as they are gathered:
 in the forward and in the backward pass. Recomputation adds no pass: a layer's weights stay from their recomputation to
 their backward pass, as long as a layer is smaller than `stage3_max_reuse_distance`.
+
+With `offload_optimizer` gradients lie on the host between micro-steps, in the weights' type: they are fetched to the
+device, added to there and sent back (stage3.py, partition_grads; stage_1_and_2.py,
+async_accumulate_grad_in_cpu_via_gpu).
 """
 
 from __future__ import annotations
 
+from rm_scale.planning.memory import held_gradient_elements, partition_elements
 from rm_scale.planning.network import gathered_again, sharded_bytes
 from rm_scale.planning.scenario import Scenario
 
@@ -50,10 +55,38 @@ def weight_copy_seconds(scenario: Scenario) -> float:
     copied = copied_weight_bytes(scenario)
     in_node = copied * scenario.devices_per_node
     reading = in_node / NVME_BANDWIDTH if scenario.offload_param == "nvme" else 0.0
-    if scenario.device.is_cpu:
-        return reading
     # What is read from NVMe lands in page-locked buffers, whatever the setting.
     locked = scenario.pin_memory or scenario.offload_param == "nvme"
+    return reading + _link_seconds(scenario, copied, locked)
+
+
+def copied_gradient_bytes(scenario: Scenario) -> float:
+    """Return the bytes of gradients that a rank copies to and from its host, per micro-step in the step's mean.
+
+    ZeRO-3 sends a rank's part down and fetches it again in every micro-step, the first included. ZeRO-2 does so only
+    with several micro-steps, with whole gradients of every tensor that reaches into the rank's part, and fetches
+    nothing in the first; ZeRO-1 once per step. The fp32 gradients of the update come on top (`update_seconds`).
+    """
+    if scenario.offload_optimizer == "none" or not scenario.zero_stage:
+        return 0.0
+    if scenario.zero_stage == 3:
+        return 2.0 * partition_elements(scenario) * scenario.weight_bytes
+    steps = scenario.num_micro_steps
+    if steps <= 1:
+        return 0.0
+    copies = 2 if scenario.zero_stage == 1 else 2 * steps - 1
+    return held_gradient_elements(scenario) * scenario.weight_bytes * copies / steps
+
+
+def gradient_copy_seconds(scenario: Scenario) -> float:
+    """Return the seconds of a micro-step's copies of gradients; both directions wait for each other."""
+    return _link_seconds(scenario, copied_gradient_bytes(scenario), scenario.pin_gradients)
+
+
+def _link_seconds(scenario: Scenario, copied: float, locked: bool) -> float:
+    """Return how long each rank takes for `copied` bytes between its device and its host's memory."""
+    if scenario.device.is_cpu:
+        return 0.0
     link = HOST_LINK * (1.0 if locked else PAGEABLE_SHARE)
-    in_memory = in_node * (1 if locked else PAGEABLE_TRAFFIC)
-    return reading + max(copied / link, in_memory / HOST_BANDWIDTH)
+    in_memory = copied * scenario.devices_per_node * (1 if locked else PAGEABLE_TRAFFIC)
+    return max(copied / link, in_memory / HOST_BANDWIDTH)

@@ -9,7 +9,7 @@ pieces, and what needs a larger one takes fresh memory. The two constants here w
 
 from __future__ import annotations
 
-from rm_scale.planning.memory import partition_elements
+from rm_scale.planning.memory import held_gradient_elements, partition_elements
 from rm_scale.planning.scenario import Scenario
 
 PIECES_SHARE = 0.45
@@ -26,10 +26,16 @@ def stays_in_memory(scenario: Scenario, offload: str) -> bool:
 
 
 def offload_buffer_bytes(scenario: Scenario) -> int:
-    """Return ZeRO-Offload's fp32 gradients, which last beside the masters (DeepSpeed: initialize_optimizer_states)."""
+    """Return ZeRO-Offload's gradients on the host beside those that ZeRO-3 keeps there anyway.
+
+    In fp32 they last beside the masters (DeepSpeed: initialize_optimizer_states). Below ZeRO-3 the sum over several
+    micro-steps lies there too, in the weights' type.
+    """
     if not scenario.zero_stage or scenario.offload_optimizer != "cpu":
         return 0
-    return 4 * partition_elements(scenario)
+    summed = scenario.zero_stage < 3 and scenario.num_micro_steps > 1
+    kept = held_gradient_elements(scenario) * scenario.weight_bytes if summed else 0
+    return int(4 * partition_elements(scenario) + kept)
 
 
 def update_block_bytes(scenario: Scenario) -> int:

@@ -85,14 +85,28 @@ def partition_elements(scenario: Scenario) -> int:
         return scenario.num_trained
     if scenario.zero_stage == 3:
         return sum(math.ceil(numel / ranks) for numel in each(scenario.trained))
-    return sum(_aligned(group, ranks) // ranks for group in _optimizer_groups(scenario.trained))
+    return sum(_aligned(total(group), ranks) // ranks for group in _optimizer_groups(scenario.trained))
 
 
-def _optimizer_groups(tensors: Iterable[Tensor]) -> list[int]:
-    """Count elements with weight decay and without (biases and norms): transformers makes two groups."""
+def held_gradient_elements(scenario: Scenario) -> float:
+    """Count the gradients that ZeRO-1 or ZeRO-2 keeps on a rank's host between micro-steps, in the ranks' mean.
+
+    A tensor that reaches into the parts of several ranks is kept whole by each. Of n elements, cut into parts of p, it
+    reaches into 1 + n / p of them in the mean, wherever it begins; never into more than there are.
+    Source: DeepSpeed's stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu, called for tensors in a rank's part.
+    """
+    ranks, kept = scenario.num_devices, 0.0
+    for group in _optimizer_groups(scenario.trained):
+        part = _aligned(total(group), ranks) // ranks
+        kept += sum(numel * min(ranks, 1 + numel / part) for numel in each(group)) / ranks
+    return kept
+
+
+def _optimizer_groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Divide tensors into those with weight decay and those without (biases and norms), as transformers does."""
     decayed = [tensor for tensor in tensors if tensor.role != "vector"]
     others = [tensor for tensor in tensors if tensor.role == "vector"]
-    return [total(group) for group in (decayed, others) if group]
+    return [group for group in (decayed, others) if group]
 
 
 def _aligned(elements: int, ranks: int) -> int:
@@ -116,8 +130,8 @@ def _weights(scenario: Scenario) -> int:
         whole = whole_small_tensors(scenario)
         return whole + _sharded(scenario, trained, trained_bytes) + _frozen_sharded(scenario, frozen)
     if scenario.zero_stage:
-        groups = _optimizer_groups(trained)
-        return sum(_aligned(group, scenario.num_devices) for group in groups) * trained_bytes + frozen_bytes(scenario)
+        groups = [_aligned(total(group), scenario.num_devices) for group in _optimizer_groups(trained)]
+        return sum(groups) * trained_bytes + frozen_bytes(scenario)
     return total(trained) * trained_bytes + frozen_bytes(scenario)
 
 

@@ -16,7 +16,13 @@ from rm_scale.planning.estimate import (
     tokens_to_hide_communication,
 )
 from rm_scale.planning.expert_settings import expert_notes
-from rm_scale.planning.host_link import HOST_BANDWIDTH, HOST_LINK, NVME_BANDWIDTH, copied_weight_bytes
+from rm_scale.planning.host_link import (
+    HOST_BANDWIDTH,
+    HOST_LINK,
+    NVME_BANDWIDTH,
+    copied_gradient_bytes,
+    copied_weight_bytes,
+)
 from rm_scale.planning.host_memory import stays_in_memory
 from rm_scale.planning.memory import (
     frozen_bytes,
@@ -43,7 +49,7 @@ _PARTS = {
     "activations": "activations",
     "communication_buffers": "communication buffers",
     "optimizer_step": "optimizer step",
-    "offload_buffers": "offload's fp32 gradients",
+    "offload_buffers": "offload's gradients",
     "held_blocks": "freed blocks kept",
     "framework": "context and libraries",
 }
@@ -194,13 +200,19 @@ def _network_lines(request: Request, estimated: Estimate) -> list[str]:
     if bound_by == "compute":
         return []
     needed = tokens_to_hide_communication(scenario)
-    moving = "copying weights from the host" if bound_by == "weight copies" else "communication"
+    names = {
+        "weight copies": "copying weights from the host",
+        "gradient copies": "copying gradients to the host and back",
+    }
+    moving = names.get(bound_by, "communication")
     lines = [f"  {moving} takes longer than computing below {needed:,.0f} tokens per micro-step; what would help:"]
     lines.append(
         f"    longer rows: --max_tokens {2 * int(scenario.largest_tokens)} or more, with a larger global batch"
     )
     if bound_by == "weight copies":
         return [*lines, "    weights on the devices (--offload optimizer or none), where they fit: with more devices"]
+    if bound_by == "gradient copies":
+        return [*lines, "    the optimizer on the devices (--offload none), where it fits: with more devices"]
     if scenario.zero_stage == 3 and scenario.num_nodes > 1 and scenario.hpz == 1:
         lines.append("    --hpz: the backward pass gathers weights within each node")
     if request.method != "full" and scenario.zero_stage == 3:
@@ -294,14 +306,22 @@ def _weight_kinds(scenario: Scenario) -> str:
 def _offload_explanation(estimated: Estimate) -> list[str]:
     """Say what is offloaded, and how long its copies take."""
     scenario = estimated.scenario
-    if scenario.offload_param == "none":
-        return []
-    return [
-        f"  of these {offloaded_weight_bytes(scenario):,} B are on the node; each rank copies "
-        f"{copied_weight_bytes(scenario):,.0f} B to its device in a micro-step, {estimated.time.weight_copies:.4g} s: "
-        f"the link {HOST_LINK:.4g} B/s, the node's memory {HOST_BANDWIDTH:.4g} B/s for all ranks, "
-        f"NVMe {NVME_BANDWIDTH:.4g} B/s for all ranks [DeepSpeed partition_parameters.py]"
-    ]
+    lines = []
+    if scenario.offload_param != "none":
+        lines.append(
+            f"  of these {offloaded_weight_bytes(scenario):,} B are on the node; each rank copies "
+            f"{copied_weight_bytes(scenario):,.0f} B to its device in a micro-step, "
+            f"{estimated.time.weight_copies:.4g} s: the link {HOST_LINK:.4g} B/s, the node's memory "
+            f"{HOST_BANDWIDTH:.4g} B/s for all ranks, NVMe {NVME_BANDWIDTH:.4g} B/s for all ranks "
+            "[DeepSpeed partition_parameters.py]"
+        )
+    if gradients := copied_gradient_bytes(scenario):
+        lines.append(
+            f"  gradients lie on the node: each rank copies {gradients:,.0f} B of them there and back in a "
+            f"micro-step, {estimated.time.gradient_copies:.4g} s over the same link and memory "
+            "[DeepSpeed stage3.py, stage_1_and_2.py]"
+        )
+    return lines
 
 
 def explanation(estimated: Estimate) -> str:

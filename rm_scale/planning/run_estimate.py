@@ -65,6 +65,7 @@ def scenario_of_run(
         offload_optimizer=_device_of(zero, "offload_optimizer"),
         offload_param=_device_of(zero, "offload_param"),
         pin_memory=bool((zero.get("offload_param") or {}).get("pin_memory", True)),
+        pin_gradients=bool((zero.get("offload_optimizer") or {}).get("pin_memory", True)),
         hpz=int(zero.get("zero_hpz_partition_size", 1) or 1),
         precision="fp32" if plan.compute_dtype == "float32" else "bf16" if engine else "amp",
         checkpointing=config.gradient_checkpointing,

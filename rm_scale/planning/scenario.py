@@ -88,6 +88,7 @@ class Scenario:
         zero_stage: 0 to 3; `None`: plain torch, gradients averaged by DDP.
         offload_optimizer, offload_param: none, cpu or nvme.
         pin_memory: offloaded weights lie in page-locked memory (`offload_param.pin_memory`).
+        pin_gradients: so do gradients on the host (`offload_optimizer.pin_memory`).
         hpz: ranks that hold a second copy of the weights among them (zero_hpz_partition_size); 1: none.
         precision: bf16 (an engine with fp32 masters), amp (fp32 weights, bf16 products) or fp32.
         master_bytes: bytes of the fp32 master per trained weight; 0 where bf16 weights are updated themselves.
@@ -123,6 +124,7 @@ class Scenario:
     offload_optimizer: str = "none"
     offload_param: str = "none"
     pin_memory: bool = True
+    pin_gradients: bool = True
     hpz: int = 1
     precision: Precision = "bf16"
     master_bytes: int = 4

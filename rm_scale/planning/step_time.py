@@ -24,7 +24,13 @@ from rm_scale.planning.flops import (
     state_flops_per_token,
     step_flops,
 )
-from rm_scale.planning.host_link import HOST_BANDWIDTH, HOST_LINK, NVME_BANDWIDTH, weight_copy_seconds
+from rm_scale.planning.host_link import (
+    HOST_BANDWIDTH,
+    HOST_LINK,
+    NVME_BANDWIDTH,
+    gradient_copy_seconds,
+    weight_copy_seconds,
+)
 from rm_scale.planning.launches import num_launches, num_unpacking_launches
 from rm_scale.planning.parameters import backbone_tensors, total
 from rm_scale.planning.scenario import Scenario
@@ -80,6 +86,7 @@ class StepTime:
         num_micro_steps: per optimizer step.
         imbalance: what the least even loads of experts add to a micro-step's computation.
         weight_copies: of one micro-step's copies of offloaded weights from the host.
+        gradient_copies: of one micro-step's copies of gradients to the host and back.
     """
 
     compute: float
@@ -89,11 +96,12 @@ class StepTime:
     num_micro_steps: float
     imbalance: float = 0.0
     weight_copies: float = 0.0
+    gradient_copies: float = 0.0
 
     @property
     def moving(self) -> float:
         """Seconds of a micro-step's copies and collectives; a rank's part is copied before it is gathered."""
-        return self.communication + self.weight_copies
+        return self.communication + self.weight_copies + self.gradient_copies
 
     @property
     def low(self) -> float:
@@ -116,12 +124,14 @@ class StepTime:
 
     @property
     def bound_by(self) -> str:
-        """What takes longest: compute, communication or weight copies (of offloaded weights, from the host)."""
-        copying = self.num_micro_steps * self.weight_copies
+        """What takes longest: compute, communication, weight copies or gradient copies (both with the host)."""
+        copying = self.num_micro_steps * (self.weight_copies + self.gradient_copies)
         communicating = self.num_micro_steps * self.communication + self.step_communication
         if copying + communicating <= self.num_micro_steps * self.compute:
             return "compute"
-        return "weight copies" if copying > communicating else "communication"
+        if copying <= communicating:
+            return "communication"
+        return "weight copies" if self.weight_copies >= self.gradient_copies else "gradient copies"
 
 
 def step_time(scenario: Scenario) -> StepTime:
@@ -134,6 +144,7 @@ def step_time(scenario: Scenario) -> StepTime:
         num_micro_steps=scenario.num_micro_steps,
         imbalance=imbalance_seconds(scenario),
         weight_copies=weight_copy_seconds(scenario),
+        gradient_copies=gradient_copy_seconds(scenario),
     )
 
 
@@ -310,7 +321,8 @@ def update_seconds(scenario: Scenario) -> float:
             / (scenario.device.memory_bandwidth * scenario.device.elementwise_share)
         )
     in_node = share * scenario.devices_per_node
-    moved = share * 2 * scenario.weight_bytes / HOST_LINK
+    # Gradients become fp32, the masters' type, before they are sent (DeepSpeed); weights come back in their own.
+    moved = share * ((scenario.master_bytes or scenario.weight_bytes) + scenario.weight_bytes) / HOST_LINK
     if scenario.offload_optimizer == "nvme":
         on_disk = 2 * (scenario.optimizer_bytes + scenario.master_bytes)
         on_disk += scenario.weight_bytes if scenario.offload_param == "nvme" else 0

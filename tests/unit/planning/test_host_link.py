@@ -1,4 +1,4 @@
-"""Weights that are kept on the host: how many bytes a rank copies, how long that takes, and what stays on a device."""
+"""Weights and gradients on the host: how many bytes a rank copies, how long that takes, what stays on a device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,21 @@ from rm_scale.planning.advise import Request, choices, recommend
 from rm_scale.planning.estimate import estimate, gathered_bytes, host_memory_bytes, load_peak_bytes, peak_memory
 from rm_scale.planning.group_lengths import full_rows
 from rm_scale.planning.hardware import known_devices
-from rm_scale.planning.host_link import copied_weight_bytes, weight_copy_seconds
-from rm_scale.planning.memory import constants_bytes, model_states, offloaded_weight_bytes, whole_small_tensors
+from rm_scale.planning.host_link import (
+    copied_gradient_bytes,
+    copied_weight_bytes,
+    gradient_copy_seconds,
+    weight_copy_seconds,
+)
+from rm_scale.planning.host_memory import offload_buffer_bytes
+from rm_scale.planning.memory import (
+    constants_bytes,
+    held_gradient_elements,
+    model_states,
+    offloaded_weight_bytes,
+    whole_small_tensors,
+)
+from rm_scale.planning.parameters import Tensor
 from rm_scale.planning.plan_text import estimate_lines, explanation, summary
 from rm_scale.planning.scenario import Scenario, default_buckets
 from rm_scale.planning.shape import ModelShape, shape_from_config
@@ -176,3 +189,76 @@ def test_the_explanation_gives_both_kinds_of_a_quantised_models_weights() -> Non
     packed = 48 * (2 * 4096 + 2 * 512) * 2048
     assert f"{packed:,} frozen in 4 bits, {packed // 2 + packed // 64 * 4:,} B with their constants" in text
     assert "13,371,392 trained of 4 B each" in text and "frozen of 2 B each" in text
+
+
+def on_host(**changes: object) -> Scenario:
+    """The optimizer alone on the host, two ranks."""
+    return scenario(**{"offload_param": "none", "num_devices": 2, **changes})
+
+
+def test_zero_3_sends_a_ranks_gradients_down_and_up_in_every_micro_step() -> None:
+    # Two bytes each; every tensor of this model is cut into equal halves.
+    for steps in (1, 4):
+        case = on_host(num_micro_steps=steps)
+        assert copied_gradient_bytes(case) == 2 * 2 * case.num_trained / 2
+        assert gradient_copy_seconds(case) == pytest.approx(2 * case.num_trained / 25e9)
+    assert copied_gradient_bytes(on_host(offload_optimizer="nvme")) == copied_gradient_bytes(on_host())
+    eight = on_host(num_devices=8)
+    assert gradient_copy_seconds(eight) == pytest.approx(4 * eight.num_trained / 100e9), "out of one memory"
+    assert gradient_copy_seconds(replace(eight, pin_gradients=False)) == pytest.approx(12 * eight.num_trained / 100e9)
+    assert gradient_copy_seconds(replace(eight, pin_memory=False)) == gradient_copy_seconds(eight)
+    assert copied_gradient_bytes(on_host(offload_optimizer="none")) == 0
+    assert gradient_copy_seconds(on_host(device=known_devices()["cpu"])) == 0
+
+
+def test_zero_2_sums_gradients_on_the_host_only_over_several_micro_steps() -> None:
+    alone = on_host(num_devices=1, zero_stage=2)
+    assert copied_gradient_bytes(alone) == 0
+    four = replace(alone, num_micro_steps=4)
+    assert copied_gradient_bytes(four) == 2 * four.num_trained * 7 / 4, "down four times, up three times"
+    assert offload_buffer_bytes(four) - offload_buffer_bytes(alone) == 2 * four.num_trained
+    assert host_memory_bytes(four) - host_memory_bytes(alone) == 2 * four.num_trained
+    on_cpu = replace(four, device=known_devices()["cpu"])
+    assert gradient_copy_seconds(on_cpu) == 0 < offload_buffer_bytes(on_cpu) - 4 * on_cpu.num_trained
+
+
+def test_a_tensor_in_several_ranks_parts_is_kept_whole_by_each() -> None:
+    """A matrix of 1,000 elements and a norm of 10, in two groups, cut for two ranks."""
+    made = [Tensor("matrix", (10, 100), "linear", 1), Tensor("norm", (10,), "vector", 1)]
+    two = on_host(zero_stage=2)
+    two.__dict__["trained"] = made
+    assert held_gradient_elements(two) == 1010
+    made[0] = Tensor("matrix", (10, 10), "linear", 10)
+    # Parts of 500 and of 6: (1 + 100 / 500) of each matrix; the norm by both.
+    assert held_gradient_elements(two) == pytest.approx((1000 * 1.2 + 2 * 10) / 2)
+
+
+def test_the_update_receives_gradients_in_fp32() -> None:
+    case = on_host(zero_stage=2)
+    half = case.num_trained / 2
+    # AdamW on the host, both ranks at once: masters and two moments read and written, a gradient and a weight in bf16.
+    on_node = 2 * half * (2 * 12 + 2 + 4) / 100e9
+    assert update_seconds(case) == pytest.approx(half * (4 + 2) / 25e9 + on_node)
+
+
+def test_a_plan_bound_by_copies_of_gradients_says_so() -> None:
+    wide = replace(LLAMA, num_layers=2, intermediate_size=131072)
+    few = estimate(on_host(num_devices=1, shape=wide, load=uniform_rows(1, 64, 64, "padding_free")))
+    assert few.time.bound_by == "gradient copies" == few.to_dict()["bound_by"]
+    assert few.time.low >= few.time.gradient_copies + few.time.update
+    text = explanation(few)
+    assert f"each rank copies {4 * few.scenario.num_trained:,} B of them there and back" in text
+    assert "are on the node" not in text
+    asked = request(
+        offload="optimizer",
+        shape=wide,
+        method="full",
+        zero_stage=3,
+        max_length=64,
+        lengths=full_rows(64),
+        global_batch_size=1,
+    )
+    text = summary(asked, recommend(asked), None, None)
+    assert "bound by gradient copies" in text
+    assert "copying gradients to the host and back takes longer than computing below" in text
+    assert "--offload none" in text
