@@ -214,6 +214,8 @@ def _second_weights(scenario: Scenario) -> int:
 def _gradients(scenario: Scenario, elements: int) -> int:
     if not scenario.num_trained:
         return 0
+    if scenario.offload_optimizer != "none" and scenario.zero_stage in (1, 2):
+        return 0  # they go to the host as they come: host_memory.offload_buffer_bytes
     size = scenario.gradient_bytes or (scenario.weight_bytes if scenario.zero_stage is not None else 4)
     if scenario.zero_stage is None and scenario.precision == "bf16" and not scenario.master_bytes:
         size = scenario.gradient_bytes or 2

@@ -146,6 +146,8 @@ def test_planned_model_states_are_the_engines(stage: str, method: str, runs: dic
         method=method.removesuffix("_one_level"),  # type: ignore[arg-type]
         nested_quant=method == "qlora",
         zero_stage=STAGES[stage],
+        offload_optimizer="cpu" if "offload" in stage else "none",
+        offload_param="cpu" if stage == "zero3_offload" else "none",
         precision="amp" if stage == "none" else "bf16",
     )
     predicted = model_states(scenario)
