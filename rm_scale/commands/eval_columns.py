@@ -96,6 +96,7 @@ def _request(options: argparse.Namespace, max_rejected_share: float) -> ColumnRe
         subset_column=options.subset_column or "subset",
         max_groups=options.max_samples,
         max_rejected_share=max_rejected_share,
+        ignore_columns=options.ignore_columns or (),
     )
 
 

@@ -47,6 +47,7 @@ class ColumnRequest:
         subset_column: names a row's subset.
         max_groups: only the first so many rows or groups; `None` for all.
         max_rejected_share: stop when a larger share of the rows can't be used.
+        ignore_columns: that are not read, so that none of them is taken for labels.
     """
 
     words: Sequence[str] = ()
@@ -55,6 +56,7 @@ class ColumnRequest:
     subset_column: str = "subset"
     max_groups: int | None = None
     max_rejected_share: float = 0.05
+    ignore_columns: Sequence[str] = ()
 
 
 @dataclass
@@ -82,7 +84,7 @@ def read_column_scores(paths: Sequence[str], request: ColumnRequest) -> list[Sco
     if not sample:
         raise DataError(f"{name}: no row is an object with columns; the first is {rows[0].value}. Fix: check the file.")
     sets = score_columns(request.words, sample, name)
-    ignored = tuple(dict.fromkeys(root for one in sets for root in one.roots))
+    ignored = tuple(dict.fromkeys([*(root for one in sets for root in one.roots), *request.ignore_columns]))
     return [_read_set(columns, rows, sample, ignored, name, request) for columns in sets]
 
 

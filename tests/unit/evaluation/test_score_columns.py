@@ -158,6 +158,66 @@ def test_scores_of_another_model_are_no_labels(tmp_path: Path) -> None:
     assert seen(read(ranked, "new")) == [([1, 2, 3], [1, 0, 2])], "as training reads such a file"
 
 
+SHP = {"post_id": "p", "history": "How?", "human_ref_A": "So.", "human_ref_B": "Or so."}
+
+
+def test_labels_of_shp_say_whether_the_first_is_the_better_one(tmp_path: Path) -> None:
+    """Stanford Human Preferences, card of stanfordnlp/SHP: 1 where A is preferred to B, 0 where B is."""
+    rows = [{**SHP, "labels": label, "scores": [1, 2]} for label in (1, 0, 1)]
+    path = write(tmp_path / "x.jsonl", rows)
+    for settings in ({}, {"label_column": "labels"}):
+        assert [ranks for _, ranks in seen(read(path, "scores", **settings))] == [[0, 1], [1, 0], [0, 1]]
+    assert seen(read(write(path, rows[:1]), "scores")) == [([1, 2], [0, 1])], "with one value it is as clear"
+    wrong = write(path, [{**row, "labels": 2} for row in rows])
+    with pytest.raises(DataError, match=r"labels=2 .*1 where the first of two is preferred, 0 where the second is"):
+        read(wrong, "scores")
+
+
+@pytest.mark.parametrize("name", ["preference", "human_preference", "preferred", "better_response"])
+@pytest.mark.parametrize(("value", "ranks"), [("B", [1, 0]), ("model_a", [0, 1]), ("tie", [0, 0])])
+def test_words_of_preference_are_read_unasked(tmp_path: Path, name: str, value: str, ranks: list[int]) -> None:
+    path = write(tmp_path / "x.jsonl", [{"scores": [1, 2], name: value}])
+    assert seen(read(path)) == [([1, 2], ranks)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("labels", 1),
+        ("correct", True),
+        ("preference", 2),
+        ("preferred", "left"),
+        ("chosen_index", 0),
+        ("human_rating", [3, 5]),
+        ("human_vote", "B"),
+        ("gold_label", "b"),
+        ("preferredResponse", 1),
+    ],
+)
+def test_what_looks_like_a_label_is_never_passed_over(tmp_path: Path, name: str, value: Any) -> None:
+    path = write(tmp_path / "x.jsonl", [{"scores": [1, 2], name: value}])
+    with pytest.raises(DataError) as raised:
+        read(path)
+    text = str(raised.value)
+    assert f"{name} (" in text and f"--label_column {name}" in text and f"--ignore_columns {name}" in text
+    assert seen(read(path, ignore_columns=(name,))) == [([1, 2], [0, 1])]
+    said = {"scores_chosen": 1, "scores_rejected": 2, name: value}
+    assert seen(read(write(path, [said]))) == [([1, 2], [0, 1])], "the names of the scores say which is better"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"human_ref_A": "Yes.", "human_ref_B": "No."},
+        {"label_source": "crowd", "gold_answer": "42", "correct_answer": "42"},
+        {"preferred": None, "results": 1, "subset": "best", "id": 7},
+        {"better_response": "A whole answer, which is a text of its own and names no response."},
+    ],
+)
+def test_other_columns_do_not_look_like_labels(tmp_path: Path, others: dict[str, Any]) -> None:
+    assert seen(read(write(tmp_path / "x.jsonl", [{"scores": [1, 2], **others}]))) == [([1, 2], [0, 1])]
+
+
 def test_numbers_of_responses_count_from_0_or_1(tmp_path: Path) -> None:
     def ranks(*labels: Any) -> list[list[int]]:
         path = write(tmp_path / "x.jsonl", [{"rewards": [1, 2], "label": label} for label in labels])
