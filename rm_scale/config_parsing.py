@@ -103,6 +103,10 @@ def _flag_value(name: str, values: list[str]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+_SWITCHES = frozenset(name for name, info in RunConfig.model_fields.items() if info.annotation in (bool, bool | None))
+"""Settings that are true or false."""
+
+
 def _is_list_field(name: str) -> bool:
     annotation = RunConfig.model_fields[name].annotation
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
@@ -141,7 +145,7 @@ def _validate(
     known = RunConfig.model_fields
     problems = list(problems)
     where = f" (in {source})" if source else ""
-    values, refused = translate(values, where)
+    values, refused = translate(values, _SWITCHES, where)
     problems += [_without_file(problem, where, flags) for problem in refused]
     for name in [name for name in values if name not in known]:
         problems.append(unknown_key_problem(name, known, "" if name in flags else where))

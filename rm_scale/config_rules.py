@@ -7,7 +7,6 @@ of devices is checked when the run is planned (`rm_scale.planning`).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,7 +23,7 @@ from rm_scale.config_names import (
     SCHEDULES_BY_LOSS,
 )
 from rm_scale.config_schedules import optimizer_problems, schedule_problems
-from rm_scale.texts import did_you_mean
+from rm_scale.texts import did_you_mean, nearest_name
 
 
 @dataclass(frozen=True)
@@ -414,18 +413,6 @@ def unknown_key_problem(name: str, known: Iterable[str], where: str = "") -> str
         known: the names to choose from.
         where: added after the name, e.g. " (in run.yaml)".
     """
-    nearest = _nearest(name, known)
+    nearest = nearest_name(name, known)
     hint = f"did you mean {nearest}?" if nearest else "run with --help for the list of settings."
     return f"{name}{where}: no such setting. Fix: {hint}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most like `name`, preferring one that starts with the same word (lora_, dataset_)."""
-    first = name.split("_")[0]
-
-    def likeness(candidate: str) -> float:
-        same_family = 0.25 if candidate.split("_")[0] == first else 0.0
-        return difflib.SequenceMatcher(None, name, candidate).ratio() + same_family
-
-    best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.7 else None

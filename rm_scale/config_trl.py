@@ -10,6 +10,7 @@ names with the installed TRL, and docs/settings.md has these lines as a table (`
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ RENAMED = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
     "evaluation_strategy": "eval_strategy",
     "full_determinism": "deterministic",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
     "test_split_size": "eval_split_size",
     "torch_dtype": "dtype",
 }
@@ -50,6 +53,8 @@ _LENGTH_IS_NEEDED = (
     "memory is planned for the longest text, so there must be one. Fix: --max_length N; rm-scale data with the same "
     "settings counts what is longer, and --overlong_policy error stops for the first."
 )
+_CUTS = "a text that was cut would get another text's reward"
+_ONE_LENGTH = "a prompt and its response share one limit"
 _MIXTURE = "several data sets are read as files, each whole"
 
 # fmt: off
@@ -135,6 +140,24 @@ FIXED: dict[str, Fixed] = {
     # --- RewardConfig: data and model
     "remove_unused_columns": Fixed(_ANY, "only the columns of a preference are read in any case", "name a column in ignore_columns to leave it unread"),
     "model_init_kwargs": Fixed(_NONE, "how a model is loaded is settled by named settings", "use dtype, attn_implementation, model_revision and trust_remote_code"),
+    # --- Earlier versions of TRL and transformers, and TRL's other trainers
+    "adafactor": Fixed(_OFF, "an optimizer is chosen by its name", "set optim: adafactor"),
+    "beta": Fixed(_NONE, "a reward model's loss has no reference model, from which beta of DPO bounds the distance"),
+    "chat_template_kwargs": Fixed((*_NONE, "empty"), "a model is served with its template alone, so that arguments of the training alone would change its rewards", "write the values into a template file, and name it in chat_template_path"),
+    "dataset_text_field": Fixed((*_NONE, "text"), "a preference has two texts, and their columns follow from its format", "set dataset_format, with columns as docs/data_formats.md names them"),
+    "fp16_backend": Fixed(("auto",), "mixed precision is torch's own", "set bf16 or fp16"),
+    "fp16_opt_level": Fixed(("O1",), "it is for Apex, with which no run here trains", "set bf16 or fp16"),
+    "half_precision_backend": Fixed(("auto",), "mixed precision is torch's own", "set bf16 or fp16"),
+    "include_tokens_per_second": Fixed(_ANY, "tokens per second are logged in any case"),
+    "jit_mode_eval": Fixed(_OFF, "an evaluation runs the model that is trained", "use torch_compile for speed"),
+    "max_completion_length": Fixed(_NONE, _ONE_LENGTH, "set max_length, and overlong_policy for what is longer"),
+    "max_prompt_length": Fixed(_NONE, _ONE_LENGTH, "set max_length, and overlong_policy: truncate_prompt_left to shorten prompts"),
+    "max_seq_length": Fixed(_NONE, _CUTS, "set max_length, and overlong_policy for what is longer"),
+    "push_to_hub_model_id": Fixed(_NONE, _NO_HUB, _UPLOAD),
+    "push_to_hub_organization": Fixed(_NONE, _NO_HUB, _UPLOAD),
+    "push_to_hub_token": Fixed(_NONE, _NO_HUB, _UPLOAD),
+    "use_ipex": Fixed(_OFF, "transformers 5 has no such setting", "use bf16 for speed"),
+    "use_mps_device": Fixed(_OFF, "a run uses the CUDA GPUs that it sees, and the CPU where it sees none"),
     # --- ModelConfig
     "lora_task_type": Fixed(("SEQ_CLS",), "a reward model always uses SEQ_CLS, or its head is lost"),
     "load_in_8bit": Fixed(_OFF, "8-bit weights train wrongly under ZeRO-3 (bitsandbytes#1451)", "use load_in_4bit (QLoRA, NF4)"),
@@ -174,11 +197,12 @@ SAME_MEANING = frozenset(["gradient_accumulation_steps", "bf16", "report_to", "d
 # fmt: on
 
 
-def translate(values: dict[str, Any], where: str = "") -> tuple[dict[str, Any], list[str]]:
+def translate(values: dict[str, Any], switches: Collection[str], where: str = "") -> tuple[dict[str, Any], list[str]]:
     """Put our names and values in place of TRL's, and take out what a run does anyway.
 
     Args:
         values: settings by name, as they were written.
+        switches: our settings that are true or false.
         where: added after a refused name, e.g. " (in run.yaml)".
 
     Returns:
@@ -186,31 +210,74 @@ def translate(values: dict[str, Any], where: str = "") -> tuple[dict[str, Any], 
     """
     kept: dict[str, Any] = {}
     problems = []
+    spelled = {name: name for name in values if _in_our_words(name, values[name], switches)[0] == name}
     for name, value in values.items():
-        if name == "max_length" and _as_written(value) == "none":
-            problems.append(f"max_length=none{where}: {_LENGTH_IS_NEEDED}")
-            continue
-        ours, meant = _in_our_words(name, value)
-        if ours != name and ours in values:
-            problems.append(f"{name}{where}: is another name of {ours}, which is given too. Fix: keep one of them.")
+        ours, meant = _in_our_words(name, value, switches)
+        refused = _refused_value(name, value, where)
+        if refused is not None:
+            problems.append(refused)
+        elif spelled.setdefault(ours, name) != name:
+            other = "" if spelled[ours] == ours else f", as is {spelled[ours]}"
+            problems.append(
+                f"{name}{where}: is another name of {ours}{other}, which is given too. Fix: keep one of them."
+            )
         elif ours in FIXED:
-            problems += [] if _as_written(meant) in FIXED[ours].accepted else [refusal(ours, where)]
+            problems += [] if _as_written(meant) in FIXED[ours].accepted else [refusal(ours, where, name)]
         else:
             kept[ours] = meant
     return kept, problems
 
 
-def _in_our_words(name: str, value: Any) -> tuple[str, Any]:
+def _refused_value(name: str, value: Any, where: str) -> str | None:
+    """Return why a value is refused that TRL takes of a setting that is here too; `None` for all others."""
+    written = _as_written(value)
+    if name == "max_length" and written == "none":
+        return f"max_length=none{where}: {_LENGTH_IS_NEEDED}"
+    if name in _STEPS and _is_share(written):
+        return (
+            f"{name}={value}{where}: a share of all steps is not taken, as their number changes with the data. Fix: "
+            f"{name}: N, a whole number of steps; --dry_run prints how many there are."
+        )
+    if name == "save_strategy" and written == "best":
+        return (
+            f"save_strategy=best{where}: the best checkpoint is kept beside the newest ones. Fix: save_strategy: steps, "
+            "with metric_for_best_model: accuracy, eval_strategy: steps and save_total_limit: 1."
+        )
+    options = value if isinstance(value, list) else [value]
+    if name == "debug" and options and all(_as_written(one) in _DEBUG_OPTIONS for one in options):
+        return (
+            f"debug={' '.join(map(str, options))}{where}: it is transformers' search for overflows or on TPUs, and a run "
+            "here names a loss or gradient that is not finite in any case. Fix: leave it out, or debug: true for full "
+            "tracebacks and log lines from every rank."
+        )
+    if name == "deepspeed" and (isinstance(value, dict) or str(value).lstrip().startswith("{")):
+        return (
+            f"deepspeed={{...}}{where}: a configuration is read from a file, which is kept with the run. Fix: write the "
+            "mapping to FILE.json and set deepspeed: FILE.json, or name a shipped one such as zero2."
+        )
+    return None
+
+
+_STEPS = {"logging_steps", "save_steps", "eval_steps"}
+_DEBUG_OPTIONS = {"underflow_overflow", "tpu_metrics_debug"}
+
+
+def _in_our_words(name: str, value: Any, switches: Collection[str]) -> tuple[str, Any]:
     """Return our name and value for one of TRL's; the same where it is ours already, or none of ours."""
     written = _as_written(value)
-    if name.startswith("no_") and name not in FIXED and written == "true":
-        return name.removeprefix("no_"), False  # how TRL's command line switches something off
+    positive = name.removeprefix("no_")
+    if name != positive and name not in FIXED and written == "true":  # how TRL's command line switches something off
+        ours = RENAMED.get(positive, positive)
+        is_fixed_switch = ours in FIXED and bool({"true", "false"} & set(FIXED[ours].accepted))
+        return (ours, False) if ours in switches or is_fixed_switch else (name, value)
     if name == "warmup_steps" and _is_share(written):
         return "warmup_ratio", value
     if name == "train_sampling_strategy" and written in {"random", "sequential"}:
         return "shuffle_train", written == "random"
     if name == "pad_to_multiple_of" and written in {"none", "auto"}:
         return name, 1
+    if name == "debug" and written in {"none", "empty"}:
+        return name, False
     return RENAMED.get(name, name), value
 
 
@@ -221,11 +288,17 @@ def _is_share(written: str) -> bool:
         return False
 
 
-def refusal(name: str, where: str = "") -> str:
-    """Return why a setting of TRL is refused, what is accepted of it, and what to use instead."""
+def refusal(name: str, where: str = "", written: str | None = None) -> str:
+    """Return why a setting of TRL is refused, what is accepted of it, and what to use instead.
+
+    Args:
+        name: of the setting in `FIXED`.
+        where: added after the name.
+        written: how the user wrote the name, where otherwise: no_NAME.
+    """
     fixed = FIXED[name]
     only = f" ({name}: {' or '.join(fixed.accepted)} is accepted)" if fixed.accepted else ""
-    return f"{name}{where}: {fixed.reason}{only}. Fix: {fixed.instead}."
+    return f"{written or name}{where}: {fixed.reason}{only}. Fix: {fixed.instead}."
 
 
 def _as_written(value: Any) -> str:
@@ -240,5 +313,5 @@ def _as_written(value: Any) -> str:
     return _WORDS.get(text.lower(), text.lower())
 
 
-_WORDS = {"null": "none", "yes": "true", "no": "false", "on": "true", "off": "false", "seq_cls": "SEQ_CLS"}
+_WORDS = {"null": "none", "yes": "true", "no": "false", "on": "true", "off": "false", "seq_cls": "SEQ_CLS", "o1": "O1"}
 """Other ways to write a value, from flags."""

@@ -80,6 +80,52 @@ def did_you_mean(
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that this one was most likely meant to be; `None` where none is really near.
+
+    Near is a name at most two edits away, of long ones, or one edit, of short ones (under six characters); else one
+    with the same stem: its words begin or end the other's, or begin alike one by one.
+
+    Args:
+        name: what was written, of words with "_" between them.
+        known: the names to choose from.
+    """
+    names = list(known)
+    by_edits = [(_edits(name.replace("_", ""), one.replace("_", "")), one) for one in names]
+    edits, best = min(by_edits, default=(3, ""))
+    if edits <= (2 if len(name) >= 6 else 1):
+        return best
+    stems = [one for one in names if _shares_stem(name.split("_"), one.split("_"))]
+    return max(stems, key=lambda one: difflib.SequenceMatcher(None, name, one).ratio(), default=None)
+
+
+def _edits(one: str, other: str) -> int:
+    """Return how many letters must be put in, left out, replaced or swapped with the next to turn one into the other.
+
+    It is the "optimal string alignment" distance: of swapped letters none is changed a second time.
+    """
+    before: list[int] = []
+    last = list(range(len(other) + 1))
+    for row, letter in enumerate(one, 1):
+        current = [row]
+        for column, wanted in enumerate(other, 1):
+            cost = min(last[column] + 1, current[-1] + 1, last[column - 1] + (letter != wanted))
+            if row > 1 and column > 1 and letter == other[column - 2] and one[row - 2] == wanted:
+                cost = min(cost, before[column - 2] + 1)
+            current.append(cost)
+        before, last = last, current
+    return last[-1]
+
+
+def _shares_stem(one: list[str], other: list[str]) -> bool:
+    short, long = sorted((one, other), key=len)
+    if len(short) < 2:
+        return False
+    if len(short) == len(long):
+        return all(a.startswith(b) or b.startswith(a) for a, b in zip(short, long, strict=True))
+    return long[: len(short)] == short or long[-len(short) :] == short
+
+
 def some_names(names: Iterable[str], most: int = 20) -> str:
     """Return names with commas between, shortened where they are long, and how many more there are."""
     listed = list(names)

@@ -66,7 +66,7 @@ def test_what_a_run_does_anyway_is_accepted_and_all_else_refused_with_a_reason(n
 def test_settings_to_use_instead_exist(name: str) -> None:
     """Words with an underscore in a fix are settings, commands or functions that exist."""
     others = {"CUDA_VISIBLE_DEVICES", "WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "TENSORBOARD_LOGGING_DIR", "HF_TOKEN"}
-    others |= {"adamw_8bit", "zero3_offload", "docs/data_formats", "--auto_batch", "output_dir"}
+    others |= {"adamw_8bit", "zero3_offload", "truncate_prompt_left", "docs/data_formats", "--auto_batch", "output_dir"}
     words = [word.strip(",.:()=") for word in FIXED[name].instead.replace(".md", "").split()]
     named = {word for word in words if "_" in word}
     assert named <= {*RunConfig.model_fields, *others}, named
@@ -103,7 +103,7 @@ def test_switches_of_trls_command_line_are_read() -> None:
     assert found.problems == ()
     assert not found.config.disable_dropout and not found.config.gradient_checkpointing
     (problem,) = parse_config([*words, "--no_dataloader_pin_memory"]).problems
-    assert problem.startswith("dataloader_pin_memory: batches are built ahead")
+    assert problem.startswith("no_dataloader_pin_memory: batches are built ahead")
     (problem,) = parse_config([*words, "--disable_dropout"]).problems
     assert problem.startswith("no_disable_dropout: is another name of disable_dropout, which is given too.")
 
@@ -114,6 +114,84 @@ def test_one_setting_under_two_names_is_refused() -> None:
         "activation_checkpointing: is another name of gradient_checkpointing, which is given too. Fix: keep one of "
         "them."
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"no_shuffle_train": True, "train_sampling_strategy": "random"}, "train_sampling_strategy no_shuffle_train"),
+        ({"train_sampling_strategy": "sequential", "shuffle_train": True}, "train_sampling_strategy shuffle_train"),
+        ({"shuffle_train": True, "no_shuffle_train": True}, "no_shuffle_train shuffle_train"),
+        ({"warmup_steps": 0.1, "warmup_ratio": 0.2}, "warmup_steps warmup_ratio"),
+        ({"torch_dtype": "float32", "dtype": "bfloat16"}, "torch_dtype dtype"),
+        (
+            {"activation_checkpointing": True, "no_gradient_checkpointing": True},
+            "no_gradient_checkpointing activation_checkpointing",
+        ),
+    ],
+)
+def test_no_spelling_of_a_setting_overwrites_another(settings: dict[str, Any], names: str) -> None:
+    for order in (settings, dict(reversed(settings.items()))):
+        (problem,) = parsed(**order).problems
+        assert all(name in problem for name in names.split()) and problem.endswith(
+            "which is given too. Fix: keep one of them."
+        )
+
+
+def test_what_begins_with_no_and_is_no_switch_keeps_its_name() -> None:
+    for name in ("no_such", "no_max_length", "no_hub_token"):
+        (problem,) = parsed(**{name: True}).problems
+        assert problem.startswith(f"{name}: no such setting.")
+    (problem,) = parsed(no_dataloader_pin_memory=True).problems
+    assert problem.startswith("no_dataloader_pin_memory: ")
+
+
+@pytest.mark.parametrize("value", [0.1, "0.1", 0.5])
+@pytest.mark.parametrize("name", ["logging_steps", "save_steps", "eval_steps"])
+def test_shares_of_all_steps_are_refused_with_what_to_write(name: str, value: Any) -> None:
+    (problem,) = parsed(**{name: value}).problems
+    assert problem.startswith(f"{name}={value}: a share of all steps") and f"Fix: {name}: N" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("save_strategy", "best", "save_strategy=best: the best checkpoint is kept beside the newest"),
+        ("debug", "underflow_overflow", "debug=underflow_overflow: "),
+        ("debug", ["underflow_overflow"], "debug=underflow_overflow: "),
+        ("debug", "tpu_metrics_debug", "debug=tpu_metrics_debug: "),
+        ("deepspeed", {"zero_optimization": {"stage": 2}}, "deepspeed={...}: "),
+        ("deepspeed", '{"zero_optimization": {"stage": 2}}', "deepspeed={...}: "),
+    ],
+)
+def test_values_that_only_trl_takes_are_refused_by_reason(name: str, value: Any, said: str) -> None:
+    (problem,) = parsed(**{name: value}).problems
+    assert problem.startswith(said) and "Fix: " in problem and "must be a valid" not in problem
+
+
+def test_transformers_default_of_debug_is_no_debugging() -> None:
+    for value in ("", [], None, False):
+        result = parsed(debug=value)
+        assert result.problems == () and result.config.debug is False
+
+
+OF_OTHER_VERSIONS = {
+    "use_mps_device": "GPUs",
+    "dataset_text_field": "dataset_format",
+    "chat_template_kwargs": "chat_template_path",
+    "max_prompt_length": "max_length",
+    "max_completion_length": "max_length",
+    "max_seq_length": "max_length",
+    "adafactor": "optim: adafactor",
+    "push_to_hub_token": "pushed",
+    "beta": "reference",
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_VERSIONS)
+def test_names_of_other_versions_and_trainers_have_their_own_answer(name: str) -> None:
+    (problem,) = parsed(**{name: "something"}).problems
+    assert problem.startswith(f"{name}: ") and OF_OTHER_VERSIONS[name] in problem and "did you mean" not in problem
 
 
 def test_a_refusal_names_the_file_and_tells_no_secret(tmp_path: Path) -> None:

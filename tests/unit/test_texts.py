@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rm_scale.texts import did_you_mean, first_line, one_line, range_rule, some_names, typed_line
+from rm_scale.texts import did_you_mean, first_line, nearest_name, one_line, range_rule, some_names, typed_line
 
 
 def test_one_line() -> None:
@@ -56,3 +56,33 @@ def test_range_rule() -> None:
     assert range_rule("--n", 0, 1) == "must be at least 1. Fix: --n 1 or more."
     assert range_rule("--n", float("nan"), 1) == "must be at least 1. Fix: --n 1 or more."
     assert range_rule("--n", 10**400, 1, 5) == "must be at most 5. Fix: --n 5 or less."
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("laerning_rate", "learning_rate"),
+        ("learningrate", "learning_rate"),
+        ("lora_rank", "lora_r"),
+        ("bf61", "bf16"),
+        ("model_name", "model_name_or_path"),
+        ("gradient_accumulation", "gradient_accumulation_steps"),
+        ("learning_rates", "learning_rate"),
+        ("use_mps_device", None),
+        ("dataset_text_field", None),
+        ("chat_template_kwargs", None),
+        ("dataset_streaming", None),
+        ("max_prompt_length", None),
+        ("nonsense", None),
+        ("x", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_name_is_really_near(name: str, nearest: str | None) -> None:
+    known = [
+        *("learning_rate", "lora_r", "lora_alpha", "bf16", "fp16", "use_peft", "use_dora", "dataset_test_split"),
+        *("dataset_train_split", "chat_template_path", "max_length", "max_steps", "model_name_or_path", "seed"),
+        "gradient_accumulation_steps",
+    ]
+    assert nearest_name(name, known) == nearest
