@@ -221,6 +221,8 @@ def translate(values: dict[str, Any], switches: Collection[str], where: str = ""
             problems.append(
                 f"{name}{where}: is another name of {ours}{other}, which is given too. Fix: keep one of them."
             )
+        elif ours in _NONE_IS_DEFAULT and value is None:
+            continue
         elif ours in FIXED:
             problems += [] if _as_written(meant) in FIXED[ours].accepted else [refusal(ours, where, name)]
         else:
@@ -243,7 +245,7 @@ def _refused_value(name: str, value: Any, where: str) -> str | None:
             f"save_strategy=best{where}: the best checkpoint is kept beside the newest ones. Fix: save_strategy: steps, "
             "with metric_for_best_model: accuracy, eval_strategy: steps and save_total_limit: 1."
         )
-    options = value if isinstance(value, list) else [value]
+    options = value if isinstance(value, list) else str(value).split()
     if name == "debug" and options and all(_as_written(one) in _DEBUG_OPTIONS for one in options):
         return (
             f"debug={' '.join(map(str, options))}{where}: it is transformers' search for overflows or on TPUs, and a run "
@@ -258,6 +260,8 @@ def _refused_value(name: str, value: Any, where: str) -> str | None:
     return None
 
 
+_NONE_IS_DEFAULT = {"bf16", "dtype", "output_dir", "report_to"}
+"""Settings of which none says in TRL to take the default; here it is ours, as if they were left out."""
 _STEPS = {"logging_steps", "save_steps", "eval_steps"}
 _DEBUG_OPTIONS = {"underflow_overflow", "tpu_metrics_debug"}
 
@@ -278,6 +282,10 @@ def _in_our_words(name: str, value: Any, switches: Collection[str]) -> tuple[str
         return name, 1
     if name == "debug" and written in {"none", "empty"}:
         return name, False
+    if RENAMED.get(name, name) in {"eval_strategy", "save_strategy"} and value is False:
+        return RENAMED.get(name, name), "no"  # as YAML reads the word no
+    if name == "resume_from_checkpoint" and isinstance(value, bool):
+        return name, "last" if value else None  # as Trainer.train() takes it
     return RENAMED.get(name, name), value
 
 

@@ -160,6 +160,7 @@ def test_shares_of_all_steps_are_refused_with_what_to_write(name: str, value: An
         ("debug", "underflow_overflow", "debug=underflow_overflow: "),
         ("debug", ["underflow_overflow"], "debug=underflow_overflow: "),
         ("debug", "tpu_metrics_debug", "debug=tpu_metrics_debug: "),
+        ("debug", "underflow_overflow tpu_metrics_debug", "debug=underflow_overflow tpu_metrics_debug: "),
         ("deepspeed", {"zero_optimization": {"stage": 2}}, "deepspeed={...}: "),
         ("deepspeed", '{"zero_optimization": {"stage": 2}}', "deepspeed={...}: "),
     ],
@@ -173,6 +174,34 @@ def test_transformers_default_of_debug_is_no_debugging() -> None:
     for value in ("", [], None, False):
         result = parsed(debug=value)
         assert result.problems == () and result.config.debug is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "means"),
+    [
+        ("bf16", None, True),
+        ("output_dir", None, "outputs/run"),
+        ("dtype", None, "auto"),
+        ("report_to", None, []),
+        ("save_strategy", False, "no"),
+        ("eval_strategy", False, "no"),
+        ("evaluation_strategy", False, "no"),
+        ("resume_from_checkpoint", True, "last"),
+        ("resume_from_checkpoint", False, None),
+    ],
+)
+def test_values_of_trl_have_their_meaning_here(name: str, value: Any, means: Any) -> None:
+    result = parsed(**{name: value})
+    assert result.problems == ()
+    assert getattr(result.config, RENAMED.get(name, name)) == means
+
+
+def test_no_without_quotes_in_yaml_is_the_word(tmp_path: Path) -> None:
+    """YAML 1.1 reads `no` as false."""
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: m\ndataset_path: d.jsonl\nsave_strategy: no\neval_strategy: no\n")
+    found = parse_config(["--config", str(file)])
+    assert found.problems == () and (found.config.save_strategy, found.config.eval_strategy) == ("no", "no")
 
 
 OF_OTHER_VERSIONS = {
