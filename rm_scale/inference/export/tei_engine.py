@@ -47,7 +47,7 @@ def prepare_tei(facts: EngineFacts, trust_remote_code: bool = False) -> EngineRe
         checked=(
             "config.json: a classifier with one label, and every field that TEI needs, in the type that it reads",
             f"{ONNX_FILE}: float32, output {OUTPUT} of shape (batch, 1), off by {difference:.2g} at most",
-            f"tokenizer.json: {num_texts} probes have the token ids of the contract",
+            f"tokenizer.json: {num_texts} texts have the token ids of the contract",
             "tokenizer_config.json: batches are padded on the right",
             f"{LIMIT_FILE}: a text over {facts.max_length} tokens is refused",
         ),

@@ -63,7 +63,7 @@ def prepare_vllm(facts: EngineFacts) -> EngineReady:
             _how_it_runs(facts.architecture),
             "config.json: one label, problem_type regression, so that scores are raw",
             "weights: score.weight of one row, computed in float32 whatever --dtype is",
-            f"{TEMPLATE_FILE}: /score and /rerank give {num_texts} probes the token ids of the contract",
+            f"{TEMPLATE_FILE}: /score and /rerank give {num_texts} texts the token ids of the contract",
         ),
         files=(TEMPLATE_FILE,),
         serve=(

@@ -13,6 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from rm_scale.cli import main
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.errors import ModelError
 from rm_scale.inference.export.engine_architectures import (
@@ -33,6 +34,7 @@ from rm_scale.modeling.scoring_contract import ScoringContract
 from rm_scale.modeling.tokenizers import read_tokenizer
 from rm_scale.output_paths import foreign_files, list_files
 from tests.support.families import FAMILIES, tiny_classifier, tiny_config
+from tests.support.foreign_models import llama_factory, written
 from tests.support.launching import read_json
 from tools import engine_architectures
 
@@ -255,6 +257,44 @@ def test_no_class_is_said_before_weights_are_read(folder: Path) -> None:
     said = class_problems(folder, ["vllm", "sglang", "tei"])
     assert [text.split(" 0.")[0] for text in said] == ["--engine: vLLM", "--engine: SGLang"]
     assert class_problems(folder / "nowhere", ["vllm"]) == []
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "RewardModel", "LlamaRewardModel"])
+def test_what_an_export_makes_a_classifier_of_is_not_judged(folder: Path, architecture: str) -> None:
+    change_config(folder, architectures=[architecture])
+    assert class_problems(folder, ["vllm", "sglang"]) == []
+
+
+def test_an_export_of_llama_factorys_form_for_vllm(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(llama_factory, tiny_model, tmp_path / "model")
+    words = ["export", "--model", str(foreign.folder), "--output", str(tmp_path / "plain"), "--no_contract"]
+    assert main([*words, "--engine", "vllm", "--dtype", "float32"]) == 0
+    record = read_json(tmp_path / "plain" / "rm_scale_export.json")
+    assert list(record["engines"]) == ["vllm"] and TEMPLATE_FILE in record["files"]
+
+
+# --- several engines --------------------------------------------------------------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("had", [{}, {TEMPLATE_FILE: "of before", "model.onnx": "graph", "model.onnx.data": "weights"}])
+def test_a_refused_export_is_what_it_was(folder: Path, had: dict[str, str]) -> None:
+    """vLLM's template and TEI's config.json are written before the refusal."""
+    change_config(folder, mlp_bias=True, eos_token_id=[1, 3])
+    for name, text in had.items():
+        (folder / name).write_text(text)
+    before = bytes_of(folder)
+    with pytest.raises(ModelError, match="--engine sglang: mlp_bias"):
+        prepare_for_engines(folder, ["vllm", "sglang"])
+    assert bytes_of(folder) == before
+    break_tokenizer(folder)
+    before = bytes_of(folder)
+    with pytest.raises(ModelError, match=r"--engine tei: .*padding_side"):
+        prepare_for_engines(folder, ["vllm", "tei"])
+    assert bytes_of(folder) == before
 
 
 # --- TEI --------------------------------------------------------------------------------------------------------------
