@@ -14,7 +14,7 @@ from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.errors import ModelError
 from rm_scale.json_values import parse_json
 from rm_scale.logs import get_logger
-from rm_scale.modeling.adapter_base import base_in_peft_config, has_head_among_tensors
+from rm_scale.modeling.adapter_base import base_in_peft_config, has_head_among_tensors, is_read_at_padding
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, BaseModel, ScoringContract
 from rm_scale.modeling.stored_head import SIDE_FILES, StoredHead, find_stored_head, head_beside_adapter
 from rm_scale.modeling.tokenizers import load_tokenizer, read_tokenizer
@@ -219,7 +219,7 @@ def _padding_of_home(
         # A trainer writes its tokenizer's padding into the config of the base, which is not saved with an adapter.
         saved = read_tokenizer(str(folder), trust_remote_code=trust_remote_code).pad_token_id
         pad = text_config.pad_token_id if saved is None else saved
-        is_read_by_padding = has_head_among_tensors(folder)
+        is_read_by_padding = is_read_at_padding(folder)
     else:
         pad = text_config.pad_token_id
         # OpenRLHF's classes read the last token of the mask, under transformers' name of the head too.

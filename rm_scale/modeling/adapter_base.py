@@ -15,6 +15,7 @@ import torch
 
 from rm_scale.errors import ModelError
 from rm_scale.modeling.head import HEAD_NAMES
+from rm_scale.modeling.head_layouts import is_head_in_adapter, is_lora_on_head
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE
 from rm_scale.modeling.stored_head import head_beside_adapter
 from rm_scale.modeling.weight_files import ADAPTER_WEIGHTS_FILE, open_weights, read_header
@@ -58,7 +59,7 @@ def adapter_base(folder: Path) -> AdapterBase:
     if not (folder / CONTRACT_FILE).exists():
         name, revision = base_in_peft_config(folder)
         if has_head_among_tensors(folder):
-            return AdapterBase(name, revision, head_among_tensors(folder))
+            return AdapterBase(name, revision, *head_among_tensors(folder))
         stored = head_beside_adapter(folder)
         if stored is None:
             raise ModelError(
@@ -71,7 +72,7 @@ def adapter_base(folder: Path) -> AdapterBase:
     return AdapterBase(
         base["name"],
         base["revision"],
-        head_among_tensors(folder),
+        *head_among_tensors(folder),
         needs_code=base["trust_remote_code"],
         quantization=base.get("quantization"),
         dtype=getattr(torch, contract["dtype"]),
@@ -105,29 +106,61 @@ def base_in_peft_config(folder: Path) -> tuple[str, str]:
 
 
 def has_head_among_tensors(folder: Path) -> bool:
-    """Tell whether an adapter's own file holds a head, as PEFT saves what it trains in full."""
+    """Tell whether an adapter's own file holds a head, as PEFT saves what it trains in full.
+
+    Raises:
+        ModelError: it holds a low-rank change of a head alone.
+    """
     file = folder / ADAPTER_WEIGHTS_FILE
-    return any(part in HEAD_NAMES for name in read_header(file) for part in name.split("."))
+    names = list(read_header(file))
+    found = any(is_head_in_adapter(name) for name in names)
+    on_head = [name for name in names if is_lora_on_head(name)]
+    if on_head:
+        raise ModelError(
+            f"{file}: {on_head[0]} is LoRA on the reward head, whose own weight is not saved with it: a new head "
+            "starts at random, so the rewards can't be got back. Fix: train with the head among modules_to_save of the "
+            "LoraConfig and not among its target_modules. OpenRLHF's LoRA never saves it: train there without LoRA."
+        )
+    other = [name for name in names if is_head_in_adapter(name) and name.split(".")[-2] not in HEAD_NAMES]
+    if other:
+        raise ModelError(
+            f"{file}: its reward head is among its tensors as {other[0]}, which is not read there. Fix: save the "
+            "head's weight and bias in value_head.safetensors beside the adapter, and the adapter without them."
+        )
+    return found
 
 
-def head_among_tensors(folder: Path) -> torch.Tensor:
-    """Return the trained head in an adapter's file, fp32, `(1, hidden_size)`.
+def is_read_at_padding(folder: Path) -> bool:
+    """Tell whether an adapter's head has the name of transformers' classifiers, which find the last token by padding.
+
+    Raises:
+        ModelError: the adapter's file is damaged.
+    """
+    names = read_header(folder / ADAPTER_WEIGHTS_FILE)
+    return any(is_head_in_adapter(name) and name.split(".")[-2] in HEAD_NAMES for name in names)
+
+
+def head_among_tensors(folder: Path) -> tuple[torch.Tensor, float]:
+    """Return the trained head in an adapter's file, fp32, `(1, hidden_size)`, and its bias, 0.0 without one.
 
     Raises:
         ModelError: the file is damaged, or holds no head.
     """
     file = folder / ADAPTER_WEIGHTS_FILE
     with open_weights(file) as tensors:
-        names = [key for key in list(tensors.keys()) if key.removesuffix(".weight").split(".")[-1] in HEAD_NAMES]
+        keys = list(tensors.keys())
+        names = [key for key in keys if is_head_in_adapter(key)]
         if len(names) != 1:
             raise ModelError(
                 f"{file}: holds {len(names)} reward heads, an adapter of a reward model has 1. "
                 "Fix: give the output directory of a LoRA or QLoRA run."
             )
         head: torch.Tensor = tensors.get_tensor(names[0])
-    if head.dim() != 2 or head.shape[0] != 1:
+        bias = names[0].removesuffix("weight") + "bias"
+        stored_bias = tensors.get_tensor(bias) if bias in keys else torch.zeros(1)
+    if head.dim() != 2 or head.shape[0] != 1 or stored_bias.numel() != 1:
         raise ModelError(
             f"{file}: its head {names[0]} has the sizes {tuple(head.shape)}, a reward model's has one output. Fix: "
             "give an adapter that was trained with num_labels=1."
         )
-    return head.float()
+    return head.float(), float(stored_bias)

@@ -37,7 +37,8 @@ READ = (
     HeadLayout("safe-rlhf (Beaver)", r"score_head\.weight"),
 )
 MOMENTS = (("mean", "std", False), ("normalizer.mean", "normalizer.var", True))
-"""Names of the mean that home code can take off rewards and of what it divides by, and whether that is a variance."""
+"""Names of the mean that a project's own code can take off rewards and of what it divides by, and whether that is a
+variance."""
 COUNTERS = ("normalizer.count",)
 """How many rewards a mean was made of: no part of any reward."""
 
@@ -118,6 +119,17 @@ def refuse_unreadable_head(name: str, shapes: Shapes) -> None:
             "and a reward model here has one linear layer with one output. Fix: score with its own code, or train from "
             "the causal language model it came from; see docs/foreign_models.md."
         )
+
+
+def is_head_in_adapter(key: str) -> bool:
+    """Tell whether a tensor of an adapter is the whole weight of a head, below whatever PEFT calls the model."""
+    return any(re.fullmatch(rf"(.*\.)?{layout.weight}", key) for layout in READ)
+
+
+def is_lora_on_head(key: str) -> bool:
+    """Tell whether a tensor of an adapter is a low-rank change of a head."""
+    heads = [layout.weight.removesuffix(r"\.weight") for layout in READ]
+    return any(re.fullmatch(rf"(.*\.)?{head}\.lora_.+", key) for head in heads)
 
 
 def projects_of(key: str) -> str | None:

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from rm_scale.cli import main
 from rm_scale.config_parsing import config_from_dict
 from rm_scale.errors import ModelError
 from rm_scale.inference.export.export_model import export, plain_model
 from rm_scale.inference.export.foreign_source import fit_to_plain_classifier
 from rm_scale.inference.scoring.scorer import RewardScorer
+from rm_scale.modeling.adapter_base import head_among_tensors
 from rm_scale.modeling.head_layouts import READ, UNREADABLE
 from rm_scale.modeling.loading import load_for_training
 from rm_scale.modeling.scoring_contract import ScoringContract
@@ -41,6 +44,7 @@ from tests.support.foreign_models import (
     random_head,
     sequence_classifier,
     token_logit,
+    trl_adapter,
     width_of,
     written,
 )
@@ -147,6 +151,53 @@ def test_an_adapter_whose_base_has_moved_is_refused(tiny_model: Path, tmp_path: 
     (foreign.folder / "value_head.safetensors").unlink()
     with pytest.raises(ModelError, match=r"holds no reward head.*copy it beside the adapter"):
         scorer_of(foreign.folder)
+
+
+def _adapter_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the head of an adapter."""
+    file = folder / "adapter_model.safetensors"
+    kept = {key: one for key, one in load_file(file).items() if "score" not in key}
+    save_file({**kept, **tensors}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["v_head.summary", "value_head"])
+def test_another_projects_head_among_an_adapters_tensors_is_named(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(trl_adapter, tiny_model, tmp_path / "model")
+    _adapter_tensors(foreign.folder, {f"base_model.model.{name}.weight": random_head(tiny_model)})
+    with pytest.raises(ModelError, match=rf"head is among its tensors as .*{name}\.weight.*Fix: save the head"):
+        scorer_of(foreign.folder)
+
+
+def test_a_bias_among_an_adapters_tensors_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(trl_adapter, tiny_model, tmp_path / "model")
+    file = foreign.folder / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.score.bias": torch.tensor([0.75])}, file, {"format": "pt"})
+    assert head_among_tensors(foreign.folder)[1] == 0.75
+
+
+def test_lora_on_a_head_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    """As PEFT saves it without a task type, the way of OpenRLHF, and of TRL's own tests."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "score"])).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"score\.lora_A\.weight is LoRA on the reward head.*Fix: .*modules_to_save"):
+        scorer_of(tmp_path)
+
+
+def test_score_and_rank_take_a_foreign_folder(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(llama_factory, tiny_model, tmp_path / "model")
+    texts = [{"prompt": "Why?", "completion": one} for one in (" So.", " No")]
+    answers = {"prompt": "Why?", "completions": [" So.", " No"]}
+    for name, rows in (("texts", texts), ("answers", [answers])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ["--model", str(foreign.folder), "--no_contract", "--device", "cpu"]
+    scores, ranked = tmp_path / "scores.jsonl", tmp_path / "ranked.jsonl"
+    assert main(["score", *model, "--input", str(tmp_path / "texts.jsonl"), "--output", str(scores)]) == 0
+    scorer = scorer_of(foreign.folder)
+    home = [foreign.home(scorer.encoder.encode_one("Why?", one)) for one in (" So.", " No")]
+    assert [json.loads(line)["score"] for line in scores.read_text().splitlines()] == pytest.approx(home, abs=1e-5)
+    assert main(["rank", *model, "--input", str(tmp_path / "answers.jsonl"), "--output", str(ranked)]) == 0
+    best = json.loads(ranked.read_text().splitlines()[0])
+    assert best["completions"][0] == (" So." if home[0] > home[1] else " No")
 
 
 def _tensors(width: int) -> dict[str, dict[str, torch.Tensor]]:
