@@ -41,10 +41,15 @@ def check(output: Path, file: str, metric: str, step: int, loss: float) -> None:
     assert f"weights of step {step}, the best {metric}" in (output / "README.md").read_text()
 
 
-def test_a_run_ends_with_its_best_weights(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
-    output = train_tiny(tiny_model, pairs_file, tmp_path / "run", *WORDS, "--save_total_limit", "2")
+@pytest.mark.parametrize(
+    ("words", "file"), [([], "model.safetensors"), (["--use_peft"], "adapter_model.safetensors")], ids=["full", "lora"]
+)
+def test_a_run_ends_with_its_best_weights(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, words: list[str], file: str
+) -> None:
+    output = train_tiny(tiny_model, pairs_file, tmp_path / "run", *WORDS, "--save_total_limit", "2", *words)
     step = best_step(output)
-    check(output, "model.safetensors", "eval_loss", step, evaluations(output)[step])
+    check(output, file, "eval_loss", step, evaluations(output)[step])
 
 
 @pytest.mark.long
