@@ -131,6 +131,7 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
     scoring.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU when there is one")
     scoring.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    scoring.add_argument("--no_contract", action="store_true", help="take models without scoring_contract.json")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -325,6 +326,12 @@ def _loader(options: argparse.Namespace) -> Callable[[Path], ContractScorer]:
         from rm_scale.inference.scoring.scorer import RewardScorer
 
         dtype = None if options.dtype == "auto" else options.dtype
-        return RewardScorer.from_pretrained(path, device(), dtype, trust_remote_code=options.trust_remote_code)
+        return RewardScorer.from_pretrained(
+            path,
+            device(),
+            dtype,
+            trust_remote_code=options.trust_remote_code,
+            allow_missing_contract=options.no_contract,
+        )
 
     return load

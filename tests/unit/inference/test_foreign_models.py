@@ -183,7 +183,7 @@ def test_lora_on_a_head_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> 
         scorer_of(tmp_path)
 
 
-def test_score_and_rank_take_a_foreign_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_score_rank_and_eval_take_a_foreign_folder(tiny_model: Path, tmp_path: Path) -> None:
     foreign = written(llama_factory, tiny_model, tmp_path / "model")
     texts = [{"prompt": "Why?", "completion": one} for one in (" So.", " No")]
     answers = {"prompt": "Why?", "completions": [" So.", " No"]}
@@ -198,6 +198,11 @@ def test_score_and_rank_take_a_foreign_folder(tiny_model: Path, tmp_path: Path) 
     assert main(["rank", *model, "--input", str(tmp_path / "answers.jsonl"), "--output", str(ranked)]) == 0
     best = json.loads(ranked.read_text().splitlines()[0])
     assert best["completions"][0] == (" So." if home[0] > home[1] else " No")
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "evaluated"
+    pairs.write_text(json.dumps({"prompt": "Why?", "chosen": " So.", "rejected": " No"}) + "\n")
+    assert main(["eval", *model, "--input", str(pairs), "--output", str(out), "--num_resamples", "100"]) == 0
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["accuracy"] == float(home[0] > home[1])
 
 
 def _tensors(width: int) -> dict[str, dict[str, torch.Tensor]]:
