@@ -170,9 +170,11 @@ def test_another_projects_head_among_an_adapters_tensors_is_named(name: str, tin
 
 def test_a_bias_among_an_adapters_tensors_is_read(tiny_model: Path, tmp_path: Path) -> None:
     foreign = written(trl_adapter, tiny_model, tmp_path / "model")
+    plain = scorer_of(foreign.folder).score_tokens(SEQUENCES)
     file = foreign.folder / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.score.bias": torch.tensor([0.75])}, file, {"format": "pt"})
     assert head_among_tensors(foreign.folder)[1] == 0.75
+    assert scorer_of(foreign.folder).score_tokens(SEQUENCES) == pytest.approx([one + 0.75 for one in plain], abs=1e-5)
 
 
 def test_lora_on_a_head_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
