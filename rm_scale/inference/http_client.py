@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
+import threading
 import time
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -16,13 +18,17 @@ import httpx
 from rm_scale.errors import UserError
 from rm_scale.inference.serve_token import TOKEN_VARIABLE, token_of_variable
 from rm_scale.logs import get_logger
-from rm_scale.texts import one_line, typed_line
+from rm_scale.texts import one_line, printable, typed_line
 
 logger = get_logger(__name__)
 
 RETRIED_STATUSES = {429, 502, 503, 504}
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _LONGEST_WAIT_SECONDS = 120.0
+_CONNECT_SECONDS = 10.0
+"""An address that nothing answers at is not waited for as long as an answer is."""
+_SLOW = (httpx.ReadTimeout, httpx.WriteTimeout)
+"""The server is there, but does not answer in time."""
 # Training's random state must not depend on how often a server was busy.
 _jitter = random.SystemRandom()
 
@@ -39,7 +45,7 @@ class RetryingClient:
         url: of the server, http://HOST:PORT.
         token_env: environment variable that holds the token, read at each request; unset: none is sent. One that is
             set but empty, or can't stand in a header, is refused.
-        timeout_seconds: for one answer.
+        timeout_seconds: for one answer; where none comes in it, the request is sent once more, and no more often.
         max_retries: further tries after a failed connection or status 429, 502, 503 or 504.
         backoff_seconds: wait before the first of them; doubles each time up to `max_backoff_seconds`, with jitter. A
             longer Retry-After of the server is kept.
@@ -57,17 +63,33 @@ class RetryingClient:
     _client: httpx.Client | None = field(default=None, repr=False)
     _pid: int = 0
 
-    def ask(self, method: str, route: str, body: bytes | None = None) -> httpx.Response:
+    def ask(
+        self, method: str, route: str, body: bytes | None = None, stop: threading.Event | None = None
+    ) -> httpx.Response:
         """Return the answer, whatever its status, after as many tries as allowed; threads may ask at the same time.
 
+        Args:
+            method: of HTTP.
+            route: its path, from the first slash.
+            body: what is sent.
+            stop: once set, nothing more is sent: the answer is no longer wanted.
+
         Raises:
-            RemoteError: the connection failed, or the status was one that is tried again, each time.
+            RemoteError: the connection failed, or the status was one that is tried again, each time; no answer came
+                within `timeout_seconds` twice; or `stop` was set.
         """
+        stop = stop or threading.Event()
+        num_slow = 0
         for tries in range(self.max_retries + 1):
+            if stop.is_set():
+                raise RemoteError(f"{self.url}{route}: no longer asked, since another request has failed.")
             try:
                 response = self._http().request(method, self.url + route, content=body, headers=self._headers())
             except httpx.TransportError as error:
                 problem, asked = typed_line(error), None
+                num_slow += isinstance(error, _SLOW)
+                if num_slow == 2:
+                    raise self._too_slow(route) from error
             else:
                 if response.status_code not in RETRIED_STATUSES:
                     return response
@@ -75,10 +97,17 @@ class RetryingClient:
             if tries < self.max_retries:
                 seconds = self._wait_seconds(tries, asked)
                 logger.warning(f"{self.url}{route}: {problem}; trying again in {seconds:.1f} s")
-                time.sleep(seconds)
+                stop.wait(seconds)
         raise RemoteError(
             f"{self.url}{route}: no score after {self.max_retries + 1} tries, the last one ended with {problem}. Fix: "
             f"{self.alive.format(url=self.url)}, or allow more max_retries or timeout_seconds."
+        )
+
+    def _too_slow(self, route: str) -> RemoteError:
+        return RemoteError(
+            f"{self.url}{route}: no answer within {self.timeout_seconds:g} s, twice. Fix: "
+            f"{self.alive.format(url=self.url)}; where it is only slow, send less at once or allow more "
+            "timeout_seconds (--request_timeout)."
         )
 
     def refusal(self, response: httpx.Response, route: str) -> RemoteError:
@@ -114,7 +143,8 @@ class RetryingClient:
         if self._client is None or self._pid != os.getpid():
             local = urlsplit(self.url).hostname in _LOOPBACK
             # A proxy that is set up for the outside can't reach this machine's own loopback.
-            self._client = httpx.Client(timeout=self.timeout_seconds, trust_env=not local)
+            timeout = httpx.Timeout(self.timeout_seconds, connect=min(_CONNECT_SECONDS, self.timeout_seconds))
+            self._client = httpx.Client(timeout=timeout, trust_env=not local)
             self._pid = os.getpid()
         return self._client
 
@@ -135,6 +165,11 @@ def checked_url(url: str) -> str:
     Raises:
         RemoteError: it is no http address, or holds a password.
     """
+    if not _is_readable(url):
+        shown = one_line(printable(re.sub(r"//.*@", "//", url)), 200)  # what stands before @ may be a password
+        raise RemoteError(
+            f"url={shown}: is no address of a server, its host or port can't be read. Fix: http://HOST:PORT"
+        )
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.hostname}" if parts.password or parts.username else url
     if parts.password or parts.username:
@@ -142,6 +177,15 @@ def checked_url(url: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
         raise RemoteError(f"url={shown}: is no address of a server. Fix: http://HOST:PORT")
     return url.rstrip("/")
+
+
+def _is_readable(url: str) -> bool:
+    try:
+        # Each library refuses what the other takes, and some parts only when they are asked for.
+        _ = urlsplit(url).port, httpx.URL(url).host
+    except (ValueError, httpx.InvalidURL):
+        return False
+    return True
 
 
 def json_object(response: httpx.Response) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from rm_scale.errors import DataError
 from rm_scale.files import free_port
 from rm_scale.inference.http_client import RemoteError
 from rm_scale.inference.remote_scorer import RemoteScorer, Unscorable
+from tests.support.serving import wait_for
 
 Answer = tuple[int, Any, dict[str, str]]
 
@@ -74,6 +75,10 @@ def script() -> Iterator[Script]:
     script.server.server_close()
 
 
+UNREADABLE = ("http://h:abc", "http://[::1", "http://h:99999", "http://h:-1", "http://h\x01", "http://xn--a")
+"""Addresses that the libraries below end with an error of their own for."""
+
+
 def quick(url: str, **options: Any) -> RemoteScorer:
     return RemoteScorer(url, **{"backoff_seconds": 0.01, "max_retries": 3, **options})
 
@@ -123,6 +128,25 @@ def test_retries_end_and_say_how_it_went(script: Script) -> None:
     with pytest.raises(RemoteError, match=r"after 4 tries, .* status 503, the server is stopping\. .*max_retries"):
         quick(script.url).score(["a"], ["b"])
     assert len(script.bodies) == 4
+
+
+def test_a_server_that_hangs_is_asked_twice(script: Script) -> None:
+    """Not `max_retries` times: each costs all of `timeout_seconds`."""
+    release = threading.Event()
+
+    def hang(body: Any) -> Answer:
+        release.wait(60)
+        return score_all(body)
+
+    script.answers = [hang] * 4
+    remote = quick(script.url, timeout_seconds=0.1, max_retries=8)
+    try:
+        with pytest.raises(RemoteError, match=r"no answer within 0\.1 s, twice\. Fix: .*\(curl .*timeout_seconds"):
+            remote.score(["a"], ["b"])
+        wait_for(lambda: len(script.bodies) >= 2)
+        assert len(script.bodies) == 2
+    finally:
+        release.set()
 
 
 # --- Splitting -------------------------------------------------------------------------------------------------------
@@ -245,12 +269,20 @@ def test_a_model_without_mean_and_deviation_can_not_be_normalised(script: Script
 
 
 def test_wrong_requests_are_explained(script: Script) -> None:
-    for url in ("127.0.0.1:8000", "ftp://host", "http://", "http://host?x=1"):
-        with pytest.raises(RemoteError, match=r"is no address of a server\. Fix: http://HOST:PORT"):
+    for url in ("127.0.0.1:8000", "ftp://host", "http://", "http://host?x=1", *UNREADABLE):
+        with pytest.raises(RemoteError, match=r"is no address of a server.*\. Fix: http://HOST:PORT"):
             RemoteScorer(url)
+    with pytest.raises(
+        RemoteError, match=r"url=http://h:abc: is no address of a server, its host or port can't be read"
+    ):
+        RemoteScorer("http://h:abc")
     with pytest.raises(RemoteError, match=r"holds a name or password\. Fix: put the token into the env") as caught:
         RemoteScorer("http://me:s3cret@host:1")
     assert "s3cret" not in str(caught.value)
+    for url in ("http://me:s3cret@host:abc", "http://me:s3cret@[::1", "http://me:s3cret/@host"):
+        with pytest.raises(RemoteError) as caught:
+            RemoteScorer(url)
+        assert "s3cret" not in str(caught.value)
     remote = quick(script.url)
     with pytest.raises(DataError, match="2 prompts and 1 completions: give one prompt per completion"):
         remote.score(["a", "b"], ["c"])
