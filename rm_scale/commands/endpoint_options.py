@@ -38,6 +38,9 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser, several: bool = Fals
     group.add_argument("--texts_per_request", type=int, default=32, metavar="N", help="at most (default 32)")
     group.add_argument("--request_timeout", type=float, default=600.0, metavar="SECONDS", help="for an answer (600)")
     group.add_argument(
+        "--allow_other_scores", action="store_true", help="take a server that gives other golden scores, with a warning"
+    )
+    group.add_argument(
         "--token_env", metavar="NAME", help="environment variable with its token (default RM_SCALE_SERVE_TOKEN)"
     )
 
@@ -49,6 +52,7 @@ def endpoint_problems(options: argparse.Namespace) -> Iterator[str]:
     if not urls:
         given = [name for name in ("endpoint_model", "token_env") if getattr(options, name) is not None]
         given += ["endpoint_kind"] if options.endpoint_kind != "auto" else []
+        given += ["allow_other_scores"] if options.allow_other_scores else []
         yield from (f"--{name}: only --endpoint URL reads it. Fix: leave it out, or give one." for name in given)
         return
     if not models:
@@ -108,4 +112,5 @@ def endpoint_scorer(folder: str, endpoint: Endpoint, options: argparse.Namespace
         force_template="template" in getattr(options, "force", []),
         texts_per_request=options.texts_per_request,
         requests_in_flight=options.requests_in_flight,
+        allow_other_scores=options.allow_other_scores,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -126,23 +127,28 @@ class Endpoint:
 
     # --- Scores ------------------------------------------------------------------------------------------------------
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def score(self, sequences: Sequence[Sequence[int]], stop: threading.Event | None = None) -> list[float]:
         """Return the raw scores of token sequences, in their order; in halves where they are too many at once.
 
+        Args:
+            sequences: token ids of each.
+            stop: once set, nothing more is asked.
+
         Raises:
-            RemoteError: the server refuses, or its answer does not hold one finite score per sequence.
+            RemoteError: the server refuses, or its answer does not hold one finite score per sequence; or `stop` was
+                set.
         """
         try:
-            return self._score(sequences)
+            return self._score(sequences, stop)
         except _TooLarge as error:
             if len(sequences) == 1:
                 raise RemoteError(f"{self.url}{_ROUTE}: {error} Fix: raise the server's limits.") from error
         half = len(sequences) // 2
-        return [*self.score(sequences[:half]), *self.score(sequences[half:])]
+        return [*self.score(sequences[:half], stop), *self.score(sequences[half:], stop)]
 
-    def _score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def _score(self, sequences: Sequence[Sequence[int]], stop: threading.Event | None) -> list[float]:
         body = {"model": self.served.model, "input": [list(ids) for ids in sequences], "use_activation": False}
-        response = self.client.ask("POST", _ROUTE, json.dumps(body).encode())
+        response = self.client.ask("POST", _ROUTE, json.dumps(body).encode(), stop)
         if response.status_code == 413:
             raise _TooLarge("status 413, the request is too large.")
         if response.status_code == 404:

@@ -17,6 +17,7 @@ from rm_scale.errors import ModelError
 from rm_scale.inference.endpoint import Endpoint
 from rm_scale.inference.endpoint_scorer import EndpointScorer
 from rm_scale.inference.http_client import RemoteError
+from rm_scale.inference.parallel_requests import THREAD_NAME
 from rm_scale.inference.reward_function import reward_function
 from rm_scale.inference.scoring.scorer import RewardScorer
 from tests.support.launching import read_lines
@@ -172,6 +173,33 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(lora_run: Path, vllm:
         remote.score("a", " d")
 
 
+def test_a_failure_ends_the_other_requests(lora_run: Path, vllm: VllmServer) -> None:
+    """At once, though another hangs, and what hung is not asked again."""
+    remote = EndpointScorer.from_folder(lora_run, endpoint(vllm.url), texts_per_request=1, requests_in_flight=2)
+    asked, both, release = len(vllm.bodies), threading.Barrier(2), threading.Event()
+    answered = []
+
+    def hang(_: Any) -> Any:
+        both.wait(60)
+        release.wait(60)
+        answered.append(True)
+        return 503, problem("later", "ServiceUnavailableError", 503)
+
+    def refuse(_: Any) -> Any:
+        both.wait(60)
+        return 400, problem("no such thing")
+
+    vllm.answers = [hang, refuse]
+    with pytest.raises(RemoteError, match="status 400, no such thing"):
+        remote.score("a", [f" {n}" for n in range(6)])
+    assert not answered
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == THREAD_NAME:
+            thread.join(60)
+    assert answered and len(vllm.bodies) == asked + 2
+
+
 def test_what_is_too_large_at_once_is_halved(lora_run: Path, scorer: RewardScorer, vllm: VllmServer) -> None:
     remote = EndpointScorer.from_folder(lora_run, endpoint(vllm.url))
     vllm.answers = [lambda body: (413, {"detail": "too large"}) if len(body["input"]) > 2 else None] * 9
@@ -234,6 +262,84 @@ def test_a_lower_type_is_taken_when_it_is_said(
     with pytest.raises(ModelError, match=r"or --dtype here with the type that it was started with"):
         EndpointScorer.from_folder(lora_run, endpoint(vllm.url))
     assert EndpointScorer.from_folder(lora_run, endpoint(vllm.url), dtype="bfloat16").dtype == "bfloat16"
+
+
+def changed_contract(folder: Path, target: Path, **values: Any) -> Path:
+    """A copy of a model whose contract holds other values."""
+    shutil.copytree(folder, target)
+    path = target / "scoring_contract.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return target
+
+
+def test_a_lower_type_allows_for_its_rounding_and_no_more(
+    lora_run: Path, scorer: RewardScorer, vllm: VllmServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor where the evaluation set's scores are far apart: a neighbouring checkpoint is within their deviation."""
+    folder = changed_contract(lora_run, tmp_path / "model", score_std=4.0)
+    largest = max(1.0, *(abs(one.score) for one in scorer.contract.golden_scores))
+    real = scorer.score_tokens
+    monkeypatch.setattr(scorer, "score_tokens", lambda ids: [one + 0.06 * largest for one in real(ids)])
+    with pytest.raises(ModelError, match=r"score otherwise there \(allowed 0\.05\d* in bfloat16"):
+        EndpointScorer.from_folder(folder, endpoint(vllm.url), dtype="bfloat16")
+
+
+def test_golden_texts_keep_their_order(
+    lora_run: Path, scorer: RewardScorer, vllm: VllmServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each is within a lower type's rounding, but two that lie further apart than that come the other way round."""
+    golden = [{"input_ids": one.input_ids, "score": 0.0} for one in scorer.contract.golden_scores]
+    golden[1] = {**golden[1], "score": 0.06}
+    folder = changed_contract(lora_run, tmp_path / "model", golden_scores=golden)
+    found = {"scores": [0.02, 0.04]}
+    monkeypatch.setattr(scorer, "score_tokens", lambda ids: [*found["scores"], *[0.0] * len(ids)][: len(ids)])
+    assert EndpointScorer.from_folder(folder, endpoint(vllm.url), dtype="bfloat16").dtype == "bfloat16"
+    found["scores"] = [0.04, 0.02]
+    with pytest.raises(
+        ModelError, match=r": 2 of .* but not to the order .*\n  0\.04 there, 0 .*\n  0\.02 there, 0\.06"
+    ):
+        EndpointScorer.from_folder(folder, endpoint(vllm.url), dtype="bfloat16")
+
+
+def test_other_scores_are_taken_when_that_is_asked_for(
+    lora_run: Path, full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = RewardScorer.from_pretrained(full_run, device="cpu")
+    source, target = rows_file(tmp_path), tmp_path / "out.jsonl"
+    command = ["score", "--model", str(lora_run), "--input", str(source), "--output", str(target)]
+    with vllm_server(other) as server:
+        assert main([*command, "--endpoint", server.url]) == 2
+        assert "--allow_other_scores takes its scores as they are" in capsys.readouterr().err
+        assert main([*command, "--endpoint", server.url, "--allow_other_scores"]) == 0
+    told = capsys.readouterr().err
+    assert "taken all the same, as asked (--allow_other_scores)" in told and "score otherwise there" in told
+    assert [row["score"] for row in read_lines(target)] == pytest.approx(
+        other.score("2 + 2 =", [f" {n}" for n in range(5)]), abs=1e-5
+    )
+
+
+def test_another_template_at_our_own_server_is_refused(lora_run: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    other = RewardScorer.from_pretrained(lora_run, device="cpu", chat_template=template, force_template=True)
+    with served(other) as (url, _):
+        with pytest.raises(ModelError, match=r"its chat template \(sha256 \w{12}\) is not .* Fix: rm-scale serve"):
+            EndpointScorer.from_folder(lora_run, endpoint(url))
+        assert EndpointScorer.from_folder(lora_run, endpoint(url), force_template=True).dtype == "float32"
+
+
+def test_a_server_of_shorter_texts(lora_run: Path, scorer: RewardScorer, vllm: VllmServer, tmp_path: Path) -> None:
+    """Each is told what to start; vLLM never more than the model has positions."""
+    longer = changed_contract(lora_run, tmp_path / "longer", encoding={**scorer.contract.encoding, "max_length": 5000})
+    with served(scorer) as (url, _), pytest.raises(ModelError) as caught:
+        EndpointScorer.from_folder(longer, endpoint(url))
+    assert f"another contract; rm-scale serve --model {longer}, or --model with the folder that" in str(caught.value)
+    (longer / "config.json").write_text('{"max_position_embeddings": 8192}')
+    with pytest.raises(ModelError, match=r"max_length 5000\. Fix: .* vllm serve \.\.\. --max-model-len 5000\."):
+        EndpointScorer.from_folder(longer, endpoint(vllm.url))
+    (longer / "config.json").write_text('{"text_config": {"max_position_embeddings": 4096}}')
+    with pytest.raises(ModelError, match=r"names 4096 positions, and vLLM goes no further: rm-scale serve") as caught:
+        EndpointScorer.from_folder(longer, endpoint(vllm.url))
+    assert "--max-model-len" not in str(caught.value)
 
 
 def test_sigmoids_are_recognised(lora_run: Path, vllm: VllmServer) -> None:
@@ -315,6 +421,8 @@ def test_the_token_goes_along(vllm: VllmServer, monkeypatch: pytest.MonkeyPatch)
         ),
         (["--endpoint", "http://a:1", "--no_contract"], "--no_contract with --endpoint: its golden scores are"),
         (["--endpoint_model", "m"], "--endpoint_model: only --endpoint URL reads it. Fix: leave it out, or give one."),
+        (["--allow_other_scores"], "--allow_other_scores: only --endpoint URL reads it."),
+        (["--endpoint", "http://h:abc"], "url=http://h:abc: is no address of a server, its host or port can't be read"),
         (["--endpoint_kind", "vllm"], "--endpoint_kind: only --endpoint URL reads it."),
         (["--endpoint", "http://a:1", "--texts_per_request", "0"], "--texts_per_request 0: must be from 1 to 4096."),
         (
