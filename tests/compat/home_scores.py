@@ -232,19 +232,22 @@ def _rewardbench(base: Path, target: Path, module: str, name: str) -> torch.Tens
 
 def _compare(folder: Path) -> int:
     from rm_scale import RewardScorer
+    from tests.compat.records import write_record
 
     failed = []
-    print(f"{'model':24} {'head':48} largest difference")
+    rows = []
     for name, home in json.loads((folder / "home_scores.json").read_text()).items():
         scorer = RewardScorer.from_pretrained(folder / name, device="cpu", allow_missing_contract=True)
         found = scorer.score_tokens(SEQUENCES)
         worst = max(abs(one - other) for one, other in zip(home, found, strict=True))
         allowed = TOLERANCE * max(1.0, *(abs(score) for score in home))
-        print(
-            f"{name:24} {_head_in(folder / name):48} {worst:.1e}{'' if worst <= allowed else '   DIFFERS'}", flush=True
-        )
+        verdict = "holds" if worst <= allowed else "**off**"
+        rows.append([name, f"`{_head_in(folder / name)}`", f"{worst:.1e}", verdict])
         failed += [] if worst <= allowed else [name]
-    print(f"{'FAIL: ' + ', '.join(failed) if failed else 'all score as at home'}")
+    what = "Checkpoints that the projects' released code wrote and scored, and the same folders scored by rm_scale"
+    heads = ["model", "its head", "largest difference", ""]
+    theirs = ["openrlhf", "trl", "llamafactory", "rewardbench"]
+    write_record(folder.parent / "record.json", "home_scores.txt", theirs, what, heads, rows)
     return 1 if failed else 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 from rm_scale.demo.assets import make_tiny_model
 from rm_scale.demo.synthetic_preferences import generate_pairs
 from rm_scale.inference.scoring.scorer import RewardScorer
+from tests.compat.records import write_record
 from tests.support.launching import TRAIN, run
 from tests.support.serving import served
 
@@ -103,9 +103,12 @@ def main() -> None:
     assert long["reward"] is None, "its trainer fails on this, after the lines below"
     told = [line for line in log.lines if "a text is too long to be scored: " in line and "Fix: " in line]
     assert len(told) == 5, log.lines
-    version = importlib.metadata.version("openrlhf")
-    print(f"[openrlhf] {version}: {len(ANSWERS)} rewards equal RewardScorer's to {worst:.1e}")
-    print(f"[openrlhf] over-long, its client logs five times: {told[0]}")
+    rows = [
+        ["rewards of a prompt's answers", f"{len(ANSWERS)} rewards, largest difference to RewardScorer {worst:.1e}"],
+        ["an over-long text", f"no reward; its log says {len(told)} times why, with what to do"],
+    ]
+    what = "Its client's own code against `rm-scale serve`"
+    write_record(folder / "record.json", "openrlhf.txt", ["openrlhf"], what, ["asked for", "got"], rows)
 
 
 if __name__ == "__main__":

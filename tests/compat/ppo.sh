@@ -20,4 +20,4 @@ print(f"[ppo] trl {trl.__version__}, transformers {transformers.__version__}, to
 if [[ ! -f $folder/task/reward_model/config.json ]]; then
     "$main_python" examples/tiny_task.py --output_dir "$folder/task" >"$folder/task.log" 2>&1
 fi
-"$python" tests/compat/ppo_run.py --task "$folder/task" --output_dir "$folder/run"
+"$python" -m tests.compat.ppo_run --task "$folder/task" --output_dir "$folder/run" --record "$folder/record.json"

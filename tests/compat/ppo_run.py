@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from rm_scale.inference.scoring.scorer import RewardScorer
+from tests.compat.records import write_record
 
 MAX_DIFFERENCE = 1e-4
 LEAST_RISE = 1.0
@@ -32,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", required=True)
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     options = parser.parse_args()
@@ -60,7 +63,7 @@ def main() -> int:
     seen = record_rewards()
     trainer = make_trainer(arguments, f"{options.task}/prompts.jsonl")
     trainer.train()
-    return judge(trainer, seen, arguments.reward_model_path)
+    return judge(trainer, seen, arguments.reward_model_path, options.record)
 
 
 def make_trainer(arguments: Any, prompts: str) -> Any:
@@ -104,7 +107,7 @@ def record_rewards() -> list[tuple[list[list[int]], torch.Tensor]]:
     return seen
 
 
-def judge(trainer: Any, seen: list[tuple[list[list[int]], torch.Tensor]], reward_model: str) -> int:
+def judge(trainer: Any, seen: list[tuple[list[list[int]], torch.Tensor]], reward_model: str, record: Path) -> int:
     """Compare with the scorer, and the first quarter of the steps with the last."""
     scorer = RewardScorer.from_pretrained(reward_model, device="cpu")
     eos = scorer.tokenizer.eos_token_id
@@ -127,6 +130,10 @@ def judge(trainer: Any, seen: list[tuple[list[list[int]], torch.Tensor]], reward
     }
     good = bool(max(differences) <= MAX_DIFFERENCE and last > first + LEAST_RISE)
     print(json.dumps({**found, "ok": good}))
+    row = [f"{found['steps']}", f"{first:.2f}", f"{last:.2f}", f"{len(differences)}", f"{max(differences):.1e}"]
+    what = "PPO of the tiny task, the reward model given by its path"
+    heads = ["steps", "mean reward, first quarter", "last quarter", "scores compared", "largest difference", ""]
+    write_record(record, "trl_with_ppo.txt", ["trl"], what, heads, [[*row, "holds" if good else "**off**"]])
     return 0 if good else 1
 
 

@@ -13,4 +13,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folder=${1:-outputs/compat/rewardbench}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 make_environment "$folder" tests/compat/rewardbench.txt
-"$folder/venv/bin/python" tests/compat/rewardbench_parity.py --output_dir "$folder/run"
+rm -rf "$folder"/venv/lib/python3*/site-packages/tests # a package brings a folder of this name along
+"$folder/venv/bin/python" -m tests.compat.rewardbench_parity --output_dir "$folder/run" --record "$folder/record.json"

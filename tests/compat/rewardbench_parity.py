@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.cli import main as rm_scale
+from tests.compat.records import write_record
 
 MAX_DIFFERENCE = 1e-9
 PRIOR = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
@@ -34,6 +35,7 @@ def main() -> int:
     """Print the table; return 1 when a difference is too large."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def main() -> int:
     for seed in range(options.seeds):
         lines += first_version(theirs, random.Random(seed), options.output_dir / f"v1-{seed}.json", seed)
         lines += second_version(theirs, random.Random(seed), options.output_dir / f"v2-{seed}.json", seed)
-    return table(lines)
+    return table(lines, options.record)
 
 
 def their_code() -> Any:
@@ -178,8 +180,8 @@ def _scores(chance: random.Random, row: Mapping[str, Any]) -> list[float]:
     return scores
 
 
-def table(lines: list[Line]) -> int:
-    """Print section, theirs, ours, difference; return 1 when a difference is too large."""
+def table(lines: list[Line], record: Path) -> int:
+    """Print section, theirs, ours, difference, and write the record; return 1 when a difference is too large."""
     width = max(len(name) for name, _, _ in lines)
     print(f"{'seed and section':<{width}}  {'theirs':>12}  {'ours':>12}  difference")
     worst = 0.0
@@ -189,6 +191,10 @@ def table(lines: list[Line]) -> int:
         print(f"{name:<{width}}  {value:>12.9f}  {own:>12.9f}  {difference:.1e}")
     good = worst <= MAX_DIFFERENCE
     print(json.dumps({"compared": len(lines), "largest_difference": worst, "ok": good}))
+    rows = [[name.split(" ", 1)[1], f"{value:.9f}", f"{own:.9f}"] for name, value, own in lines if name[0] == "0"]
+    what = f"The same rows and random scores in both: {len(lines)} figures of several seeds, here those of the first"
+    what += f" one; largest difference of all {worst:.1e}"
+    write_record(record, "rewardbench.txt", ["rewardbench"], what, ["section", "its code", "rm-scale eval"], rows)
     return 0 if good else 1
 
 

