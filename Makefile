@@ -51,6 +51,7 @@ test-compat: $(STAMP) ## Run our models in other software: a real vLLM, older TR
 	@tests/compat/ppo.sh
 	@tests/compat/rewardbench.sh
 	@tests/compat/openrlhf.sh
+	@tests/compat/verl.sh
 	@tests/compat/home_scores.sh
 	@tests/compat/vllm.sh
 

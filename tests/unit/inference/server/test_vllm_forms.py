@@ -133,6 +133,15 @@ def test_documents_come_best_first(url: str, expected: list[float], path: str) -
     assert [row["index"] for row in best] == order[:1]
 
 
+def test_the_client_of_verl_for_vllm(url: str, scorer: RewardScorer) -> None:
+    """verl 0.9.1 (`reward_loop.py`) takes the BOS off a rendered conversation, and reads `data[-1].probs[-1]`."""
+    chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "4"}]
+    text = scorer.tokenizer.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
+    text = text.removeprefix(scorer.tokenizer.bos_token or "")
+    answer = good(url, "/classify", {"model": "/path/of/verl", "input": text, "use_activation": False})
+    assert answer["data"][-1]["probs"][-1] == close(scorer.score_one(chat[:1], chat[1:]))
+
+
 def test_the_client_of_verl_for_sglang(url: str, scorer: RewardScorer, expected: list[float]) -> None:
     """verl (`reward_loop.py`) takes the BOS off a rendered text, and reads `data[-1].embedding[-1]`."""
     text = scorer.encoder.render(PROMPT, ANSWERS[0])
