@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rm_scale.errors import ModelError
 from rm_scale.modeling.head_layouts import is_head_in_adapter
 from rm_scale.modeling.out_of_memory import is_out_of_memory
+from rm_scale.modeling.scoring_contract import CONTRACT_FILE
 from rm_scale.texts import one_line, printable
 
 _NAME = "default"
@@ -45,8 +46,11 @@ def put_adapter_on(model: PreTrainedModel, folder: Path) -> PeftModel:
         ) from error
     missing = [key for key in result.missing_keys if any(part in key for part in _OF_AN_ADAPTER)]
     _refuse(folder, "lacks {}, which would be random", missing)
-    # A head's bias has no place in transformers' classifiers; adapter_base reads it and scores have it added.
-    placeless = [key for key in result.unexpected_keys if not is_head_in_adapter(key.removesuffix("bias") + "weight")]
+    placeless = list(result.unexpected_keys)
+    if not (folder / CONTRACT_FILE).is_file():
+        # A head's bias, for which transformers' classifiers have no place: adapter_base adds it to the scores of other
+        # projects' adapters. A run of ours has none.
+        placeless = [key for key in placeless if not is_head_in_adapter(key.removesuffix("bias") + "weight")]
     _refuse(folder, "holds {}, for which the model has no place", placeless)
     return adapted
 
