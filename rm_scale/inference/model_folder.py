@@ -151,7 +151,7 @@ def contract_of_plain_model(
     encoder = TextEncoder(tokenizer, EncodingRules(max_length=limit))
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     stored = None if is_adapter or not transformers_padding else find_stored_head(str(folder))
-    pad = _padding_of_home(folder, config, stored, trust_remote_code) if transformers_padding else None
+    pad = _padding_of_own_code(folder, config, stored, trust_remote_code) if transformers_padding else None
     logger.warning(
         f"{folder} has no {CONTRACT_FILE}: scoring by its tokenizer and config (at most {limit} tokens, plain text "
         f"ends with {tokenizer.eos_token!r}, {_padding_in_words(pad, tokenizer)}). Whether it was trained so is not "
@@ -171,7 +171,7 @@ def contract_of_plain_model(
 
 
 def _moments(config: PreTrainedConfig, stored: StoredHead | None) -> tuple[float, float] | None:
-    """Return mean and standard deviation of rewards that home code can normalise by: in its config or its weights."""
+    """Return mean and standard deviation of rewards that its own code can normalise by: in config or weights."""
     mean, std = getattr(config, "mean", None), getattr(config, "std", None)  # as OpenRLHF saves them
     found = (mean, std) if isinstance(mean, float) and isinstance(std, float) else None
     found = found or (None if stored is None else stored.moments())
@@ -200,10 +200,10 @@ def _longest_text(tokenizer_limit: int | None, config: PreTrainedConfig) -> int:
     return min(known, default=_LONGEST_UNKNOWN)
 
 
-def _padding_of_home(
+def _padding_of_own_code(
     folder: Path, config: PreTrainedConfig, stored: StoredHead | None, trust_remote_code: bool
 ) -> int | None:
-    """Return the padding token by which home code finds the last token; `None`: any will do.
+    """Return the padding token by which its own code finds the last token; `None`: any will do.
 
     transformers' own classifiers read the score at the last token that is not `config.pad_token_id`, be it EOS. Heads
     that only other trainers' code reads are read at the last token.

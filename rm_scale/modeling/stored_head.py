@@ -63,7 +63,7 @@ class StoredHead:
         bias_file: where that is; default in `file`.
         row: which of several outputs is the reward; `None` for the only one.
         side_tensors: what `file` holds when it is no safetensors file.
-        moment_places: where the mean and spread of rewards lie that home code can normalise by; see `moments`.
+        moment_places: where the mean and spread lie that its own code can normalise by; see `moments`.
     """
 
     file: Path
