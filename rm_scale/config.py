@@ -108,6 +108,17 @@ class RunConfig(BaseModel):
     dataset_format: Literal[
         "auto", "explicit_prompt", "implicit_prompt", "conversational", "hh_text", "ranked", "soft_label"
     ] = _setting(Group.DATA, "auto", "How rows are read; auto prints what it found.")
+    dataset_preset: str | None = _setting(
+        Group.DATA,
+        None,
+        "Public set whose columns the files have, such as llmbar or helpsteer3 (docs/data_formats.md lists all). "
+        "Default: known by its columns where they are unmistakable.",
+    )
+    dataset_columns: dict[str, Any] | None = _setting(
+        Group.DATA,
+        None,
+        "Where prompt, responses and label stand in rows of other columns, as {prompt: input, chosen: a, rejected: b}.",
+    )
     subset_column: str = _setting(Group.DATA, "subset", "Column that names a row's subset, for evaluation per subset.")
     ignore_columns: list[str] = _setting(
         Group.DATA, [], "Columns that are not read, such as a question that the responses are to be judged without."

@@ -14,13 +14,14 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rm_scale.config import RunConfig
+from rm_scale.data.column_maps.column_map import ColumnMap
 from rm_scale.data.data_report import (
     NUM_FIRST_ROWS,
     RejectionCount,
@@ -31,6 +32,8 @@ from rm_scale.data.encoding import TextEncoder
 from rm_scale.data.format_detection import FormatVerdict, choose_format, warn_about_hard_labels
 from rm_scale.data.formats import RowReader
 from rm_scale.data.preference_group import PreferenceGroup
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.row_values import Row
 from rm_scale.data.sources import Source
 from rm_scale.errors import DataError, ModelError
 from rm_scale.logs import get_logger
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # Part of the cache key. Raise it when a change to reading, formats or encoding gives other results from the same file.
-CODE_VERSION = 4
+CODE_VERSION = 5
 DEFAULT_CACHE_DIR = "~/.cache/rm_scale"
 # System errors that mean "this cache folder can't be used"; any other error is not the cache's fault.
 _CACHE_ERRORS = (
@@ -98,9 +101,7 @@ def cache_key(source: Source, config: RunConfig, encoder: TextEncoder) -> str:
         "code": CODE_VERSION,
         "versions": versions,
         "source": source.identity,
-        "format": config.dataset_format,
-        "subset_column": config.subset_column,
-        "ignore_columns": config.ignore_columns,
+        "reading": asdict(source.reading),
         "encoder": encoder.describe(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -205,11 +206,7 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
         sample = raw.sample()
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
-    ignored = tuple(config.ignore_columns)
-    verdict = choose_format(
-        config.dataset_format, raw.columns(sample), sample, source.name, config.subset_column, ignored
-    )
-    reader = RowReader(verdict.name, config.subset_column, source.name, ignored)
+    reader, verdict = _choose_reader(source, raw.columns(sample), sample)
     _warn_about_template(sample, reader, encoder)
     mapped = encode_rows(raw, reader, encoder, config, work)
     reasons = np.asarray(mapped.with_format("arrow").select_columns(["reason"])[:]["reason"].to_numpy())
@@ -221,6 +218,41 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     _write_meta(folder, verdict, len(mapped), len(used), rejected)
     del mapped, used, raw
     shutil.rmtree(work)
+
+
+def _choose_reader(source: Source, columns: Sequence[str], sample: Sequence[Row]) -> tuple[RowReader, FormatVerdict]:
+    """Return what reads the rows of a source, and why so.
+
+    Raises:
+        DataError: its map or preset does not fit, or no format does.
+    """
+    reading = source.reading
+    column_map = reading.column_map(columns)
+    if column_map is not None:
+        sample = _mapped(column_map, sample, source.name)
+        columns = list(dict.fromkeys(name for row in sample for name in row))
+    verdict = choose_format(reading.format, columns, sample, source.name, reading.subset_column, reading.ignore_columns)
+    reader = RowReader(verdict.name, reading.subset_column, source.name, reading.ignore_columns, column_map=column_map)
+    return reader, verdict
+
+
+def _mapped(column_map: ColumnMap, sample: Sequence[Row], name: str) -> list[Row]:
+    """Return the first rows in the columns of a format, without those that the map does not fit.
+
+    Raises:
+        DataError: it fits none of them.
+    """
+    rows, refusal = [], None
+    for row in sample:
+        try:
+            rows.append(column_map.apply(row))
+        except RejectedRow as rejected:
+            refusal = refusal or rejected
+    if not rows:
+        raise DataError(
+            f"{name}: the column map fits none of the first rows ({refusal}). Fix: correct dataset_columns."
+        )
+    return rows
 
 
 def _warn_about_template(sample: Sequence[Any], reader: RowReader, encoder: TextEncoder) -> None:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rm_scale.data.column_maps.column_map import ColumnMap
 from rm_scale.data.context_columns import refuse_unread_context, same_word
 from rm_scale.data.conversations import (
     as_messages,
@@ -95,6 +96,7 @@ class RowReader:
         source: name of the file or dataset, carried into every group.
         ignore_columns: columns that are not read, whatever their name.
         checks_context: refuse rows with context in a column that the format does not read.
+        column_map: rewrites a row in the columns of the format before it is read.
     """
 
     format: str
@@ -102,6 +104,7 @@ class RowReader:
     source: str = ""
     ignore_columns: tuple[str, ...] = ()
     checks_context: bool = True
+    column_map: ColumnMap | None = None
 
     def read(self, row: Any, index: int) -> PreferenceGroup:
         """Read and check one row.
@@ -117,6 +120,8 @@ class RowReader:
             raise RejectedRow("wrong_type", f"the row is {kind_name(row)}, not an object with columns")
         if self.ignore_columns:
             row = {name: value for name, value in row.items() if name not in self.ignore_columns}
+        if self.column_map is not None:
+            row = self.column_map.apply(row)
         found, has_messages = _with_messages(row)
         format = "conversational" if has_messages and self.format in TEXT_FORMATS else self.format
         group = READERS[format](found)

@@ -6,7 +6,7 @@ come after that and are cheap (`rm_scale.data.splits`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from rm_scale.data.data_report import (
     log_summary,
 )
 from rm_scale.data.encoding import TextEncoder
+from rm_scale.data.reading import Reading
 from rm_scale.data.sources import Source, hub_source, local_sources
 from rm_scale.data.splits import GroupSizes, Origins, hold_out, join_sources
 from rm_scale.errors import DataError
@@ -118,7 +119,9 @@ def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray |
         ModelError: conversations without a chat template.
     """
     if config.eval_dataset_path:
-        sources = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
+        reading = Reading.of_config(config)
+        found = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
+        sources = [replace(source, reading=reading) for source in found]
     else:
         train, evaluation = _sources(config)
         sources = evaluation or train
@@ -159,6 +162,9 @@ def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
         train = local_sources(config.dataset_path or [], config.dataset_train_split)
     if config.eval_dataset_path:
         evaluation = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
+    reading = Reading.of_config(config)
+    train = [replace(source, reading=reading) for source in train]
+    evaluation = [replace(source, reading=reading) for source in evaluation]
     if not train:
         raise DataError("dataset_path and dataset_name: neither is given. Fix: --dataset_path FILE.")
     return train, evaluation

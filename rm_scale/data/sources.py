@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rm_scale.data.reading import Reading
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.text_files import (
     MAX_COLUMNS,
@@ -90,11 +91,13 @@ class Source:
         name: its name in reports: the path as given, or hub name and split.
         identity: what must be unchanged for cached results to be valid, as JSON values.
         load: reads it; takes a folder for temporary files.
+        reading: how its rows are read.
     """
 
     name: str
     identity: dict[str, Any]
     load: Callable[[Path], RawRows] = field(repr=False, compare=False)
+    reading: Reading = field(default_factory=Reading)
 
 
 # --- Finding sources -----------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Columns of other names and shapes, mapped by declaration to those that the formats read; maps of public sets."""
