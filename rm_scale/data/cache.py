@@ -236,7 +236,7 @@ def _choose_reader(source: Source, columns: Sequence[str], sample: Sequence[Row]
     return reader, verdict
 
 
-def _mapped(column_map: ColumnMap, sample: Sequence[Row], name: str) -> list[Row]:
+def _mapped(column_map: ColumnMap, sample: Sequence[Row], name: str) -> list[dict[str, Any]]:
     """Return the first rows in the columns of a format, without those that the map does not fit.
 
     Raises:
