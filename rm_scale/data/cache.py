@@ -206,7 +206,7 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
         sample = raw.sample()
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
-    reader, verdict = _choose_reader(source, raw.columns(sample), sample)
+    reader, verdict = choose_reader(source, raw.columns(sample), sample)
     _warn_about_template(sample, reader, encoder)
     mapped = encode_rows(raw, reader, encoder, config, work)
     reasons = np.asarray(mapped.with_format("arrow").select_columns(["reason"])[:]["reason"].to_numpy())
@@ -220,7 +220,7 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     shutil.rmtree(work)
 
 
-def _choose_reader(source: Source, columns: Sequence[str], sample: Sequence[Row]) -> tuple[RowReader, FormatVerdict]:
+def choose_reader(source: Source, columns: Sequence[str], sample: Sequence[Row]) -> tuple[RowReader, FormatVerdict]:
     """Return what reads the rows of a source, and why so.
 
     Raises:

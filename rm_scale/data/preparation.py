@@ -78,7 +78,7 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
         DataError: a source can't be read or fits no format, nothing usable is left, or the split is impossible.
         ModelError: conversations without a chat template.
     """
-    train_sources, eval_sources = _sources(config)
+    train_sources, eval_sources = find_sources(config)
     train_parts = [load_or_encode(source, "train", config, encoder) for source in train_sources]
     eval_parts = [load_or_encode(source, "eval", config, encoder) for source in eval_sources]
     train = join_sources(train_parts)
@@ -123,7 +123,7 @@ def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray |
         found = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
         sources = [replace(source, reading=reading) for source in found]
     else:
-        train, evaluation = _sources(config)
+        train, evaluation = find_sources(config)
         sources = evaluation or train
     parts = [load_or_encode(source, "eval", config, encoder) for source in sources]
     data = join_sources(parts)
@@ -151,8 +151,12 @@ def prepare_held_out(config: RunConfig, encoder: TextEncoder) -> EvaluationData:
     return EvaluationData(data.eval, data.eval_origins, used, data.rejected)
 
 
-def _sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
-    """Return the sources to train on and to evaluate on."""
+def find_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
+    """Return the sources to train on and to evaluate on.
+
+    Raises:
+        DataError: none is given, or one does not exist.
+    """
     evaluation: list[Source] = []
     if config.dataset_name:
         train = [hub_source(config.dataset_name, config.dataset_config, config.dataset_train_split)]
