@@ -32,6 +32,7 @@ PACKAGES = (
     "known_models",
     "tiers",
     "planning",
+    "overlap",
     "data",
     "batching",
     "modeling",
