@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rm_scale.config import RunConfig
-from rm_scale.data.column_maps.column_map import ColumnMap
 from rm_scale.data.data_report import (
     NUM_FIRST_ROWS,
     RejectionCount,
@@ -29,11 +28,10 @@ from rm_scale.data.data_report import (
 )
 from rm_scale.data.encoded_rows import encode_rows, read_row, row_features
 from rm_scale.data.encoding import TextEncoder
-from rm_scale.data.format_detection import FormatVerdict, choose_format, warn_about_hard_labels
+from rm_scale.data.format_detection import FormatVerdict, warn_about_hard_labels
 from rm_scale.data.formats import RowReader
 from rm_scale.data.preference_group import PreferenceGroup
-from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.row_values import Row
+from rm_scale.data.row_readers import choose_reader, open_source
 from rm_scale.data.sources import Source
 from rm_scale.errors import DataError, ModelError
 from rm_scale.logs import get_logger
@@ -201,12 +199,12 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     """Encode one source into `folder`: `used/`, `rejected.jsonl` and, last, `meta.json`."""
     work = folder / "work"
     work.mkdir()
-    raw = source.load(work)
+    raw = open_source(source, work)
     try:
         sample = raw.sample()
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
-    reader, verdict = choose_reader(source, raw.columns(sample), sample)
+    reader, verdict = choose_reader(source, raw, sample)
     _warn_about_template(sample, reader, encoder)
     mapped = encode_rows(raw, reader, encoder, config, work)
     reasons = np.asarray(mapped.with_format("arrow").select_columns(["reason"])[:]["reason"].to_numpy())
@@ -218,41 +216,6 @@ def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder
     _write_meta(folder, verdict, len(mapped), len(used), rejected)
     del mapped, used, raw
     shutil.rmtree(work)
-
-
-def choose_reader(source: Source, columns: Sequence[str], sample: Sequence[Row]) -> tuple[RowReader, FormatVerdict]:
-    """Return what reads the rows of a source, and why so.
-
-    Raises:
-        DataError: its map or preset does not fit, or no format does.
-    """
-    reading = source.reading
-    column_map = reading.column_map(columns)
-    if column_map is not None:
-        sample = _mapped(column_map, sample, source.name)
-        columns = list(dict.fromkeys(name for row in sample for name in row))
-    verdict = choose_format(reading.format, columns, sample, source.name, reading.subset_column, reading.ignore_columns)
-    reader = RowReader(verdict.name, reading.subset_column, source.name, reading.ignore_columns, column_map=column_map)
-    return reader, verdict
-
-
-def _mapped(column_map: ColumnMap, sample: Sequence[Row], name: str) -> list[dict[str, Any]]:
-    """Return the first rows in the columns of a format, without those that the map does not fit.
-
-    Raises:
-        DataError: it fits none of them.
-    """
-    rows, refusal = [], None
-    for row in sample:
-        try:
-            rows.append(column_map.apply(row))
-        except RejectedRow as rejected:
-            refusal = refusal or rejected
-    if not rows:
-        raise DataError(
-            f"{name}: the column map fits none of the first rows ({refusal}). Fix: correct dataset_columns."
-        )
-    return rows
 
 
 def _warn_about_template(sample: Sequence[Any], reader: RowReader, encoder: TextEncoder) -> None:
