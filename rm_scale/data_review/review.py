@@ -1,0 +1,154 @@
+"""`review_data`: read all rows of a run's training sources once, and return what was found, as JSON values."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rm_scale.config import RunConfig
+from rm_scale.data.cache import DEFAULT_CACHE_DIR
+from rm_scale.data.data_report import DataReport
+from rm_scale.data.encoding import TextEncoder
+from rm_scale.data.preference_group import PreferenceGroup
+from rm_scale.data.preparation import find_sources
+from rm_scale.data.sources import Source
+from rm_scale.data_review.finding import Example, Finding, cut, cut_left
+from rm_scale.data_review.lengths import review_lengths
+from rm_scale.data_review.noise import review_noise
+from rm_scale.data_review.pair_hashes import PairHashes
+from rm_scale.data_review.read_groups import SourceGroups, plain_text, read_groups
+from rm_scale.data_review.sample import MAX_CHARACTERS, SAMPLE_GROUPS, SampledGroup, Sampler, choose_rows
+from rm_scale.logs import get_logger
+from rm_scale.version import __version__
+
+logger = get_logger(__name__)
+
+DOCUMENT_VERSION = 1
+
+
+@dataclass
+class AllGroups:
+    """All groups of the open sources: hashes of every one, and a sample of their texts.
+
+    Attributes:
+        sources: in the order in which their groups are numbered.
+        hashes: of the pairs.
+        sample: the groups to look at closely.
+        rows: (G,) row of each group in its source, and `source_of` (G,) which one that is.
+    """
+
+    sources: list[SourceGroups]
+    hashes: PairHashes
+    sample: list[SampledGroup]
+    rows: list[np.ndarray[Any, np.dtype[np.int64]]]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of all sources."""
+        return sum(map(len, self.rows))
+
+    def example(self, numbers: Sequence[int]) -> Example:
+        """Return groups, by their numbers, as one example; their rows are read again."""
+        found = [self._place(number) for number in numbers]
+        texts: dict[str, str] = {}
+        for source, row in found:
+            group = source.at(row)
+            if isinstance(group, PreferenceGroup):
+                texts |= _texts(group, row)
+        return Example(
+            " and ".join(dict.fromkeys(source.name for source, _ in found)), tuple(r for _, r in found), texts
+        )
+
+    def _place(self, number: int) -> tuple[SourceGroups, int]:
+        for source, rows in zip(self.sources, self.rows, strict=True):
+            if number < len(rows):
+                return source, int(rows[number])
+            number -= len(rows)
+        raise IndexError(number)
+
+
+def _texts(group: PreferenceGroup, row: int) -> dict[str, str]:
+    best, worst = int(np.argmin(group.ranks)), int(np.argmax(group.ranks))
+    if group.soft_label is not None:
+        best, worst = (0, 1) if group.soft_label >= 0.5 else (1, 0)
+    return {
+        "prompt": cut_left(plain_text(group.prompt)),
+        f"row {row}, better": cut(plain_text(group.responses[best])),
+        f"row {row}, worse": cut(plain_text(group.responses[worst])),
+    }
+
+
+def read_all(sources: Sequence[SourceGroups], encoder: TextEncoder, seed: int) -> AllGroups:
+    """Read every row of the sources once."""
+    chosen = choose_rows(sum(map(len, sources)), seed)
+    hashes, sampler = PairHashes(), Sampler(encoder)
+    all_rows, number, place = [], 0, 0
+    for source in sources:
+        rows = []
+        for row, group in source:
+            if isinstance(group, PreferenceGroup):
+                hashes.add(number, group)
+                if chosen[place]:
+                    sampler.add(source.name, row, group)
+                rows.append(row)
+                number += 1
+            place += 1
+        all_rows.append(np.asarray(rows, dtype=np.int64))
+    return AllGroups(list(sources), hashes, sampler.finish(), all_rows)
+
+
+def review_data(config: RunConfig, encoder: TextEncoder, report: DataReport) -> dict[str, Any]:
+    """Examine the training sources of a run.
+
+    Args:
+        config: which sources, and the settings that findings speak of.
+        encoder: how the run turns text into tokens.
+        report: what became of every row.
+
+    Returns:
+        JSON values: `findings` as `Finding.to_dict`, the most serious first, and the figures of each examination.
+
+    Raises:
+        DataError: a source can't be read.
+    """
+    sources, _ = find_sources(config)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    root = Path(config.dataset_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    with ExitStack() as stack:
+        opened = [_open(source, root, stack) for source in sources]
+        logger.info(f"examining {sum(map(len, opened)):,} rows of {len(opened)} source{'s' * (len(opened) != 1)}")
+        groups = read_all(opened, encoder, seed)
+        findings = review_noise(groups.hashes.arrays(), groups.example)
+        lengths, found = review_lengths(groups.sample, config, seed)
+        findings += found
+    return {
+        "version": DOCUMENT_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rm_scale": __version__,
+        "model": config.model_name_or_path,
+        "seed": seed,
+        "num_rows": sum(map(len, opened)),
+        "num_groups": groups.num_groups,
+        "num_pairs": len(groups.hashes),
+        "sample": {"num_groups": len(groups.sample), "most": SAMPLE_GROUPS, "max_characters": MAX_CHARACTERS},
+        "findings": [finding.to_dict() for finding in _by_weight(findings)],
+        "lengths": lengths,
+        "report": report.to_dict(),
+    }
+
+
+def _open(source: Source, root: Path, stack: ExitStack) -> SourceGroups:
+    work = stack.enter_context(tempfile.TemporaryDirectory(prefix="review-", dir=root, ignore_cleanup_errors=True))
+    return read_groups(source, Path(work))
+
+
+def _by_weight(findings: Sequence[Finding]) -> list[Finding]:
+    levels = ("problem", "note", "nothing")
+    return sorted(findings, key=lambda finding: (levels.index(finding.level), -(finding.share or 0)))
