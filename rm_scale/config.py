@@ -98,6 +98,18 @@ class RunConfig(BaseModel):
     dataset_train_split: str = _setting(Group.DATA, "train", "Hub split to train on.")
     dataset_test_split: str | None = _setting(Group.DATA, None, "Hub split to evaluate on.")
     eval_dataset_path: list[str] | None = _setting(Group.DATA, None, "Local files to evaluate on.")
+    datasets: list[dict[str, Any]] | None = _setting(
+        Group.DATA,
+        None,
+        "Several sources, in place of dataset_path: a list of mappings with path or hub, and name, weight, epochs, "
+        "filters and more (docs/mixtures.md).",
+    )
+    eval_datasets: list[dict[str, Any]] | None = _setting(
+        Group.DATA, None, "Several sources to evaluate on, each with figures of its own (docs/mixtures.md)."
+    )
+    mixture_shares: Literal["per_step", "per_epoch"] = _setting(
+        Group.DATA, "per_step", "Where the shares of the sources in datasets hold: in each step, or in each epoch."
+    )
     eval_split_size: float | None = _setting(
         Group.DATA,
         None,
@@ -130,6 +142,14 @@ class RunConfig(BaseModel):
     max_rejected_share: float = _setting(Group.DATA, 0.05, "Stop when a larger share of rows is rejected.", ge=0, le=1)
     max_train_samples: int | None = _setting(Group.DATA, None, "Use only the first N groups.", ge=1, le=MOST_GROUPS)
     max_eval_samples: int | None = _setting(Group.DATA, None, "Evaluate only the first N groups.", ge=1, le=MOST_GROUPS)
+    streaming: bool = _setting(
+        Group.DATA,
+        False,
+        "Read and encode training rows while training comes to them, without a copy of them on disk. Needs max_steps.",
+    )
+    shuffle_buffer_size: int = _setting(
+        Group.DATA, 10_000, "With streaming: rows that are read, encoded and shuffled together.", ge=1, le=MANY
+    )
     shuffle_train: bool = _setting(Group.DATA, True, "New order of the groups in each epoch.")
     data_seed: int | None = _setting(Group.DATA, None, "Seed of the data order alone.", ge=0, lt=2**32)
     dataset_num_proc: int | None = _setting(

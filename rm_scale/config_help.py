@@ -23,6 +23,7 @@ _TYPE_NAMES = {
     float: "number",
     list[str]: "list of text",
     dict[str, Any]: "mapping",
+    list[dict[str, Any]]: "list of mappings",
 }
 _NAME_COLUMN = 36
 _WIDTH = 120

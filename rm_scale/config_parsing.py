@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rm_scale.config import RunConfig
 from rm_scale.config_rules import conflicts, unknown_key_problem
 from rm_scale.config_schedules import number_in
+from rm_scale.config_sources import LISTS, normalised
 from rm_scale.config_trl import translate
 from rm_scale.errors import ConfigError, UserError
 from rm_scale.files import user_path
@@ -98,6 +99,8 @@ def _read_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def _flag_value(name: str, values: list[str]) -> Any:
     if not values:
         return True  # a bare --flag
+    if name in LISTS:
+        return " ".join(values)  # JSON, in which a comma separates no values
     if name in RunConfig.model_fields and _is_list_field(name):
         return [part for word in values for part in word.split(",") if part]
     return values[0] if len(values) == 1 else values
@@ -184,6 +187,8 @@ def _normalise(name: str, value: Any) -> Any:
     optional = _is_union(annotation) and type(None) in typing.get_args(annotation)
     if optional and isinstance(value, str) and value.lower() in {"none", "null"}:
         return None
+    if name in LISTS:
+        return normalised(_from_json(value))
     if _is_list_field(name):
         if isinstance(value, list) and [str(part).lower() for part in value] in (["none"], ["null"]):
             return None if optional else []
@@ -196,14 +201,20 @@ def _normalise(name: str, value: Any) -> Any:
 
 def _mapping(value: Any) -> Any:
     """Read a mapping from JSON, as which flags have it, and its numbers from text, as which YAML has 1e-6."""
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+    value = _from_json(value)
     if not isinstance(value, dict):
         return value
     return {key: number_in(item) if isinstance(item, str) else item for key, item in value.items()}
+
+
+def _from_json(value: Any) -> Any:
+    """Return what a text that is a JSON mapping or list says; any other value as it is."""
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 # What may begin with "~". The shell leaves it as it is in a YAML file and in `--output_dir=~/run`.

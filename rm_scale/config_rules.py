@@ -23,6 +23,7 @@ from rm_scale.config_names import (
     SCHEDULES_BY_LOSS,
 )
 from rm_scale.config_schedules import optimizer_problems, schedule_problems
+from rm_scale.config_sources import LISTS, source_problems
 from rm_scale.texts import did_you_mean, nearest_name
 
 
@@ -109,11 +110,12 @@ RULES = (
     # --- Data
     Rule(
         "one_training_source",
-        lambda c: bool(c.dataset_path) == bool(c.dataset_name),
+        lambda c: bool(c.dataset_path) + bool(c.dataset_name) + bool(c.datasets) != 1,
         lambda c: (
-            "dataset_path and dataset_name: exactly one must be given, got "
-            f"{bool(c.dataset_path) + bool(c.dataset_name)}. "
-            "Fix: give --dataset_path FILE for local files or --dataset_name NAME for the hub."
+            "dataset_path, dataset_name and datasets: exactly one must be given, got "
+            f"{bool(c.dataset_path) + bool(c.dataset_name) + bool(c.datasets)}. "
+            "Fix: give --dataset_path FILE for local files, --dataset_name NAME for the hub, or datasets for several "
+            "sources."
         ),
     ),
     Rule(
@@ -139,13 +141,34 @@ RULES = (
             "e.g. 300 or 0.1."
         ),
     ),
+    Rule(
+        "streaming_needs_max_steps",
+        lambda c: c.streaming and c.max_steps <= 0,
+        lambda c: "streaming: the length of a stream is not known, so max_steps says when to stop. Fix: --max_steps N.",
+    ),
+    Rule(
+        "streaming_reads_rows_as_they_come",
+        lambda c: c.streaming and bool(_of_whole_data(c)),
+        lambda c: (
+            f"streaming with {' and '.join(_of_whole_data(c))}: needs all training rows before the first step. Fix: "
+            "leave one of them out; evaluation data of its own is eval_dataset_path."
+        ),
+    ),
+    Rule(
+        "streaming_encodes_in_this_process",
+        lambda c: c.streaming and c.dataloader_num_workers > 0,
+        lambda c: (
+            f"streaming with dataloader_num_workers={c.dataloader_num_workers}: the next rows are encoded ahead by a "
+            "thread of each rank. Fix: leave dataloader_num_workers out."
+        ),
+    ),
     # --- Evaluation
     Rule(
         "evaluation_needs_data",
         lambda c: c.eval_strategy != "no" and not _evaluation_sources(c),
         lambda c: (
             f"eval_strategy={c.eval_strategy}: there is nothing to evaluate on. "
-            "Fix: give eval_dataset_path, eval_split_size or dataset_test_split."
+            "Fix: give eval_dataset_path, eval_datasets, eval_split_size or dataset_test_split."
         ),
     ),
     Rule(
@@ -337,7 +360,13 @@ def _is_loss(metric: str) -> bool:
 
 def _evaluation_sources(config: RunConfig) -> list[str]:
     """Return which of the settings that say what to evaluate on are given."""
-    return [name for name in ("eval_dataset_path", "eval_split_size", "dataset_test_split") if getattr(config, name)]
+    names = ("eval_dataset_path", "eval_datasets", "eval_split_size", "dataset_test_split")
+    return [name for name in names if getattr(config, name)]
+
+
+def _of_whole_data(config: RunConfig) -> list[str]:
+    """Return which of the settings are given that choose among all training rows."""
+    return [name for name in ("eval_split_size", "max_train_samples") if getattr(config, name) is not None]
 
 
 class _BrokenSettingRead(Exception):
@@ -388,6 +417,9 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
         found += _unknown_values(
             "attn_implementation", [one for one in [config.attn_implementation] if "/" not in one], ATTENTIONS
         )
+    for setting in LISTS:
+        if setting not in broken:
+            found += source_problems(setting, getattr(config, setting) or [])
     for setting, known in (("allow_changed", RESUME_FACTS), ("force", FORCEABLE_RULES)):
         if setting not in broken:
             unknown = [name for name in getattr(config, setting) if name not in known]

@@ -17,6 +17,7 @@ from typing import Any
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "dataset_streaming": "streaming",
     "evaluation_strategy": "eval_strategy",
     "full_determinism": "deterministic",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -55,7 +56,6 @@ _LENGTH_IS_NEEDED = (
 )
 _CUTS = "a text that was cut would get another text's reward"
 _ONE_LENGTH = "a prompt and its response share one limit"
-_MIXTURE = "several data sets are read as files, each whole"
 
 # fmt: off
 FIXED: dict[str, Fixed] = {
@@ -162,10 +162,7 @@ FIXED: dict[str, Fixed] = {
     "lora_task_type": Fixed(("SEQ_CLS",), "a reward model always uses SEQ_CLS, or its head is lost"),
     "load_in_8bit": Fixed(_OFF, "8-bit weights train wrongly under ZeRO-3 (bitsandbytes#1451)", "use load_in_4bit (QLoRA, NF4)"),
     # --- ScriptArguments and DatasetMixtureConfig
-    "dataset_streaming": Fixed(_OFF, "a plan, the order of the groups and a resumed run need the whole data", "leave it out: data is read once, cached on disk and not held in memory"),
-    "streaming": Fixed(_OFF, "a plan, the order of the groups and a resumed run need the whole data", "leave it out: data is read once, cached on disk and not held in memory"),
     "ignore_bias_buffers": Fixed(_OFF, "TRL's own script for reward models does not read it either"),
-    "datasets": Fixed(("empty",), _MIXTURE, "name the files of all in dataset_path, or one hub data set with dataset_name, dataset_config and dataset_train_split"),
 }
 
 DIFFERENT_DEFAULTS: dict[str, tuple[str, str]] = {
@@ -192,7 +189,7 @@ DIFFERENT_DEFAULTS: dict[str, tuple[str, str]] = {
 }
 """Defaults that are not TRL's: what they are here, and why."""
 
-SAME_MEANING = frozenset(["gradient_accumulation_steps", "bf16", "report_to", "disable_tqdm", "debug", "local_rank", "model_name_or_path"])
+SAME_MEANING = frozenset(["datasets", "gradient_accumulation_steps", "bf16", "report_to", "disable_tqdm", "debug", "local_rank", "model_name_or_path"])
 """Settings whose default is written otherwise than TRL's and means the same, or which have none."""
 # fmt: on
 

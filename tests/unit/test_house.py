@@ -41,6 +41,7 @@ PACKAGES = (
     "inference",
     "evaluation",
     "data_review",
+    "contamination",
     "reporting",
     "launch",
     "slurm",
