@@ -83,7 +83,7 @@ class MinHash:
         """
         firsts = self._minima(shingles)
         bands = firsts.reshape(len(firsts), self.banding.num_bands, self.banding.num_rows)
-        mixed = (bands * self._weights).sum(axis=2, dtype=np.uint64)
+        mixed: Hashes = (bands * self._weights).sum(axis=2, dtype=np.uint64)
         return (mixed >> np.uint64(32)).astype(np.uint32)
 
     def _minima(self, shingles: TextHashes) -> Hashes:
