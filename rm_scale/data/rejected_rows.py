@@ -22,21 +22,25 @@ REJECTION_REASONS = {
     "template_error": "the chat template could not render the conversation",
     "lost_text": "the chat template left out a message, a tool call or a tool",
     "unfinished_text": "a rendered conversation doesn't end with an answer as the chat template ends it",
+    "refused_by_server": "the server that scores (--endpoint) refuses this text",
     "double_bos": "a sequence begins with two BOS tokens: the text holds one and another is added to it",
     "ends_with_pad": "a sequence ends with the padding token, so that its last real token can't be found",
 }
+
+FILTERED = "filtered"
+"""Why a row was left out that the user's own filter leaves out: counted, and no rejection."""
 
 
 class RejectedRow(Exception):
     """One input row that can't be used.
 
     Args:
-        reason: a key of `REJECTION_REASONS`.
+        reason: a key of `REJECTION_REASONS`, or `FILTERED`.
         detail: what exactly was seen in this row.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        assert reason in REJECTION_REASONS, reason
+        assert reason in REJECTION_REASONS or reason == FILTERED, reason
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}" if detail else reason)

@@ -10,12 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from rm_scale.data.preparation import EvaluationData
+from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.evaluation.benchmarks import Benchmark, read_benchmark
 from rm_scale.evaluation.evaluate import ScoredModel, metric_names
 from rm_scale.evaluation.evaluated_models import EvaluatedModel, short_names
 from rm_scale.evaluation.evaluation_groups import EvaluationGroups
 from rm_scale.evaluation.requirements import Wanted, check_names
-from rm_scale.evaluation.scored_groups import data_use, score_benchmark, score_groups
+from rm_scale.evaluation.scored_groups import data_use, require_few_lost, score_benchmark, score_groups
 from rm_scale.evaluation.scores_file import read_scores
 from rm_scale.inference.scoring.contract_scorer import ContractScorer
 
@@ -97,10 +98,13 @@ def _score_model(
     model: EvaluatedModel, scorer: ContractScorer, data: EvaluationData, groups: EvaluationGroups, batch_size: int
 ) -> ScoredModel:
     rewards = score_groups(data, scorer, batch_size)
-    found = list(tqdm(rewards, total=len(data.groups), unit=" groups", desc=model.name, mininterval=1.0, disable=None))
+    tried = list(tqdm(rewards, total=len(data.groups), unit=" groups", desc=model.name, mininterval=1.0, disable=None))
+    found = [one for one in tried if not isinstance(one, RejectedRow)]
+    lost = {place: one for place, one in enumerate(tried) if isinstance(one, RejectedRow)}
+    require_few_lost(data, lost, groups.config.max_rejected_share, model.name)
     settings, keep_ties = groups.loss_settings()
     facts = {"dtype": scorer.dtype, "device": str(scorer.device), "max_length": scorer.encoder.rules.max_length}
-    return ScoredModel(model.name, str(model.path), found, settings, keep_ties, facts, data_use(data.sources))
+    return ScoredModel(model.name, str(model.path), found, settings, keep_ties, facts, data_use(data, lost))
 
 
 def read_benchmarks(files: Sequence[str], benchmark_format: str) -> dict[str, Benchmark]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rm_scale.data.data_report import SourceReport
+from rm_scale.data.data_report import NUM_FIRST_ROWS
 from rm_scale.data.preference_group import Text
 from rm_scale.data.preparation import EvaluationData
 from rm_scale.data.rejected_rows import REJECTION_REASONS, RejectedRow
+from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks import Benchmark
 from rm_scale.evaluation.benchmarks.lost_items import score_with_lost
 from rm_scale.evaluation.evaluation_document import DataUse
@@ -21,8 +23,8 @@ from rm_scale.training.pair_counts import ScoredGroup
 _GROUPS_PER_BATCH_ELEMENT = 16
 
 
-def score_groups(data: EvaluationData, scorer: ContractScorer, batch_size: int) -> Iterator[ScoredGroup]:
-    """Yield every group with the rewards of its responses, in the data's order.
+def score_groups(data: EvaluationData, scorer: ContractScorer, batch_size: int) -> Iterator[ScoredGroup | RejectedRow]:
+    """Yield every group with the rewards of its responses, in the data's order; or why one of them has none.
 
     Args:
         data: encoded by the scorer's own encoder.
@@ -39,7 +41,8 @@ def score_groups(data: EvaluationData, scorer: ContractScorer, batch_size: int) 
         keys = [str(place) for place, row in zip(places, rows, strict=True) for _ in row["input_ids"]]
         rewards = iter(_score_new(sequences, keys, scorer, batch_size, known))
         for place, row in zip(places, rows, strict=True):
-            yield _scored(data, place, row, [next(rewards) for _ in row["input_ids"]])
+            found = _all_or_none([next(rewards) for _ in row["input_ids"]])
+            yield found if isinstance(found, RejectedRow) else _scored(data, place, row, found)
 
 
 def score_texts(
@@ -71,17 +74,23 @@ def score_texts(
         keys = [str(place) for place, _ in sequences]
         rewards = iter(_score_new([ids for _, ids in sequences], keys, scorer, batch_size, known))
         for reason, group in zip(refused, groups, strict=True):
-            results.append(reason if reason is not None else [next(rewards) for _ in group])
+            results.append(reason if reason is not None else _all_or_none([next(rewards) for _ in group]))
     return results
+
+
+def _all_or_none(found: Sequence[float | RejectedRow]) -> list[float] | RejectedRow:
+    """Return the rewards of a group, or the first reason why one of them is missing."""
+    refused = next((one for one in found if isinstance(one, RejectedRow)), None)
+    return refused if refused is not None else [one for one in found if not isinstance(one, RejectedRow)]
 
 
 def _score_new(
     sequences: Sequence[Sequence[int]], keys: Sequence[str], scorer: ContractScorer, batch_size: int, known: KnownScores
-) -> list[float]:
+) -> list[float | RejectedRow]:
     """Return the rewards of token sequences; those that came before have the reward that they had."""
 
-    def compute(places: list[int]) -> list[float]:
-        return scorer.score_tokens([sequences[one] for one in places], batch_size, [keys[one] for one in places])
+    def compute(places: list[int]) -> list[float | RejectedRow]:
+        return scorer.try_score_tokens([sequences[one] for one in places], batch_size, [keys[one] for one in places])
 
     return known.score(sequences, compute)
 
@@ -112,28 +121,72 @@ def _scored(data: EvaluationData, place: int, row: dict[str, Any], rewards: list
     return ScoredGroup.of_row(
         row,
         rewards,
-        source=origins.names[origins.source[place]],
+        source=_source(data, place),
         prompt=hash_text(origins.prompt[place]),
         content=hash_text(origins.content[place]),
     )
 
 
-def data_use(sources: Iterable[SourceReport]) -> DataUse:
-    """Return what became of the input rows."""
-    sources = list(sources)
+def require_few_lost(
+    data: EvaluationData, lost: Mapping[int, RejectedRow], max_rejected_share: float, name: str
+) -> None:
+    """Stop where the server that scores refuses too many groups.
+
+    Args:
+        data: what was scored.
+        lost: places of the groups without rewards, and why there are none.
+        max_rejected_share: most groups that may be lost in this way.
+        name: of the model.
+
+    Raises:
+        DataError: more are, or all.
+    """
+    if not lost or (len(lost) <= max_rejected_share * len(data.groups) and len(lost) < len(data.groups)):
+        return
+    first = min(lost)
+    share = math.ceil(1000 * len(lost) / len(data.groups)) / 1000
+    accept = f", or leave them out with --max_rejected_share {share:g}" if len(lost) < len(data.groups) else ""
+    raise DataError(
+        f"{name}: {len(lost)} of {len(data.groups)} groups have no score, and --max_rejected_share is "
+        f"{max_rejected_share:g}; the first is row {data.groups[first]['row']} of {_source(data, first)}: "
+        f"{lost[first]}. Fix: a server that takes them{accept}."
+    )
+
+
+def _source(data: EvaluationData, place: int) -> str:
+    return data.origins.names[data.origins.source[place]]
+
+
+def data_use(data: EvaluationData, lost: Mapping[int, RejectedRow]) -> DataUse:
+    """Return what became of the input rows.
+
+    Args:
+        data: the groups and how they were read.
+        lost: places of the groups without rewards, and why there are none.
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for place, refused in lost.items():
+        rows.setdefault((_source(data, place), refused.reason), []).append(data.groups[place]["row"])
     return DataUse(
-        sources=[source.name for source in sources],
-        rows_read=sum(source.rows_read for source in sources),
-        rows_used=sum(source.rows_used for source in sources),
+        sources=[source.name for source in data.sources],
+        rows_read=sum(source.rows_read for source in data.sources),
+        rows_used=sum(source.rows_used for source in data.sources) - len(lost),
         rejected=[
-            {
-                "source": source.name,
-                "reason": reason,
-                "meaning": REJECTION_REASONS[reason],
-                "count": entry.count,
-                "first_rows": list(entry.first_rows),
-            }
-            for source in sources
-            for reason, entry in source.rejected.items()
+            *(
+                _refused(source.name, reason, entry.count, entry.first_rows)
+                for source in data.sources
+                for reason, entry in source.rejected.items()
+            ),
+            *(_refused(name, reason, len(found), found) for (name, reason), found in rows.items()),
         ],
     )
+
+
+def _refused(source: str, reason: str, count: int, rows: Sequence[int]) -> dict[str, Any]:
+    return {
+        "source": source,
+        "reason": reason,
+        "meaning": REJECTION_REASONS[reason],
+        "count": count,
+        "first_rows": list(rows[:NUM_FIRST_ROWS]),
+    }

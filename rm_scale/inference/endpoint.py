@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rm_scale.inference.http_client import RemoteError, RetryingClient, checked_url, is_number, json_object
+from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.inference.http_client import (
+    RemoteError,
+    RetryingClient,
+    checked_url,
+    detail_of,
+    is_number,
+    json_object,
+    text_value,
+)
 from rm_scale.logs import get_logger
 from rm_scale.texts import one_line
 
@@ -20,8 +30,32 @@ _ROUTE = "/classify"
 _ALIVE = "see that a server runs there (curl {url}/health)"
 
 
-class _TooLarge(Exception):
-    """The server takes fewer texts, or fewer bytes, at once."""
+_ABOUT_TEXTS = {400, 413, 422, 507}
+"""Statuses of an answer that refuses what was sent: a text, too many of them, or one too large for its memory."""
+_NOT_FINITE = "not JSON compliant"
+"""Words of Python's JSON, which vLLM answers with (400) where a score is not finite."""
+
+
+class _Refused(Exception):
+    """The server refuses some of the texts, or so many at once.
+
+    Attributes:
+        status: of its answer.
+        detail: what it says.
+        not_finite: that a score is not finite.
+    """
+
+    def __init__(self, status: int, detail: str, not_finite: bool) -> None:
+        self.status = status
+        self.detail = detail
+        self.not_finite = not_finite
+
+    def score(self) -> float | RejectedRow:
+        """Return what a text gets that is refused alone."""
+        if self.not_finite:
+            return math.nan
+        # A text that was sent alone has no number that anybody knows.
+        return RejectedRow("refused_by_server", f"status {self.status}, {self.detail.removeprefix('item 0: ')}")
 
 
 @dataclass(frozen=True)
@@ -127,30 +161,38 @@ class Endpoint:
 
     # --- Scores ------------------------------------------------------------------------------------------------------
 
-    def score(self, sequences: Sequence[Sequence[int]], stop: threading.Event | None = None) -> list[float]:
-        """Return the raw scores of token sequences, in their order; in halves where they are too many at once.
+    def try_score(
+        self, sequences: Sequence[Sequence[int]], stop: threading.Event | None = None
+    ) -> list[float | RejectedRow]:
+        """Return the raw scores of token sequences, in their order, or why there is none.
+
+        What is refused (status 400, 413, 422 or 507) is sent again in halves, until it is a single text.
 
         Args:
             sequences: token ids of each.
             stop: once set, nothing more is asked.
 
+        Returns:
+            A number each, NaN where the score is not finite; `refused_by_server` for a text that is refused alone.
+
         Raises:
-            RemoteError: the server refuses, or its answer does not hold one finite score per sequence; or `stop` was
-                set.
+            RemoteError: the server fails, or its answer does not hold one number per sequence; or `stop` was set.
         """
         try:
-            return self._score(sequences, stop)
-        except _TooLarge as error:
+            return [*self._score(sequences, stop)]
+        except _Refused as refused:
             if len(sequences) == 1:
-                raise RemoteError(f"{self.url}{_ROUTE}: {error} Fix: raise the server's limits.") from error
+                return [refused.score()]
         half = len(sequences) // 2
-        return [*self.score(sequences[:half], stop), *self.score(sequences[half:], stop)]
+        return [*self.try_score(sequences[:half], stop), *self.try_score(sequences[half:], stop)]
 
     def _score(self, sequences: Sequence[Sequence[int]], stop: threading.Event | None) -> list[float]:
         body = {"model": self.served.model, "input": [list(ids) for ids in sequences], "use_activation": False}
         response = self.client.ask("POST", _ROUTE, json.dumps(body).encode(), stop)
-        if response.status_code == 413:
-            raise _TooLarge("status 413, the request is too large.")
+        if response.status_code in _ABOUT_TEXTS:
+            detail = detail_of(response)
+            not_finite = text_value(response, "reason") == "not_finite" or _NOT_FINITE in detail
+            raise _Refused(response.status_code, detail, not_finite)
         if response.status_code == 404:
             raise RemoteError(
                 f"{self.url}{_ROUTE}: is not served there. Fix: vllm serve MODEL --runner pooling, with a model that "
@@ -171,10 +213,18 @@ class Endpoint:
                 f"{self.url}{_ROUTE}: gives {several} numbers per text, a reward model gives 1. Fix: serve a reward "
                 "model."
             )
-        scores = [probs[0] for probs in values if isinstance(probs, list) and probs and is_number(probs[0])]
-        if len(scores) != num_sequences or len(rows) != num_sequences:
+        scores = [_as_score(probs[0]) for probs in values if isinstance(probs, list) and probs]
+        if len(scores) != num_sequences or len(rows) != num_sequences or None in scores:
+            good = sum(score is not None for score in scores)
             raise RemoteError(
-                f"{self.url}{_ROUTE}: the answer does not hold {num_sequences} finite scores but {len(scores)}. Fix: a "
-                "server of a reward model; where a score is not finite, one in float32 or bfloat16."
+                f"{self.url}{_ROUTE}: the answer does not hold {num_sequences} scores but {good}. Fix: a server of a "
+                "reward model."
             )
-        return [float(score) for score in scores]
+        return [score for score in scores if score is not None]
+
+
+def _as_score(value: Any) -> float | None:
+    """Return a number of JSON, NaN for one that is not finite (some write null for it); `None` for anything else."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return math.nan
+    return float(value) if is_number(value) else None

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.errors import ModelError
 from rm_scale.files import read_json_object
 from rm_scale.inference.endpoint import Endpoint
+from rm_scale.inference.http_client import RemoteError
 from rm_scale.inference.model_folder import local_folder, require_template
 from rm_scale.inference.parallel_requests import ask_in_parallel
 from rm_scale.inference.scoring.contract_scorer import ContractScorer
@@ -167,7 +170,11 @@ class EndpointScorer(ContractScorer):
                 "checked. Fix: the folder of a run or an export of rm_scale."
             )
         expected = [one.score for one in golden]
-        found = self.score_tokens([one.input_ids for one in golden])
+        found: list[float] = []
+        for one in self.try_score_tokens([one.input_ids for one in golden]):
+            if isinstance(one, RejectedRow):
+                raise self._refuses_golden(one)
+            found.append(one)
         kind, allowed = self._allowed(expected)
         drifts = [abs(there - score) for there, score in zip(found, expected, strict=True)]
         off = {place for place, drift in enumerate(drifts) if not drift <= allowed}
@@ -226,12 +233,31 @@ class EndpointScorer(ContractScorer):
         batch_size: int,
         prompt_keys: Sequence[str] | None,
         max_tokens: int | None,
-    ) -> list[float]:
+    ) -> list[float | RejectedRow]:
         """Ask for the scores, several requests at a time; how many texts share a forward pass is for the server."""
         return list(
             itertools.chain.from_iterable(
-                ask_in_parallel(self.endpoint.score, list(self._requests(sequences)), self.requests_in_flight)
+                ask_in_parallel(self._ask, list(self._requests(sequences)), self.requests_in_flight)
             )
+        )
+
+    def _ask(self, sequences: Sequence[Sequence[int]], stop: threading.Event) -> list[float | RejectedRow]:
+        """Ask for some scores. Where all of them are refused, it is asked whether the texts are what is wrong.
+
+        Raises:
+            RemoteError: the server fails, or refuses a golden text, too, which it has taken before.
+        """
+        found = self.endpoint.try_score(sequences, stop)
+        if all(isinstance(one, RejectedRow) for one in found):
+            (golden,) = self.endpoint.try_score([self.contract.golden_scores[0].input_ids], stop)
+            if isinstance(golden, RejectedRow):
+                raise self._refuses_golden(golden)
+        return found
+
+    def _refuses_golden(self, refused: RejectedRow) -> RemoteError:
+        return RemoteError(
+            f"{self.endpoint.url}: refuses golden texts of the contract: {refused.detail} Fix: see the server's log, "
+            "and that it serves the model of this folder."
         )
 
     def _requests(self, sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

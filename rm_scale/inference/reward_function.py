@@ -150,11 +150,16 @@ class RewardFunction:
         # A trainer's mixed precision is not the contract's: inside it even the head would be rounded.
         kind = torch.device(scorer.device).type if isinstance(scorer, RewardScorer) else "cpu"
         with torch.autocast(kind, enabled=False):
-            rewards = scorer.score_tokens(
-                [ids for ids, _ in good], self.batch_size, [key for _, key in good], self.max_tokens
+            rewards = iter(
+                scorer.try_score_tokens(
+                    [ids for ids, _ in good], self.batch_size, [key for _, key in good], self.max_tokens
+                )
             )
-        scores = iter(scorer.normalize(rewards) if self.shape.normalized else rewards)
-        return [_unscorable(ids) if isinstance(ids, RejectedRow) else next(scores) for ids in encoded]
+        found = [ids if isinstance(ids, RejectedRow) else next(rewards) for ids in encoded]
+        return [_unscorable(one) if isinstance(one, RejectedRow) else self._scaled(scorer, one) for one in found]
+
+    def _scaled(self, scorer: ContractScorer, reward: float) -> float:
+        return scorer.normalize([reward])[0] if self.shape.normalized else reward
 
     def _ask_server(self, server: RemoteScorer, read: Sequence[Completion | RejectedRow]) -> list[float | Unscorable]:
         good = [one for one in read if not isinstance(one, RejectedRow)]

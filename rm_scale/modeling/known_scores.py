@@ -10,9 +10,13 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 
+from rm_scale.data.rejected_rows import RejectedRow
+
+Found = TypeVar("Found", bound=float | RejectedRow)
 _MOST_KNOWN = 100_000
 
 
@@ -36,15 +40,16 @@ class KnownScores:
         self._most = most
         self._scores: OrderedDict[bytes, float] = OrderedDict()
 
-    def score(self, sequences: Sequence[Sequence[int]], compute: Callable[[list[int]], Sequence[float]]) -> list[float]:
+    def score(self, sequences: Sequence[Sequence[int]], compute: Callable[[list[int]], Sequence[Found]]) -> list[Found]:
         """Return a score per sequence, in their order.
 
         Args:
             sequences: token ids.
-            compute: returns the scores of the sequences at some places: of those not known yet, each once.
+            compute: returns the scores of the sequences at some places: of those not known yet, each once. In place of
+                a score may stand why there is none, which is not remembered.
         """
         keys = [sequence_key(ids) for ids in sequences]
-        found = {key: self._scores[key] for key in keys if key in self._scores}
+        found = {key: cast(Found, self._scores[key]) for key in keys if key in self._scores}
         first: dict[bytes, int] = {}
         for place, key in enumerate(keys):
             if key not in found:
@@ -53,8 +58,9 @@ class KnownScores:
             found.update(zip(first, compute(list(first.values())), strict=True))
         for key in keys:
             # What is not finite may be a fault of the moment.
-            if math.isfinite(found[key]):
-                self._scores[key] = found[key]
+            score = found[key]
+            if not isinstance(score, RejectedRow) and math.isfinite(score):
+                self._scores[key] = score
                 self._scores.move_to_end(key)
         while len(self._scores) > self._most:
             self._scores.popitem(last=False)

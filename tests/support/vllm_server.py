@@ -46,6 +46,7 @@ class VllmServer:
         names, max_model_len: of the models on /v1/models.
         reads_use_activation: else the sigmoid comes whatever is asked, as from old versions.
         answers: for the next requests to /classify, instead of scores: status and JSON, or a function of the body.
+        refuses: the answer to a request that holds some token ids, as vLLM's to one text that it can't score.
         bodies: of the requests to /classify.
         headers: of all requests.
     """
@@ -56,6 +57,7 @@ class VllmServer:
         self.max_model_len = 4096
         self.reads_use_activation = True
         self.answers: list[Answer | Callable[[Any], Answer | None]] = []
+        self.refuses: Callable[[list[int]], Answer | None] = lambda _: None
         self.bodies: list[Any] = []
         self.headers: list[dict[str, str]] = []
         self._one_at_a_time = threading.Lock()
@@ -110,6 +112,9 @@ class VllmServer:
             return given
         if body["model"] not in self.names:
             return 404, problem(f"The model `{body['model']}` does not exist.", "NotFoundError", 404)
+        refused = next(filter(None, map(self.refuses, body["input"])), None)
+        if refused is not None:
+            return refused
         with self._one_at_a_time:
             scores = self.scorer.score_tokens(body["input"])
         if body["use_activation"] or not self.reads_use_activation:

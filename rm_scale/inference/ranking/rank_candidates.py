@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from rm_scale.data.preference_group import Text
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.errors import ModelError
 from rm_scale.inference.ranking.candidates import CandidateGroup
 from rm_scale.modeling.known_scores import KnownScores
 
@@ -26,6 +25,9 @@ UNSCORED_REASONS = {
     "bad_conversation": "messages without role or content, roles that don't alternate, or an end that isn't assistant",
     "over_long": "prompt and completion are longer than the contract's max_length (and could not be truncated)",
     "template_error": "the chat template could not render it",
+    "refused_by_server": "the server at --endpoint refuses it",
+    "not_finite": "its score is NaN or infinite: --dtype float32, or bfloat16 in place of float16; a model that was "
+    "trained to NaN can't be mended",
     "double_bos": "it begins with two BOS tokens: the text holds one and another is added to it",
     "ends_with_pad": "it ends with the padding token, so that its last real token can't be found",
 }
@@ -98,14 +100,14 @@ class Scorer(Protocol):
     def encoder(self) -> Any:
         """The `rm_scale.data.encoding.TextEncoder` of the model."""
 
-    def score_tokens(
+    def try_score_tokens(
         self,
         sequences: Sequence[Sequence[int]],
         batch_size: int = 8,
         prompt_keys: Sequence[str] | None = None,
         max_tokens: int | None = None,
-    ) -> list[float]:
-        """Return the rewards of token sequences."""
+    ) -> list[float | RejectedRow]:
+        """Return the rewards of token sequences, or why there is none."""
 
 
 def score_groups(
@@ -146,31 +148,30 @@ def _score_chunk(
     keys = [str(number) for number, _ in usable]
     sequences = list(usable.values())
 
-    def compute(places: list[int]) -> list[float]:
+    def compute(places: list[int]) -> list[float | RejectedRow]:
         some, their_keys = [sequences[place] for place in places], [keys[place] for place in places]
-        return scorer.score_tokens(some, prompt_keys=their_keys, max_tokens=max_tokens)
+        return scorer.try_score_tokens(some, prompt_keys=their_keys, max_tokens=max_tokens)
 
-    rewards = known.score(sequences, compute)
-    _require_finite(rewards)
-    scored = dict(zip(usable, rewards, strict=True))
+    rewards = dict(zip(usable, known.score(sequences, compute), strict=True))
     for number, group in enumerate(chunk):
         scores: list[float | None] = []
         problems: list[str | None] = []
         for completion, problem in zip(group.completions, group.problems, strict=True):
-            key = None if completion is None or problem is not None else (number, text_key(completion))
-            refused = found.get(key) if key is not None else None
-            scores.append(scored.get(key) if key is not None else None)
-            problems.append(refused.reason if isinstance(refused, RejectedRow) else problem)
+            if completion is not None and problem is None:
+                key = (number, text_key(completion))
+                score, problem = _score_or_problem(rewards.get(key, found[key]))
+            else:
+                score = None
+            scores.append(score)
+            problems.append(problem)
         yield rank_group(group, scores, problems)
 
 
-def _require_finite(rewards: Sequence[float]) -> None:
-    broken = sum(not math.isfinite(reward) for reward in rewards)
-    if broken:
-        raise ModelError(
-            f"{broken} of {len(rewards)} scores are not finite, and nothing can be ranked by them. Fix: --dtype "
-            "float32, or bfloat16 in place of float16; a model that was trained to NaN can't be mended."
-        )
+def _score_or_problem(found: Any) -> tuple[float | None, str | None]:
+    """Return a score, or a reason of `UNSCORED_REASONS`."""
+    if isinstance(found, RejectedRow):
+        return None, found.reason
+    return (float(found), None) if math.isfinite(found) else (None, "not_finite")
 
 
 def use_given_scores(groups: Iterable[CandidateGroup]) -> Iterator[RankedGroup]:

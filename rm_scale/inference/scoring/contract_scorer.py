@@ -183,6 +183,25 @@ class ContractScorer(ABC):
             max_tokens: tokens per forward pass, padding included, instead of `batch_size`; what is longer goes alone.
 
         Raises:
+            DataError: a sequence is empty or refused by the server that scores it, or `batch_size` or `max_tokens` is
+                below 1.
+        """
+        found = self.try_score_tokens(sequences, batch_size, prompt_keys, max_tokens)
+        for place, one in enumerate(found):
+            if isinstance(one, RejectedRow):
+                raise DataError(f"text {place}: {unscorable_text(one)}")
+        return cast("list[float]", found)
+
+    def try_score_tokens(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 8,
+        prompt_keys: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[float | RejectedRow]:
+        """Score as `score_tokens` does, but return for a sequence that the server refuses why, and score the others.
+
+        Raises:
             DataError: a sequence is empty, or `batch_size` or `max_tokens` is below 1.
         """
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
@@ -195,7 +214,7 @@ class ContractScorer(ABC):
         if not sequences:
             return []
 
-        def compute(places: list[int]) -> list[float]:
+        def compute(places: list[int]) -> Sequence[float | RejectedRow]:
             keys = None if prompt_keys is None else [prompt_keys[place] for place in places]
             return self._score_different([sequences[place] for place in places], batch_size, keys, max_tokens)
 
@@ -208,8 +227,8 @@ class ContractScorer(ABC):
         batch_size: int,
         prompt_keys: Sequence[str] | None,
         max_tokens: int | None,
-    ) -> list[float]:
-        """Return the raw rewards of token sequences that all differ."""
+    ) -> Sequence[float | RejectedRow]:
+        """Return the raw rewards of token sequences that all differ, or why there is none."""
 
 
 def _is_one(texts: Text | Sequence[Text]) -> bool:

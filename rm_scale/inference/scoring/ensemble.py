@@ -93,14 +93,17 @@ class Ensemble:
         """Return the raw score of each text by one model, and its tokens; or why it has none."""
         found, keys = _encode(scorer, texts)
         good = [(number, ids) for number, ids in enumerate(found) if not isinstance(ids, RejectedRow)]
-        rewards = scorer.score_tokens(
+        rewards = scorer.try_score_tokens(
             [ids for _, ids in good], prompt_keys=[keys[n] for n, _ in good], max_tokens=max_tokens
         )
         results: list[tuple[float, list[int]] | str] = [
             str(ids) if isinstance(ids, RejectedRow) else "" for ids in found
         ]
         for (number, ids), reward in zip(good, rewards, strict=True):
-            results[number] = (reward, ids) if math.isfinite(reward) else f"not_finite: the score is {reward}"
+            if isinstance(reward, RejectedRow):
+                results[number] = str(reward)
+            else:
+                results[number] = (reward, ids) if math.isfinite(reward) else f"not_finite: the score is {reward}"
         return results
 
     def columns(self, scored: Scored) -> dict[str, Any]:

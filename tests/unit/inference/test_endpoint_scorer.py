@@ -164,8 +164,8 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(lora_run: Path, vllm:
     vllm.answers = [(503, problem("later", "ServiceUnavailableError", 503)), (429, problem("slower"))]
     assert remote.score("a", " b") == pytest.approx(vllm.scorer.score("a", " b"), abs=1e-5)
     assert len(vllm.bodies) == asked + 3
-    vllm.answers = [(400, problem("the prompt is longer than max_model_len"))]
-    with pytest.raises(RemoteError, match=r"/classify: status 400, the prompt is longer than max_model_len Fix: "):
+    vllm.answers = [(500, problem("broken", "InternalServerError", 500))]
+    with pytest.raises(RemoteError, match=r"/classify: status 500, broken Fix: "):
         remote.score("a", " c")
     assert len(vllm.bodies) == asked + 4
     vllm.answers = [(503, problem("never", "ServiceUnavailableError", 503))] * 3
@@ -187,10 +187,10 @@ def test_a_failure_ends_the_other_requests(lora_run: Path, vllm: VllmServer) -> 
 
     def refuse(_: Any) -> Any:
         both.wait(60)
-        return 400, problem("no such thing")
+        return 500, problem("no such thing", "InternalServerError", 500)
 
     vllm.answers = [hang, refuse]
-    with pytest.raises(RemoteError, match="status 400, no such thing"):
+    with pytest.raises(RemoteError, match="status 500, no such thing"):
         remote.score("a", [f" {n}" for n in range(6)])
     assert not answered
     release.set()
@@ -213,9 +213,9 @@ def test_what_was_scored_is_not_asked_again(
     source, target = rows_file(tmp_path, 8), tmp_path / "out.jsonl"
     command = ["score", "--model", str(lora_run), "--input", str(source), "--output", str(target)]
     command += ["--chunk_rows", "2", "--endpoint", vllm.url]
-    vllm.answers = [lambda _: None, lambda _: None, lambda _: None, (400, problem("gone wrong"))]
+    vllm.answers = [lambda _: None, lambda _: None, lambda _: None, (500, problem("gone wrong"))]
     assert main(command) == 2
-    assert "status 400, gone wrong" in capsys.readouterr().err and not target.exists()
+    assert "status 500, gone wrong" in capsys.readouterr().err and not target.exists()
     vllm.bodies.clear()
     assert main(command) == 0
     golden = len(scorer.contract.golden_scores)
@@ -229,7 +229,7 @@ def test_parts_of_a_model_here_are_not_taken_for_those_of_a_server(
 ) -> None:
     source, target = rows_file(tmp_path, 4), tmp_path / "out.jsonl"
     command = ["score", "--model", str(lora_run), "--input", str(source), "--output", str(target), "--chunk_rows", "2"]
-    vllm.answers = [lambda _: None, lambda _: None, (400, problem("gone wrong"))]
+    vllm.answers = [lambda _: None, lambda _: None, (500, problem("gone wrong"))]
     assert main([*command, "--endpoint", vllm.url]) == 2
     assert main(command) == 2
     assert "holds parts that were scored with other" in capsys.readouterr().err
@@ -390,21 +390,21 @@ def test_one_of_several_models_must_be_named(ours: str, vllm: VllmServer) -> Non
     [
         ((404, {"detail": "Not Found"}), r"/classify: is not served there\. Fix: vllm serve MODEL --runner pooling"),
         ((200, {"data": [{"index": 0, "probs": [0.1, 0.9]}]}), r"gives 2 numbers per text, a reward model gives 1"),
-        ((200, {"data": []}), r"does not hold 1 finite scores but 0\. Fix: a server of a reward model"),
-        ((200, {"data": [{"index": 0, "probs": [float("nan")]}]}), r"does not hold 1 finite scores but 0"),
-        ((200, {"data": "no"}), r"does not hold 1 finite scores but 0"),
+        ((200, {"data": []}), r"does not hold 1 scores but 0\. Fix: a server of a reward model"),
+        ((200, {"data": [{"index": 0, "probs": ["1.5"]}]}), r"does not hold 1 scores but 0"),
+        ((200, {"data": "no"}), r"does not hold 1 scores but 0"),
         ((401, {"error": "Unauthorized"}), r"status 401, .*Fix: RM_SCALE_SERVE_TOKEN in the environment is not set"),
     ],
 )
 def test_answers_that_hold_no_scores(vllm: VllmServer, answer: Any, message: str) -> None:
     vllm.answers = [answer]
     with pytest.raises(RemoteError, match=message):
-        endpoint(vllm.url).score([[1, 2, 3]])
+        endpoint(vllm.url).try_score([[1, 2, 3]])
 
 
 def test_the_token_goes_along(vllm: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "s3cret")
-    endpoint(vllm.url, token_env="MY_TOKEN").score([[1, 2, 3]])
+    endpoint(vllm.url, token_env="MY_TOKEN").try_score([[1, 2, 3]])
     assert all(headers["Authorization"] == "Bearer s3cret" for headers in vllm.headers)
 
 

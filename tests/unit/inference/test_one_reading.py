@@ -86,7 +86,7 @@ class _Scorer(RewardScorer):
         self.encoder, self.device = encoder, "cpu"
         self.seen: list[list[int]] = []
 
-    def score_tokens(self, sequences: Any, *_: Any, **__: Any) -> list[float]:
+    def try_score_tokens(self, sequences: Any, *_: Any, **__: Any) -> list[float]:
         self.seen += sequences
         return [0.0] * len(sequences)
 
