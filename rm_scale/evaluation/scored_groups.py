@@ -154,7 +154,7 @@ def require_few_lost(
 
 
 def _source(data: EvaluationData, place: int) -> str:
-    return data.origins.names[data.origins.source[place]]
+    return str(data.origins.names[data.origins.source[place]])
 
 
 def data_use(data: EvaluationData, lost: Mapping[int, RejectedRow]) -> DataUse:
