@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from rm_scale.commands import data_against
 from rm_scale.errors import ConfigError
 from rm_scale.files import write_problem
 from rm_scale.texts import printable
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_argument("--output", metavar="DIR", help="write data_review.json and data_review.html there")
     results.add_argument("--overwrite", action="store_true", help="replace results that are there")
     results.add_argument("--no_review", action="store_true", help="only read, check and encode")
+    data_against.add_arguments(parser)
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> int:
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace, settings: list[str]) -> int:
     from rm_scale.config_parsing import parse_config
     from rm_scale.distributed import name_accelerator
 
-    problems = list(_problems(options))
+    problems = [*_problems(options), *data_against.problems(options)]
     if problems:
         raise ConfigError(problems, "rm-scale data: the options can't be used")
     parsed = parse_config(settings)
@@ -49,12 +51,14 @@ def run(options: argparse.Namespace, settings: list[str]) -> int:
 
     _, encoder = load_text_encoder(parsed.config)
     data = prepare_data(parsed.config, encoder)
+    overlap = data_against.run(options, parsed.config)
     if not options.no_review:
         from rm_scale.data_review.review import review_data
         from rm_scale.reporting.data.data_files import write_review
         from rm_scale.reporting.data.data_summary import text_summary
 
         document = review_data(parsed.config, encoder, data.report)
+        data_against.add_to_review(document, overlap)
         print(printable(text_summary(document)))
         if options.output:
             write_review(document, Path(options.output))
@@ -70,7 +74,7 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
     folder = Path(options.output)
     there = [name for name in RESULT_FILES if (folder / name).exists()]
     refused = write_problem(folder)
-    if options.no_review:
+    if options.no_review and not options.against:
         yield f"--output {folder}: there is nothing to write with --no_review. Fix: leave one of them out."
     if folder.is_file():
         yield f"--output {folder}: is a file. Fix: give a folder."

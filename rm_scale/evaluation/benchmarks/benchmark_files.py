@@ -56,10 +56,33 @@ def read_benchmark(path: str | Path, format: str = "auto") -> Benchmark:
     """
     rows = _rows(str(path))
     name = _detect(rows[0].value, str(path)) if format == "auto" else format
+    return BENCHMARKS[name].build([item for _, item in _items(rows, name, path)])
+
+
+def read_benchmark_rows(path: str, format: str) -> list[tuple[int, BenchmarkItem]]:
+    """Read what each row of a benchmark's file asks and answers, without the benchmark's rule.
+
+    Args:
+        path, format: as in `read_benchmark`, but one file and its format.
+
+    Returns:
+        The number of each row and its item.
+
+    Raises:
+        DataError: as `read_benchmark`.
+    """
+    return _items(_rows(path), format, path)
+
+
+def benchmark_of_row(row: Row) -> str | None:
+    """Return the benchmark format that a row looks like, be it complete or not; `None` when it is like none."""
+    return _looks_like(row)
+
+
+def _items(rows: list[ResultRow], name: str, path: str | Path) -> list[tuple[int, BenchmarkItem]]:
     rows = _with_named_column(rows, name)
     _require_columns(rows[0].value, name, str(path))
-    items: list[BenchmarkItem] = [_read(path, row, name, BENCHMARKS[name].item) for row in rows]
-    return BENCHMARKS[name].build(items)
+    return [(row.number, _read(path, row, name, BENCHMARKS[name].item)) for row in rows]
 
 
 def read_scored_benchmark(path: str, format: str, words: Sequence[str]) -> list[ScoredBenchmark]:
