@@ -1,7 +1,8 @@
 """Cache each source's encoded rows on disk, so that a later run with the same data settings reads nothing twice.
 
-A cache entry is written under a temporary name and renamed when complete, so a killed process never leaves half of
-one that a later run would use. Entries are found by a hash of everything that decides their content (`cache_key`).
+A source is encoded in chunks, each published when it is complete, so that a killed run goes on where it was and several
+processes share the work (`rm_scale.data.shared_work`). An entry counts from the moment its `meta.json` is there. It is
+found by a hash of everything that decides its content (`cache_key`).
 """
 
 from __future__ import annotations
@@ -11,29 +12,38 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rm_scale.config import RunConfig
-from rm_scale.data.data_report import (
-    NUM_FIRST_ROWS,
-    RejectionCount,
-    SourceReport,
+from rm_scale.data.chunk_files import (
+    GroupArrays,
+    RowCounts,
+    join_chunks,
+    open_arrays,
+    open_table,
+    rejected_file,
+    remove_parts,
+    write_chunk,
 )
-from rm_scale.data.encoded_rows import encode_rows, read_row, row_features
+from rm_scale.data.data_report import SourceReport
+from rm_scale.data.encoded_rows import encode_batch, read_row, row_features
 from rm_scale.data.encoding import TextEncoder
 from rm_scale.data.format_detection import FormatVerdict, warn_about_hard_labels
 from rm_scale.data.formats import RowReader
 from rm_scale.data.preference_group import PreferenceGroup
-from rm_scale.data.row_readers import choose_reader, open_source
+from rm_scale.data.rejected_rows import FILTERED
+from rm_scale.data.row_chunks import Chunk, ChunkedRows, open_rows
+from rm_scale.data.row_readers import choose_reader
+from rm_scale.data.shared_work import ChunkWork, chunk_folder, make_all, remove_locks
 from rm_scale.data.sources import Source
+from rm_scale.distributed import detect_world
 from rm_scale.errors import DataError, ModelError
+from rm_scale.files import write_whole
 from rm_scale.logs import get_logger
 from rm_scale.texts import some_names
 
@@ -43,7 +53,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # Part of the cache key. Raise it when a change to reading, formats or encoding gives other results from the same file.
-CODE_VERSION = 5
+CODE_VERSION = 6
 DEFAULT_CACHE_DIR = "~/.cache/rm_scale"
 # System errors that mean "this cache folder can't be used"; any other error is not the cache's fault.
 _CACHE_ERRORS = (
@@ -51,6 +61,10 @@ _CACHE_ERRORS = (
     *(errno.EEXIST, errno.ENOTDIR),  # it, or a folder that it lies in, is a file
 )
 _SAMPLE_CHARACTERS = 20_000
+# Fewer are encoded before a worker process could have begun.
+_FEW_ROWS = 4_000
+_LAYOUT, _RAW = "layout.json", "raw"
+_ENTRY = re.compile(r"raw|locks|chunk-.*|.*\.npy|rejected\.jsonl|\.?(layout|meta)\.json.*")
 
 
 class RejectedRows:
@@ -82,14 +96,16 @@ class EncodedSource:
     """One encoded source, as the cache holds it.
 
     Attributes:
-        used: its usable rows, with the columns that only splitting and statistics need (`splits.SPLIT_COLUMNS`).
+        used: its usable rows, with the columns of `encoded_rows.row_features`.
         report: what became of its rows.
         rejected_path: JSONL file of its rejected rows.
+        arrays: of its usable rows, what splitting and statistics need.
     """
 
     used: Dataset
     report: SourceReport
     rejected_path: Path
+    arrays: GroupArrays
 
 
 def cache_key(source: Source, config: RunConfig, encoder: TextEncoder) -> str:
@@ -124,8 +140,7 @@ def load_or_encode(source: Source, split: str, config: RunConfig, encoder: TextE
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not _is_complete(folder):
-            with _lock(root / f"encoded-{key}.lock", source.name):
-                _build_if_missing(folder, source, config, encoder)
+            _build(folder, source, config, encoder)
     except OSError as error:
         at = root if error.filename is None else Path(os.fsdecode(error.filename))
         if error.errno not in _CACHE_ERRORS or not (at.is_relative_to(root) or root.is_relative_to(at)):
@@ -155,30 +170,80 @@ def _is_complete(folder: Path) -> bool:
     return (folder / "meta.json").is_file()
 
 
-def _build_if_missing(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder) -> None:
-    """Write the cache entry `folder`, unless another process did so before this one had the lock."""
-    if _is_complete(folder):
-        return
-    # The lock is held, so whatever of ours lies here incomplete was left by a killed process.
-    _require_own(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    aside = folder.parent / f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}"
-    aside.mkdir()
+def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder) -> None:
+    """Encode one source into `folder`, together with other processes that do the same; return when it is complete."""
+    lock = folder.with_name(f"{folder.name}.lock")
+    with _lock(lock, source.name):
+        if _is_complete(folder):
+            return
+        begun = _begin(folder, source, encoder)
+    schema = row_features().arrow_schema
+
+    def make(number: int, aside: Path) -> None:
+        chunk = begun.chunks[number]
+        write_chunk(aside, (encode_batch(rows, begun.reader, encoder, schema) for rows in begun.rows.batches(chunk)))
+        _require_unchanged(source)
+
+    work = ChunkWork(folder, source.name, len(begun.chunks), make, lambda: _is_complete(folder))
     try:
-        _build(aside, source, config, encoder)
-        try:
-            aside.rename(folder)
-        except OSError:
-            # Some network file systems don't lock across nodes, so another node may have finished the entry first.
-            if not _is_complete(folder):
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        make_all(work, _num_processes(config, begun.chunks))
+    except FileNotFoundError:
+        if not _is_complete(folder):  # what another process has finished and cleared is no loss
+            raise
+    with _lock(lock, source.name):
+        if not _is_complete(folder):
+            counts = join_chunks(folder, _chunk_folders(folder, len(begun.chunks)))
+            _write_meta(folder, begun, counts)
+            _clear(folder, len(begun.chunks))
 
 
-_ENTRY = {"used", "rejected.jsonl", "meta.json", "work"}
+@dataclass(frozen=True)
+class _Begun:
+    """A source of which all is known that encoding it needs.
+
+    Attributes:
+        rows: its rows.
+        chunks: the parts that they are encoded in.
+        reader: turns one row into a group.
+        verdict: why so.
+    """
+
+    rows: ChunkedRows
+    chunks: list[Chunk]
+    reader: RowReader
+    verdict: FormatVerdict
+
+
+def _begin(folder: Path, source: Source, encoder: TextEncoder) -> _Begun:
+    """Open a source and see how it is read and cut, or go on with what an earlier call has left in `folder`.
+
+    Raises:
+        DataError: it can't be read, or fits no format.
+        ModelError: conversations without a chat template.
+    """
+    layout = folder / _LAYOUT
+    goes_on = layout.is_file()
+    if not goes_on:
+        _require_own(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    work = folder / _RAW
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = open_rows(source, work)
+        sample = rows.sample()
+        reader, verdict = choose_reader(source, rows, sample)
+        _warn_about_template(sample, reader, encoder)
+        if goes_on:
+            chunks = [Chunk(*values) for values in json.loads(layout.read_text(encoding="utf-8"))["chunks"]]
+        else:
+            chunks = rows.cut()
+            _require_unchanged(source)
+            write_whole(layout, json.dumps({"chunks": chunks}))
+    except BaseException:
+        if not goes_on:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return _Begun(rows, chunks, reader, verdict)
 
 
 def _require_own(folder: Path) -> None:
@@ -187,7 +252,7 @@ def _require_own(folder: Path) -> None:
     Raises:
         DataError: names the first of it.
     """
-    foreign = sorted(path.name for path in folder.glob("*") if path.name not in _ENTRY)
+    foreign = sorted(path.name for path in folder.glob("*") if not _ENTRY.fullmatch(path.name))
     if foreign:
         raise DataError(
             f"{folder}: is a damaged cache entry (without meta.json), and {foreign[0]} in it is not ours; nothing is "
@@ -195,27 +260,42 @@ def _require_own(folder: Path) -> None:
         )
 
 
-def _build(folder: Path, source: Source, config: RunConfig, encoder: TextEncoder) -> None:
-    """Encode one source into `folder`: `used/`, `rejected.jsonl` and, last, `meta.json`."""
-    work = folder / "work"
-    work.mkdir()
-    raw = open_source(source, work)
+def _require_unchanged(source: Source) -> None:
+    """Refuse a source of which another process has changed the files meanwhile.
+
+    Raises:
+        DataError: size or time of one differs from what they were.
+    """
+    if source.look_again is None:
+        return
     try:
-        sample = raw.sample()
-    except DataError as error:
-        raise DataError(f"{source.name}: {error}") from error
-    reader, verdict = choose_reader(source, raw, sample)
-    _warn_about_template(sample, reader, encoder)
-    mapped = encode_rows(raw, reader, encoder, config, work)
-    reasons = np.asarray(mapped.with_format("arrow").select_columns(["reason"])[:]["reason"].to_numpy())
-    good = np.flatnonzero(reasons == "")
-    used = mapped.select(good).remove_columns(["reason", "detail"])
-    if len(used):
-        used.save_to_disk(str(folder / "used"))
-    rejected = _write_rejected(mapped.select(np.flatnonzero(reasons != "")), folder / "rejected.jsonl")
-    _write_meta(folder, verdict, len(mapped), len(used), rejected)
-    del mapped, used, raw
-    shutil.rmtree(work)
+        now = source.look_again()
+    except FileNotFoundError:
+        now = {}
+    if now != source.identity:
+        raise DataError(
+            f"{source.name}: has changed while it was read (size or time of its files). Fix: start again when what "
+            "writes it has ended; nothing of it is used."
+        )
+
+
+def _num_processes(config: RunConfig, chunks: Sequence[Chunk]) -> int:
+    """Return how many processes this one encodes with: its share of the machine's cores, or 1 for few rows."""
+    if sum(chunk.num_rows for chunk in chunks) < _FEW_ROWS:
+        return 1
+    share = len(os.sched_getaffinity(0)) // detect_world().ranks_on_node
+    return config.dataset_num_proc or max(1, share)
+
+
+def _chunk_folders(folder: Path, count: int) -> list[Path]:
+    return [chunk_folder(folder, number) for number in range(count)]
+
+
+def _clear(folder: Path, num_chunks: int) -> None:
+    """Remove from a complete entry what only the work on it needed."""
+    shutil.rmtree(folder / _RAW, ignore_errors=True)
+    remove_locks(folder)
+    remove_parts(_chunk_folders(folder, num_chunks))
 
 
 def _warn_about_template(sample: Sequence[Any], reader: RowReader, encoder: TextEncoder) -> None:
@@ -249,63 +329,39 @@ def _size(group: PreferenceGroup) -> int:
     return len(str(group.prompt)) + len(str(group.responses[0]))
 
 
-def _write_rejected(rows: Dataset, path: Path) -> dict[str, RejectionCount]:
-    """Write one JSON line per rejected row; return their counts by reason."""
-    counts: dict[str, int] = {}
-    first: dict[str, list[int]] = {}
-    details: dict[str, str] = {}
-    with path.open("w", encoding="utf-8") as stream:
-        for row in rows.select_columns(["row", "reason", "detail"]):
-            reason = row["reason"]
-            counts[reason] = counts.get(reason, 0) + 1
-            if counts[reason] <= NUM_FIRST_ROWS:
-                first.setdefault(reason, []).append(row["row"])
-                details.setdefault(reason, row["detail"])
-            stream.write(json.dumps({"row": row["row"], "reason": reason, "detail": row["detail"]}) + "\n")
-    return {
-        reason: RejectionCount(count, tuple(first[reason]), details[reason]) for reason, count in sorted(counts.items())
-    }
-
-
-def _write_meta(
-    folder: Path, verdict: FormatVerdict, rows_read: int, rows_used: int, rejected: Mapping[str, RejectionCount]
-) -> None:
+def _write_meta(folder: Path, begun: _Begun, counts: RowCounts) -> None:
     meta = {
-        "format": verdict.name,
-        "format_reason": verdict.why,
-        "ignored_columns": list(verdict.ignored_columns),
-        "rows_read": rows_read,
-        "rows_used": rows_used,
-        "rejected": {reason: [entry.count, list(entry.first_rows), entry.detail] for reason, entry in rejected.items()},
+        "format": begun.verdict.name,
+        "format_reason": begun.verdict.why,
+        "ignored_columns": list(begun.verdict.ignored_columns),
+        "num_chunks": len(begun.chunks),
+        "counts": counts.to_json(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    write_whole(folder / "meta.json", json.dumps(meta, indent=2))
 
 
 def _load(folder: Path, name: str, split: str) -> EncodedSource:
     """Read a complete cache entry and log how its source was read."""
-    import datasets
-
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["rows_used"]:
-        used = datasets.load_from_disk(str(folder / "used"))
-    else:
-        features = datasets.Features({k: v for k, v in row_features().items() if k not in ("reason", "detail")})
-        used = datasets.Dataset.from_dict({column: [] for column in features}, features=features)
+    counts = RowCounts.from_json(meta["counts"])
+    rows_read = counts.read
+    used = open_table(_chunk_folders(folder, meta["num_chunks"]), folder.name)
     ignored = f"; columns not read: {some_names(meta['ignored_columns'])}" if meta["ignored_columns"] else ""
     logger.info(f"{name}: read as {meta['format']}, since {meta['format_reason']}{ignored}")
-    warn_about_hard_labels(used.with_format("numpy")["soft_label"][:] if len(used) else [], name)
-    rejected = {
-        reason: RejectionCount(count, tuple(rows), detail) for reason, (count, rows, detail) in meta["rejected"].items()
-    }
+    if counts.soft_labels and counts.soft_labels == counts.hard_labels:
+        warn_about_hard_labels(name)
+    filtered = counts.rejected.pop(FILTERED, None)
     report = SourceReport(
         name=name,
         split=split,
         format=meta["format"],
         format_reason=meta["format_reason"],
-        rows_read=meta["rows_read"],
-        rows_used=meta["rows_used"],
-        rejected=rejected,
+        rows_read=rows_read,
+        rows_used=counts.used,
+        rejected=counts.rejected,
+        rows_filtered=filtered.count if filtered is not None else 0,
         ignored_columns=tuple(meta["ignored_columns"]),
     )
-    assert report.rows_read == report.rows_used + report.rows_rejected, report
-    return EncodedSource(used, report, folder / "rejected.jsonl")
+    assert report.rows_read == report.rows_used + report.rows_rejected + report.rows_filtered, report
+    assert len(used) == counts.used, folder
+    return EncodedSource(used, report, rejected_file(folder), open_arrays(folder, counts.used))

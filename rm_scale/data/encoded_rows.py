@@ -1,26 +1,57 @@
-"""Turn a source's raw rows into encoded columns, in parallel; rejected rows stay, with the reason."""
+"""Turn batches of rows into encoded columns; a row that can't be used is left with the reason."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from rm_scale.config import RunConfig
+import numpy as np
+import numpy.typing as npt
+
 from rm_scale.data.encoding import EncodedGroup, TextEncoder
-from rm_scale.data.formats import RESPONSE_LIST_COLUMNS, RowReader
+from rm_scale.data.formats import RowReader, require_few_responses
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.sources import RawRows
 from rm_scale.data.text_keys import text_keys
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    import pyarrow as pa
+    from datasets import Features
+
+_MOST_DETAIL = 500
+
+Array = npt.NDArray[Any]
+Rejected = tuple[int, str, str]
+"""Index of the row, reason, detail."""
+
+GROUP_ARRAYS = {
+    "prompt_length": np.int32,
+    "num_tokens": np.int32,
+    "sizes": np.int32,
+    "prompt_key": np.int64,
+    "group_key": np.int64,
+}
+"""What splitting and statistics need of each group: see `GroupArrays`."""
+
+RESPONSE_ARRAYS = {"lengths": np.int32, "ranks": np.int32}
+"""And of each response."""
 
 
-_BATCH_ROWS = 256
-MAX_RESPONSES = 1_000
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Encoded rows.
+
+    Attributes:
+        used: the usable ones, with the columns of `row_features`.
+        arrays: of these, what `GROUP_ARRAYS` and `RESPONSE_ARRAYS` name.
+        rejected: the others.
+    """
+
+    used: pa.RecordBatch
+    arrays: Mapping[str, Array]
+    rejected: list[Rejected]
 
 
 def row_features() -> Features:
@@ -38,70 +69,34 @@ def row_features() -> Features:
             "id": Value("string"),
             "row": Value("int64"),
             "num_tokens": Value("int32"),
-            "lengths": List(Value("int32")),
-            "prompt_key": Value("int64"),
-            "group_key": Value("int64"),
-            "reason": Value("string"),
-            "detail": Value("string"),
         }
     )
 
 
-def encode_rows(raw: RawRows, reader: RowReader, encoder: TextEncoder, config: RunConfig, work: Path) -> Dataset:
-    """Read and encode all rows of a source.
+def encode_batch(
+    rows: Sequence[tuple[int, Any]], reader: RowReader, encoder: TextEncoder, schema: pa.Schema
+) -> EncodedBatch:
+    """Read and encode some rows of a source.
 
     Args:
-        raw: its rows.
+        rows: index and value of each; a row that can't be read is a `RejectedRow`.
         reader: turns one row into a group.
         encoder: turns groups into token ids.
-        config: `dataset_num_proc`, the number of processes.
-        work: folder for the result, a memory-mapped file.
-
-    Returns:
-        One row per raw row, in order, with the columns of `row_features`. `reason` is "" for a usable row.
+        schema: of `row_features`.
     """
-    num_proc = min(config.dataset_num_proc or 1, len(raw.dataset))
-    return raw.dataset.map(
-        _row_encoder(raw, reader, encoder),
-        with_indices=True,
-        batched=True,
-        batch_size=_BATCH_ROWS,
-        remove_columns=raw.dataset.column_names,
-        features=row_features(),
-        num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(work / "mapped.arrow"),
-        load_from_cache_file=False,
-        # Without it `datasets` would hash the tokenizer, which is slow; our own cache key covers it.
-        new_fingerprint=hashlib.sha256(str(work).encode()).hexdigest()[:16],
-        desc=f"Encoding {reader.source}",
-    )
-
-
-def _row_encoder(
-    raw: RawRows, reader: RowReader, encoder: TextEncoder
-) -> Callable[[Mapping[str, Sequence[Any]], Sequence[int]], dict[str, list[Any]]]:
-    """Return the function that encodes one batch of rows; it is pickled and sent to the worker processes."""
-    names = list(row_features())
-    decode = RawRows(None, raw.is_json).decode  # without the data set, or it would be pickled as well
-
-    def encode_batch(batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        rows = decode(batch, indices)
-        read = [read_row(reader, row, index) for index, row in rows]
-        groups = [group for group in read if isinstance(group, PreferenceGroup)]
-        encoded = iter(encoder.encode_groups(groups))
-        records = []
-        for (index, _), group in zip(rows, read, strict=True):
-            if isinstance(group, RejectedRow):
-                records.append(_rejected_record(index, group))
-                continue
-            result = next(encoded)
-            if isinstance(result, RejectedRow):
-                records.append(_rejected_record(index, result))
-            else:
-                records.append(_used_record(index, group, result))
-        return {name: [record[name] for record in records] for name in names}
-
-    return encode_batch
+    read = [(index, read_row(reader, row, index)) for index, row in rows]
+    encoded = iter(encoder.encode_groups([group for _, group in read if isinstance(group, PreferenceGroup)]))
+    used: list[tuple[int, PreferenceGroup, EncodedGroup]] = []
+    rejected: list[Rejected] = []
+    for index, group in read:
+        result = next(encoded) if isinstance(group, PreferenceGroup) else group
+        if isinstance(group, RejectedRow) or isinstance(result, RejectedRow):
+            assert isinstance(result, RejectedRow)
+            rejected.append((index, result.reason, _printable(result.detail)))
+        else:
+            used.append((index, group, result))
+    arrays = _arrays(used)
+    return EncodedBatch(_table(used, arrays, schema), arrays, rejected)
 
 
 def read_row(reader: RowReader, row: Any, index: int) -> PreferenceGroup | RejectedRow:
@@ -109,7 +104,7 @@ def read_row(reader: RowReader, row: Any, index: int) -> PreferenceGroup | Rejec
     if isinstance(row, RejectedRow):
         return row
     try:
-        _require_few_responses(row)
+        require_few_responses(row)
         return reader.read(row, index)
     except RejectedRow as rejected:
         return rejected
@@ -117,47 +112,51 @@ def read_row(reader: RowReader, row: Any, index: int) -> PreferenceGroup | Rejec
         return RejectedRow("wrong_type", "the row's values are nested too deeply")
 
 
-def _require_few_responses(row: Any) -> None:
-    """Reject a row whose pairs, which grow with the square of its responses, would keep a machine busy."""
-    for column in RESPONSE_LIST_COLUMNS if isinstance(row, Mapping) else ():
-        responses = row.get(column)
-        if isinstance(responses, list) and len(responses) > MAX_RESPONSES:
-            raise RejectedRow(
-                "too_many_responses", f"{column} has {len(responses):,}, at most {MAX_RESPONSES:,} are read"
-            )
-
-
-def _used_record(index: int, group: PreferenceGroup, encoded: EncodedGroup) -> dict[str, Any]:
-    prompt_key, group_key = text_keys(group)
-    return {
-        "input_ids": list(encoded.input_ids),
-        "prompt_length": encoded.prompt_length,
-        "ranks": list(encoded.ranks),
-        "margin": encoded.margin,
-        "soft_label": encoded.soft_label,
-        "subset": encoded.subset,
-        "id": encoded.id,
-        "row": index,
-        "num_tokens": encoded.num_tokens,
-        "lengths": [len(ids) for ids in encoded.input_ids],
-        "prompt_key": prompt_key,
-        "group_key": group_key,
-        "reason": "",
-        "detail": "",
-    }
-
-
-def _rejected_record(index: int, rejected: RejectedRow) -> dict[str, Any]:
+def _printable(detail: str) -> str:
     # The detail may quote text of the row that can't be written as UTF-8.
-    detail = rejected.detail.encode("utf-8", errors="backslashreplace").decode()[:500]
-    empty: dict[str, Any] = {
-        "input_ids": [],
-        "ranks": [],
-        "lengths": [],
-        "margin": None,
-        "soft_label": None,
-        "subset": "",
-        "id": "",
+    return detail.encode("utf-8", errors="backslashreplace").decode()[:_MOST_DETAIL]
+
+
+def _arrays(used: Sequence[tuple[int, PreferenceGroup, EncodedGroup]]) -> dict[str, Array]:
+    keys = [text_keys(group) for _, group, _ in used]
+    values: dict[str, list[int]] = {
+        "prompt_length": [encoded.prompt_length for _, _, encoded in used],
+        "num_tokens": [encoded.num_tokens for _, _, encoded in used],
+        "sizes": [len(encoded.input_ids) for _, _, encoded in used],
+        "prompt_key": [prompt for prompt, _ in keys],
+        "group_key": [group for _, group in keys],
+        "lengths": [len(ids) for _, _, encoded in used for ids in encoded.input_ids],
+        "ranks": [rank for _, _, encoded in used for rank in encoded.ranks],
     }
-    numbers = dict.fromkeys(("prompt_length", "num_tokens", "prompt_key", "group_key"), 0)
-    return {**empty, **numbers, "row": index, "reason": rejected.reason, "detail": detail}
+    kinds = {**GROUP_ARRAYS, **RESPONSE_ARRAYS}
+    return {name: np.array(value, kinds[name]) for name, value in values.items()}
+
+
+def _table(
+    used: Sequence[tuple[int, PreferenceGroup, EncodedGroup]], arrays: Mapping[str, Array], schema: pa.Schema
+) -> pa.RecordBatch:
+    """Return encoded groups as Arrow columns, made of flat arrays: lists of Python numbers would take far longer."""
+    import pyarrow as pa
+
+    tokens = chain.from_iterable(ids for _, _, encoded in used for ids in encoded.input_ids)
+    flat = np.fromiter(tokens, np.int32, int(arrays["lengths"].sum()))
+    sequences = pa.ListArray.from_arrays(_offsets(arrays["lengths"]), pa.array(flat))
+    groups = _offsets(arrays["sizes"])
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(groups, sequences),
+        "prompt_length": pa.array(arrays["prompt_length"]),
+        "ranks": pa.ListArray.from_arrays(groups, pa.array(arrays["ranks"])),
+        "margin": pa.array([encoded.margin for _, _, encoded in used], pa.float32()),
+        "soft_label": pa.array([encoded.soft_label for _, _, encoded in used], pa.float32()),
+        "subset": pa.array([encoded.subset for _, _, encoded in used], pa.string()),
+        "id": pa.array([encoded.id for _, _, encoded in used], pa.string()),
+        "row": pa.array([index for index, _, _ in used], pa.int64()),
+        "num_tokens": pa.array(arrays["num_tokens"]),
+    }
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)
+
+
+def _offsets(sizes: Array) -> Array:
+    offsets = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from rm_scale.data.column_maps.misfits import what_would_fit
 from rm_scale.data.context_columns import TOKEN_IDS, UnreadContext, advice, holds_context
 from rm_scale.data.conversations import json_messages
 from rm_scale.data.formats import (
@@ -77,7 +76,7 @@ def choose_format(
     if asked == "auto":
         name, why = _detect(set(columns), sample)
         if name is None:
-            raise DataError(_no_format_text(columns, source))
+            raise DataError(_no_format_text(columns, sample, source))
     else:
         name, why = asked, "dataset_format names it"
         if _missing_columns(name, set(columns)):
@@ -91,12 +90,21 @@ def choose_format(
     if name in {"implicit_prompt", "hh_text"} and "prompt" in columns:
         ignored.append("prompt")
     if checks_context:
-        _refuse_unread_context(RowReader(name, subset_column, source, tuple(ignore_columns)), sample, asked)
+        refuse_unread_context(RowReader(name, subset_column, source, tuple(ignore_columns)), sample, asked)
     return FormatVerdict(name, why, tuple(ignored))
 
 
-def _refuse_unread_context(reader: RowReader, sample: Sequence[Row], asked: str) -> None:
-    """Refuse a source before anything is trained on less than its rows hold."""
+def refuse_unread_context(reader: RowReader, sample: Sequence[Row], asked: str) -> None:
+    """Refuse a source before anything is trained on less than its rows hold.
+
+    Args:
+        reader: of the source.
+        sample: its first rows.
+        asked: `RunConfig.dataset_format`.
+
+    Raises:
+        DataError: a column that is not read holds context.
+    """
     for row in sample:
         try:
             reader.read(row, 0)
@@ -106,27 +114,32 @@ def _refuse_unread_context(reader: RowReader, sample: Sequence[Row], asked: str)
             names = " and ".join(unread.columns)
             raise DataError(
                 f"{reader.source}: {names} would not be part of what is trained on: rows are read as "
-                f"{reader.format}, and in one of them {unread.detail}. Fix: {advice(unread.columns)}."
+                f"{reader.format}, and in one of them {unread.detail}. Fix: {_advice(reader, unread.columns)}."
             ) from None
         except (RejectedRow, RecursionError):
             continue
 
 
-def warn_about_hard_labels(labels: Sequence[float | None], source: str) -> None:
-    """Warn when every soft label is exactly 0 or 1: it may be the number of the better response, the very opposite.
+def _advice(reader: RowReader, columns: Sequence[str]) -> str:
+    if reader.column_map is None:
+        return advice(columns)
+    names = " ".join(columns)
+    return (
+        f"say in dataset_columns where {names} belongs (prompt: a template or join, system, tools, margin); or "
+        f"--ignore_columns {names} to train without"
+    )
 
-    Args:
-        labels: those of the rows that are used; null or NaN for none.
-        source: name of the source.
+
+def warn_about_hard_labels(source: str) -> None:
+    """Warn that every soft label of a source is exactly 0 or 1.
+
+    It may be the number of the better response, the very opposite.
     """
-    given = np.asarray(labels, dtype=np.float64)
-    given = given[~np.isnan(given)]
-    if len(given) and np.isin(given, (0.0, 1.0)).all():
-        logger.warning(
-            f"{source}: every soft label is exactly 0 or 1. It is read as the probability that the FIRST response is "
-            "better. If it is the number of the better response, every pair is the wrong way round. Fix: name the "
-            "column better_response_id then."
-        )
+    logger.warning(
+        f"{source}: every soft label is exactly 0 or 1. It is read as the probability that the FIRST response is "
+        "better. If it is the number of the better response, every pair is the wrong way round. Fix: name the "
+        "column better_response_id then."
+    )
 
 
 def _detect(columns: set[str], sample: Sequence[Row]) -> tuple[str | None, str]:
@@ -223,7 +236,7 @@ def _misfit_text(name: str, columns: Sequence[str], sample: Sequence[Row], sourc
     )
 
 
-def _no_format_text(columns: Sequence[str], source: str) -> str:
+def _no_format_text(columns: Sequence[str], sample: Sequence[Row], source: str) -> str:
     token_ids = [name for name in columns if name in TOKEN_IDS]
     if token_ids:
         return (
@@ -231,6 +244,9 @@ def _no_format_text(columns: Sequence[str], source: str) -> str:
             "what is trained on must be what is scored later, by the rules of the scoring contract. Fix: give the rows "
             "as they were before they were tokenised, with prompt, chosen and rejected."
         )
+    fitting = what_would_fit(columns, sample)
+    if fitting:
+        return f"{source}: no known format fits the columns {some_names(columns)}. Fix: {fitting}"
     nearest = _nearest_format(columns)
     missing = _missing_columns(nearest, set(columns))
     hints = []
@@ -248,5 +264,6 @@ def _no_format_text(columns: Sequence[str], source: str) -> str:
     return (
         f"{source}: no known format fits the columns {some_names(columns) or 'none'}. Formats and the columns they "
         f"need: {all_needs}. The nearest format is {nearest}, which misses {', '.join(missing)}. "
-        f"Fix: rename the columns{' - ' + ' '.join(hints) if hints else ''}."
+        "Fix: rename the columns, or say in dataset_columns where each stands (docs/data_formats.md)"
+        f"{' - ' + ' '.join(hints) if hints else ''}."
     )

@@ -1,4 +1,4 @@
-"""Find the sources of a run (local files, hub data sets) and load them as raw rows that can be read in parallel.
+"""Find the local files of a run and load them as raw rows that can be read in parallel.
 
 JSON and CSV are read row by row with Python's own parsers into an Arrow file of raw rows (`rm_scale.data.text_files`):
 libraries that infer a column's type from the first rows crash on, or silently convert, whatever differs later. Parquet,
@@ -28,7 +28,7 @@ from rm_scale.data.text_files import (
     parse_row,
 )
 from rm_scale.errors import DataError
-from rm_scale.files import files_of_pattern, naming, not_a_file
+from rm_scale.files import files_of_pattern, not_a_file, replacing
 from rm_scale.texts import first_line, nearest_file
 
 SUPPORTED_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
@@ -43,10 +43,14 @@ class RawRows:
     Attributes:
         dataset: columns `row`, `raw` (JSON bytes) and `problem` if `is_json`; otherwise the source's own columns.
         is_json: whether rows still have to be parsed.
+        told: what became of the file's rows, in words, where they were put together.
+        preset: the preset by which they were, if the columns told it.
     """
 
     dataset: Any
     is_json: bool
+    told: str = ""
+    preset: str | None = None
 
     def decode(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> list[tuple[int, Any]]:
         """Return index and value of each row of a batch of `dataset`; a row that can't be read is a `RejectedRow`."""
@@ -66,21 +70,37 @@ class RawRows:
             DataError: none of them is; the text says what is wrong with the first one.
         """
         count = min(num_rows, len(self.dataset))
-        rows = [row for _, row in self.decode(self.dataset[:count], range(count))]
-        readable = [row for row in rows if isinstance(row, dict)]
-        if not readable:
-            seen = str(rows[0]) if isinstance(rows[0], RejectedRow) else f"a value that is no object: {rows[0]!r:.80}"
-            raise DataError(
-                f"none of the first {count} rows is a readable object; the first is {seen}. "
-                "Fix: check the file's kind; each row must be an object with columns, e.g. prompt, chosen, rejected."
-            )
-        return readable
+        return readable_rows([row for _, row in self.decode(self.dataset[:count], range(count))])
 
     def columns(self, sample: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return the column names in order: those declared, or for JSON those seen in the sample."""
         if not self.is_json:
             return list(self.dataset.column_names)
-        return list(dict.fromkeys(name for row in sample for name in row))
+        return columns_of(sample)
+
+
+def readable_rows(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return those of a source's first rows that are objects.
+
+    Args:
+        rows: one or more, as `RawRows.decode` returns them.
+
+    Raises:
+        DataError: none of them is; the text says what is wrong with the first one.
+    """
+    readable = [row for row in rows if isinstance(row, dict)]
+    if not readable:
+        seen = str(rows[0]) if isinstance(rows[0], RejectedRow) else f"a value that is no object: {rows[0]!r:.80}"
+        raise DataError(
+            f"none of the first {len(rows)} rows is a readable object; the first is {seen}. "
+            "Fix: check the file's kind; each row must be an object with columns, e.g. prompt, chosen, rejected."
+        )
+    return readable
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns that rows have, in the order in which they occur."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 @dataclass(frozen=True)
@@ -90,95 +110,103 @@ class Source:
     Attributes:
         name: its name in reports: the path as given, or hub name and split.
         identity: what must be unchanged for cached results to be valid, as JSON values.
-        load: reads it; takes a folder for temporary files.
+        load: reads it; takes a folder for files that are written on the way. What is complete in that folder, from an
+            earlier call by whatever process, is used again.
         reading: how its rows are read.
+        lines: the file, if it is JSONL that isn't compressed: its rows can be read from any line on.
+        look_again: returns `identity` as it is now; `None` for what can't change.
+        member: name of the entry of `datasets` or `eval_datasets` that it belongs to; "" without such a list.
+        commit: of a hub data set, that it was read at.
     """
 
     name: str
     identity: dict[str, Any]
     load: Callable[[Path], RawRows] = field(repr=False, compare=False)
     reading: Reading = field(default_factory=Reading)
+    lines: Path | None = field(default=None, compare=False)
+    look_again: Callable[[], dict[str, Any]] | None = field(default=None, repr=False, compare=False)
+    member: str = ""
+    commit: str | None = None
 
 
 # --- Finding sources -----------------------------------------------------------------------------------------------
 
 
-def local_sources(paths: Sequence[str], split: str = "train") -> list[Source]:
+def local_sources(paths: Sequence[str], split: str = "train", where: str = "dataset_path") -> list[Source]:
     """Return the sources for files, patterns such as `data/*.jsonl`, and folders written by `datasets`' `save_to_disk`.
 
     Args:
         paths: files, patterns or folders.
         split: which split to take from a folder that holds several.
+        where: the setting that names them, for messages.
 
     Raises:
         DataError: a file is missing, or its suffix is not supported.
     """
-    return [_local_source(name, split) for path in paths for name in _expand(path)]
+    return [_local_source(name, split, where) for path in paths for name in _expand(path, where)]
 
 
-def hub_source(name: str, config: str | None, split: str) -> Source:
-    """Return the source for one split of a hub data set.
-
-    Raises:
-        DataError: there is no such data set, configuration or split, or the hub can't be reached.
-    """
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, config, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(_hub_error_text(name, config, split, error)) from error
-    label = f"{name}[{split}]" if config is None else f"{name}/{config}[{split}]"
-    identity = {"hub": name, "config": config, "split": split, "fingerprint": dataset._fingerprint}
-    return Source(label, identity, lambda _: RawRows(_require_rows(dataset, label), is_json=False))
-
-
-def _expand(path: str) -> list[str]:
+def _expand(path: str, where: str) -> list[str]:
     if Path(path).exists() or not glob.has_magic(path):
         return [path]
     try:
         found = files_of_pattern(path)
     except ValueError as error:
-        raise DataError(f"dataset_path={path}: {error}") from error
+        raise DataError(f"{where}={path}: {error}") from error
     if not found:
-        raise DataError(f"dataset_path={path}: the pattern matches no file. Fix: check it with ls.")
+        raise DataError(f"{where}={path}: the pattern matches no file. Fix: check it with ls.")
     return found
 
 
-def _local_source(name: str, split: str) -> Source:
+def _local_source(name: str, split: str, where: str) -> Source:
     path = Path(name)
     if not path.exists():
-        raise DataError(f"dataset_path={name}: there is no such file.{nearest_file(path)} Fix: correct the path.")
+        raise DataError(f"{where}={name}: there is no such file.{nearest_file(path)} Fix: correct the path.")
     what = not_a_file(path)
     if what is not None:
-        raise DataError(f"dataset_path={name}: is {what}: it can't be read twice. Fix: write the rows to a file first.")
+        raise DataError(f"{where}={name}: is {what}: it can't be read twice. Fix: write the rows to a file first.")
     if not os.access(path, os.R_OK):
-        raise DataError(f"dataset_path={name}: may not be read by this user. Fix: chmod +r, or copy the file.")
+        raise DataError(f"{where}={name}: may not be read by this user. Fix: chmod +r, or copy the file.")
     if path.is_dir():
-        _require_saved_dataset(path, name)
-        files = sorted(part for part in path.rglob("*") if part.is_file())
-        return Source(name, {**_identity(path, files), "split": split}, lambda _: _load_folder(path, name, split))
-    suffix = _suffix(path)
+        _require_saved_dataset(path, name, where)
+        return Source(
+            name,
+            _folder_identity(path, split),
+            lambda _: _load_folder(path, name, split, where),
+            look_again=lambda: _folder_identity(path, split),
+        )
+    suffix = _suffix(path, where)
     loaders: dict[str, Callable[[Path], RawRows]] = {
-        ".json": lambda work: _load_raw(json_rows(path), name, work),
-        ".jsonl": lambda work: _load_raw(jsonl_rows(path), name, work),
-        ".csv": lambda work: _load_raw(csv_rows(path), name, work),
+        ".json": lambda work: load_raw(json_rows(path), name, work),
+        ".jsonl": lambda work: load_raw(jsonl_rows(path), name, work),
+        ".csv": lambda work: load_raw(csv_rows(path), name, work),
         ".parquet": lambda work: _load_typed(path, name, work),
         ".arrow": lambda work: _load_typed(path, name, work),
     }
-    return Source(name, _identity(path, [path]), loaders[suffix])
+    return Source(
+        name,
+        _identity(path, [path]),
+        loaders[suffix],
+        lines=path if path.name.lower().endswith(".jsonl") else None,
+        look_again=lambda: _identity(path, [path]),
+    )
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: Path, where: str = "dataset_path") -> str:
     """Return the suffix that says what kind of file it is, without a final `.gz`."""
     name = path.name.lower()
     found = [suffix for suffix in SUPPORTED_SUFFIXES if name.endswith(suffix)]
     if not found:
         raise DataError(
-            f"dataset_path={path}: files of this kind can't be read; supported are {', '.join(SUPPORTED_SUFFIXES)} "
+            f"{where}={path}: files of this kind can't be read; supported are {', '.join(SUPPORTED_SUFFIXES)} "
             "and folders written by save_to_disk. Fix: convert the file, e.g. to JSONL."
         )
     return found[0].removesuffix(".gz")
+
+
+def _folder_identity(path: Path, split: str) -> dict[str, Any]:
+    files = sorted(part for part in path.rglob("*") if part.is_file())
+    return {**_identity(path, files), "split": split}
 
 
 def _identity(path: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -186,34 +214,26 @@ def _identity(path: Path, files: Sequence[Path]) -> dict[str, Any]:
     return {"path": str(path.resolve()), "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
 
 
-def _require_saved_dataset(path: Path, name: str) -> None:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+def is_saved_dataset(path: Path) -> bool:
+    """Tell whether a folder was written by `datasets`' `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _require_saved_dataset(path: Path, name: str, where: str) -> None:
+    if is_saved_dataset(path):
         return
     files = [str(part) for part in sorted(path.iterdir()) if part.name.lower().endswith(SUPPORTED_SUFFIXES)]
     found = f" It holds {', '.join(files[:5])}." if files else ""
     raise DataError(
-        f"dataset_path={name}: is a folder, but not one written by datasets' save_to_disk.{found} "
+        f"{where}={name}: is a folder, but not one written by datasets' save_to_disk.{found} "
         f"Fix: name the files, or a pattern such as '{name.rstrip('/')}/*.jsonl'."
     )
-
-
-def _hub_error_text(name: str, config: str | None, split: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = (
-        f"dataset_name={name} (dataset_config={config}, split={split}): can't be loaded from the hub or its cache: "
-        f"{' '.join(lines[:3])} "
-    )
-    if "split" in lines[0].lower():
-        return text + "Fix: --dataset_train_split or --dataset_test_split with one of the splits above."
-    if "config" in lines[0].lower():
-        return text + "Fix: --dataset_config with one of the configurations above."
-    return text + "Fix: check the name (OWNER/NAME) and the network, or give local files with --dataset_path."
 
 
 # --- Typed files ---------------------------------------------------------------------------------------------------
 
 
-def _load_folder(path: Path, name: str, split: str) -> RawRows:
+def _load_folder(path: Path, name: str, split: str, where: str) -> RawRows:
     import datasets
 
     try:
@@ -223,11 +243,12 @@ def _load_folder(path: Path, name: str, split: str) -> RawRows:
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DataError(
-                f"dataset_path={name}: holds no split {split!r}, but {', '.join(dataset)}. "
-                "Fix: --dataset_train_split NAME, or name the split's own folder."
+                f"{where}={name}: holds no split {split!r}, but {', '.join(dataset)}. "
+                f"Fix: {'--dataset_train_split NAME' if where == 'dataset_path' else 'split: NAME'}, or name the "
+                "split's own folder."
             )
         dataset = dataset[split]
-    return RawRows(_require_rows(dataset, name), is_json=False)
+    return RawRows(require_rows(dataset, name), is_json=False)
 
 
 def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
@@ -253,7 +274,7 @@ def _load_typed(path: Path, name: str, work_dir: Path) -> RawRows:
         raise
     except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(name, error.__cause__ or error) from error
-    rows = _require_rows(dataset, name)
+    rows = require_rows(dataset, name)
     _require_few_columns(len(rows.column_names), name)
     return RawRows(rows, is_json=False)
 
@@ -288,32 +309,56 @@ def _unreadable(name: str, error: BaseException) -> DataError:
     )
 
 
-def _require_rows(dataset: Any, name: str) -> Any:
+def require_rows(dataset: Any, name: str) -> Any:
+    """Return the rows of a source.
+
+    Raises:
+        DataError: there are none.
+    """
     if len(dataset) == 0:
-        raise DataError(f"{name}: has no rows. Fix: give a file with at least one preference.")
+        raise without_rows(name)
     return dataset
+
+
+def without_rows(name: str) -> DataError:
+    """Return the error for a source without rows."""
+    return DataError(f"{name}: has no rows. Fix: give a file with at least one preference.")
 
 
 # --- Text files ----------------------------------------------------------------------------------------------------
 
 
-def _load_raw(rows: Iterator[RawRow], name: str, work_dir: Path) -> RawRows:
-    """Write raw rows to an Arrow file, so that they can be mapped into memory and read by several processes."""
+def load_raw(rows: Iterator[RawRow], name: str, work_dir: Path) -> RawRows:
+    """Write raw rows to an Arrow file, so that they can be mapped into memory and read by several processes.
+
+    Args:
+        rows: what to write.
+        name: of the source, for messages.
+        work_dir: folder of the file.
+
+    Raises:
+        DataError: there is none, or what they come from is damaged.
+    """
     import datasets
     import pyarrow as pa
 
     schema = pa.schema([("row", pa.int64()), ("raw", pa.large_binary()), ("problem", pa.string())])
     path = work_dir / "raw.arrow"
-    try:
-        with naming(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in _batched(rows):
-                columns = list(zip(*batch, strict=True))
-                writer.write_batch(
-                    pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema)
-                )
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _unreadable(name, error) from error
-    return RawRows(_require_rows(datasets.Dataset.from_file(str(path)), name), is_json=True)
+    if not path.exists():
+        try:
+            with (
+                replacing(path) as aside,
+                pa.OSFile(str(aside), "wb") as sink,
+                pa.ipc.new_stream(sink, schema) as writer,
+            ):
+                for batch in _batched(rows):
+                    columns = list(zip(*batch, strict=True))
+                    writer.write_batch(
+                        pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema)
+                    )
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise _unreadable(name, error) from error
+    return RawRows(require_rows(datasets.Dataset.from_file(str(path)), name), is_json=True)
 
 
 def _batched(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:

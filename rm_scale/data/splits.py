@@ -6,12 +6,13 @@ Works on arrays of lengths and hashes alone, so that trying another seed or size
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rm_scale.data.cache import EncodedSource
+from rm_scale.data.chunk_files import GroupArrays
 from rm_scale.data.data_report import (
     IntArray,
     TextStatistics,
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = get_logger(__name__)
-
-# Columns that the cache keeps for splitting and statistics; the data sets of a run don't have them.
-SPLIT_COLUMNS = ("lengths", "prompt_key", "group_key")
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,12 @@ class Origins:
 class GroupSet:
     """Training or evaluation data: a data set of G groups, with what splitting and statistics need as arrays.
 
-    The arrays are read once, column by column and before any selection: reading columns through a selection costs
-    seconds per hundred thousand rows.
+    The arrays of a single source that is used whole are files of the cache, mapped into memory.
 
     Attributes:
-        dataset: the groups, without `SPLIT_COLUMNS`.
+        dataset: the groups.
         prompt_lengths: (G,) shared leading tokens.
+        num_tokens: (G,) tokens of all sequences of a group.
         lengths: (R,) tokens per sequence, group after group; R is the number of responses of all groups.
         ranks: (R,) ranks in the same order.
         sizes: (G,) responses per group.
@@ -82,6 +80,7 @@ class GroupSet:
 
     dataset: Dataset
     prompt_lengths: IntArray
+    num_tokens: IntArray
     lengths: IntArray
     ranks: IntArray
     sizes: IntArray
@@ -96,12 +95,11 @@ class GroupSet:
     def take(self, indices: IntArray) -> GroupSet:
         """Return only the groups at these indices, in this order."""
         sizes = self.sizes[indices]
-        starts = (np.cumsum(self.sizes) - self.sizes)[indices]
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        flat = np.repeat(starts, sizes) + within
+        flat = self._responses_of(indices, sizes)
         return GroupSet(
             self.dataset.select(indices),
             self.prompt_lengths[indices],
+            self.num_tokens[indices],
             self.lengths[flat],
             self.ranks[flat],
             sizes,
@@ -111,14 +109,22 @@ class GroupSet:
             self.source_names,
         )
 
+    def _responses_of(self, indices: IntArray, sizes: IntArray) -> IntArray:
+        """Return where the responses of the groups at these indices lie, in their order."""
+        starts = (np.cumsum(self.sizes) - self.sizes)[indices]
+        ends = np.cumsum(sizes)
+        # In place, and of half the bytes where they will do: of ten million groups each array is 160 MB.
+        flat = np.arange(ends[-1] if len(ends) else 0, dtype=_smallest_type(len(self.lengths)))
+        flat += np.repeat((starts - ends + sizes).astype(flat.dtype), sizes)
+        return flat
+
     def limit(self, count: int | None) -> GroupSet:
         """Return only the first `count` groups; all of them for `None`."""
         return self if count is None or count >= len(self) else self.take(np.arange(count))
 
     def group_sizes(self) -> GroupSizes:
         """Return the sizes of the groups, for packing."""
-        totals = np.add.reduceat(self.lengths, np.cumsum(self.sizes) - self.sizes)
-        return GroupSizes(totals, self.prompt_lengths, self.sizes)
+        return GroupSizes(self.num_tokens, self.prompt_lengths, self.sizes)
 
     def origins(self) -> Origins:
         """Return where the groups come from."""
@@ -137,30 +143,45 @@ def join_sources(parts: Sequence[EncodedSource]) -> GroupSet:
     """
     import datasets
 
-    used = [part.used for part in parts if len(part.used)]
+    used = [part for part in parts if len(part.used)]
     if not used:
         reports = [part.report for part in parts]
         read, lost = sum(r.rows_read for r in reports), sum(r.rows_rejected for r in reports)
         files = [part.rejected_path for part in parts if part.report.rows_rejected]
         raise DataError("no usable row is left. " + too_many_text(reports, read, lost, 0.0, files))
-    data = datasets.concatenate_datasets(used) if len(used) > 1 else used[0]
-    columns = data.select_columns([*SPLIT_COLUMNS, "prompt_length", "ranks"]).with_format("arrow")[:]
-    ranks = columns["ranks"].combine_chunks()
+    data = datasets.concatenate_datasets([part.used for part in used]) if len(used) > 1 else used[0].used
+    arrays = {name: _joined([getattr(part.arrays, name) for part in used]) for name in _ARRAYS}
     return GroupSet(
-        data.remove_columns(list(SPLIT_COLUMNS)),
-        prompt_lengths=_integers(columns["prompt_length"].combine_chunks()),
-        lengths=_integers(columns["lengths"].combine_chunks().flatten()),
-        ranks=_integers(ranks.flatten()),
-        sizes=_integers(ranks.value_lengths()),
-        prompts=_integers(columns["prompt_key"].combine_chunks()),
-        groups=_integers(columns["group_key"].combine_chunks()),
-        sources=np.repeat(np.arange(len(parts)), [len(part.used) for part in parts]),
+        data,
+        prompt_lengths=arrays["prompt_length"],
+        num_tokens=arrays["num_tokens"],
+        lengths=arrays["lengths"],
+        ranks=arrays["ranks"],
+        sizes=arrays["sizes"],
+        prompts=arrays["prompt_key"],
+        groups=arrays["group_key"],
+        sources=_source_numbers([len(part.used) for part in parts]),
         source_names=tuple(part.report.name for part in parts),
     )
 
 
-def _integers(array: Any) -> IntArray:
-    return np.asarray(array.to_numpy(zero_copy_only=False)).astype(np.int64)
+_ARRAYS = tuple(field.name for field in fields(GroupArrays))
+
+
+def _joined(arrays: Sequence[IntArray]) -> IntArray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _source_numbers(counts: Sequence[int]) -> IntArray:
+    """Return the index of each group's source; of a single source all groups share one number in memory."""
+    filled = [number for number, count in enumerate(counts) if count]
+    if len(filled) == 1:
+        return np.broadcast_to(np.int32(filled[0]), (counts[filled[0]],))
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+
+def _smallest_type(count: int) -> type[np.integer[Any]]:
+    return np.int32 if count < 2**31 else np.int64
 
 
 def hold_out(data: GroupSet, size: float, seed: int) -> tuple[GroupSet, GroupSet]:
@@ -186,7 +207,7 @@ def hold_out(data: GroupSet, size: float, seed: int) -> tuple[GroupSet, GroupSet
             "side. Fix: choose another size, or give eval_dataset_path."
         )
     _, prompt_of, sizes = np.unique(data.prompts, return_inverse=True, return_counts=True)
-    held = _draw(sizes, wanted, seed)[prompt_of.reshape(-1)]
+    held = draw_prompts(sizes, wanted, seed)[prompt_of.reshape(-1)]
     if not held.any():
         raise DataError(
             f"eval_split_size={size:g}: every prompt has more than {wanted} groups, and groups of one prompt stay "
@@ -197,7 +218,7 @@ def hold_out(data: GroupSet, size: float, seed: int) -> tuple[GroupSet, GroupSet
     return data.take(np.flatnonzero(~held)), data.take(np.flatnonzero(held))
 
 
-def _draw(sizes: IntArray, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def draw_prompts(sizes: IntArray, wanted: int, seed: int | tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Return a mask of the prompts to take: in random order, each whose groups still fit in what is wanted."""
     taken = np.zeros(len(sizes), dtype=bool)
     left = wanted

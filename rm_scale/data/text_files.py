@@ -39,6 +39,8 @@ MAX_ROW_BYTES = 16 << 20
 MAX_COLUMNS = 10_000
 # A line over the limit is skipped, but not for ever: a sparse file or a gzip file may have no end in reach.
 _MAX_SKIPPED_BYTES = 1 << 30
+MOST_LINE_BYTES = MAX_ROW_BYTES + _MAX_SKIPPED_BYTES
+"""Of a line that is looked at; a longer one ends the reading of its file."""
 # Text shrinks to a tenth or so. What unpacks to more than this, and to this many times its size, was made to be large.
 _MAX_UNPACKED_BYTES = 1 << 30
 _MAX_UNPACKED_RATIO = 200
@@ -111,14 +113,23 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def jsonl_rows(path: Path) -> Iterator[RawRow]:
-    """Yield one row per line that isn't blank. Its index is the line's number, from 0, as editors find it."""
+def jsonl_rows(path: Path, start: int = 0, end: int | None = None, first_row: int = 0) -> Iterator[RawRow]:
+    """Yield one row per line that isn't blank. Its index is the line's number, from 0, as editors find it.
+
+    Args:
+        path: the file.
+        start, end: bytes of it to read, which lines begin and end at; an uncompressed file's alone.
+        first_row: number of the first line there.
+    """
     with _open(path) as stream:
-        index = 0
-        while line := stream.readline(MAX_ROW_BYTES + 1):
+        if start:
+            stream.seek(start)
+        index, place = first_row, start
+        while (end is None or place < end) and (line := stream.readline(MAX_ROW_BYTES + 1)):
+            place += len(line)
             if len(line) > MAX_ROW_BYTES:
                 if not line.endswith(b"\n"):
-                    _skip_line(stream, path, index)
+                    place += _skip_line(stream, path, index)
                 yield index, b"", _too_large()
             else:
                 line = (line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip()
@@ -127,12 +138,20 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
             index += 1
 
 
-def _skip_line(stream: IO[bytes], path: Path, index: int) -> None:
+def _skip_line(stream: IO[bytes], path: Path, index: int) -> int:
+    """Go to the end of a line; return the bytes on the way."""
+    skipped = 0
     for _ in range(_MAX_SKIPPED_BYTES // _READ_CHARACTERS):
         part = stream.readline(_READ_CHARACTERS)
+        skipped += len(part)
         if not part or part.endswith(b"\n"):
-            return
-    raise DataError(
+            return skipped
+    raise line_too_long(path, index)
+
+
+def line_too_long(path: Path, index: int) -> DataError:
+    """Return the error for a line over `MOST_LINE_BYTES`."""
+    return DataError(
         f"{path}: line {index + 1} has more than {_MAX_SKIPPED_BYTES >> 20} MB. Fix: check that the file is text, one "
         "row per line."
     )

@@ -17,6 +17,7 @@ from rm_scale.data.preparation import PreparedData
 from rm_scale.planning.plan import Plan
 
 _SAMPLED_ROWS = 256
+_HASHED_AT_ONCE = 1 << 20
 _SAMPLED_BYTES = 2**16
 
 
@@ -25,6 +26,7 @@ def run_facts(config: RunConfig, plan: Plan, data: PreparedData) -> dict[str, An
     computed = {
         "model": model_fingerprint(config),
         "data": data_fingerprint(data),
+        "mixture": data.mixture.describe() if data.mixture is not None else None,
         "method": plan.method,
         "compute_dtype": plan.compute_dtype,
         "learning_rate": plan.learning_rate,
@@ -39,7 +41,8 @@ def data_fingerprint(data: PreparedData) -> str:
     sizes = data.train_sizes
     digest = hashlib.sha256()
     for array in (sizes.num_tokens, sizes.prompt_length, sizes.num_responses):
-        digest.update(np.ascontiguousarray(array).tobytes())
+        for start in range(0, len(array), _HASHED_AT_ONCE):
+            digest.update(np.asarray(array[start : start + _HASHED_AT_ONCE], np.int64).tobytes())
     count = len(data.train)
     rows = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_ROWS)).astype(int)).tolist()
     sample = data.train.select(rows)

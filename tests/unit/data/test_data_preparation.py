@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,9 +15,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rm_scale.config import RunConfig
-from rm_scale.data import cache, preparation, sources
+from rm_scale.data import cache
 from rm_scale.data.data_report import raise_if_too_many, write_data_report
+from rm_scale.data.encoded_rows import EncodedBatch
 from rm_scale.data.encoding import EncodingRules, TextEncoder
+from rm_scale.data.formats import RowReader
 from rm_scale.data.preparation import PreparedData, prepare_data
 from rm_scale.errors import DataError, ModelError
 
@@ -55,15 +54,15 @@ def rows(dataset: datasets.Dataset | None) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the sources that were really encoded, not found in the cache."""
+    """Names of the sources that were really encoded, not found in the cache: once for each chunk."""
     names: list[str] = []
-    build = cache._build
+    encode = cache.encode_batch
 
-    def counted(folder: Path, source: sources.Source, *rest: Any) -> None:
-        names.append(source.name)
-        build(folder, source, *rest)
+    def counted(rows: Any, reader: RowReader, *rest: Any) -> EncodedBatch:
+        names.append(reader.source)
+        return encode(rows, reader, *rest)
 
-    monkeypatch.setattr(cache, "_build", counted)
+    monkeypatch.setattr(cache, "encode_batch", counted)
     return names
 
 
@@ -188,7 +187,7 @@ def test_a_source_without_usable_rows_beside_a_good_one(
 def test_errors_of_sources_and_formats_pass_through(
     tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, encoder: TextEncoder
 ) -> None:
-    with pytest.raises(DataError, match=r"neither is given. Fix: --dataset_path FILE"):
+    with pytest.raises(DataError, match=r"none is given. Fix: --dataset_path FILE"):
         prepare_data(make_config(), encoder)
     with pytest.raises(DataError, match=r"a.jsonl: none of the first 1 rows is a readable object"):
         prepare_data(make_config(jsonl(tmp_path / "a.jsonl", [b"<"])), encoder)
@@ -206,7 +205,7 @@ def test_error_policy_stops_from_worker_processes_too(
     path = jsonl(tmp_path / "a.jsonl", [pair(0), pair(1, chosen="word " * 40), pair(2)])
     with pytest.raises(DataError, match=r"a.jsonl, row 1: .*max_length is 30"):
         prepare_data(make_config(path, dataset_num_proc=num_proc), encoder)
-    assert not list((tmp_path / "cache").glob("encoded-*/")), "nothing half done may stay"
+    assert not list((tmp_path / "cache").glob("encoded-*/meta.json")), "nothing half done may count"
 
 
 def test_conversations_need_a_template(
@@ -321,17 +320,19 @@ def test_own_evaluation_files_limits_and_shared_prompts(
     assert report.eval is not None and (report.train.num_groups, report.eval.num_groups) == (4, 2)
 
 
-def test_hub_splits(make_config: MakeConfig, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append(split)
-        return datasets.Dataset.from_list([pair(number) for number in range(3 if split == "fit" else 2)])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    config = make_config(dataset_name="o/n", dataset_train_split="fit", dataset_test_split="check")
-    prepared = prepare_data(config, encoder)
-    assert asked == ["fit", "check"] and (len(prepared.train), len(rows(prepared.eval))) == (3, 2)
+def test_hub_splits(
+    tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "repo").mkdir()
+    for name, count in (("train", 3), ("test", 2)):
+        jsonl(tmp_path / "repo" / f"{name}.jsonl", [pair(number) for number in range(count)])
+    prepared = prepare_data(make_config(dataset_name=str(tmp_path / "repo"), dataset_test_split="test"), encoder)
+    assert (len(prepared.train), len(rows(prepared.eval))) == (3, 2)
+    assert [found["name"] for found in prepared.report.to_dict()["hub"]] == [
+        f"{tmp_path / 'repo'}[train]",
+        f"{tmp_path / 'repo'}[test]",
+    ]
 
 
 # --- The cache -----------------------------------------------------------------------------------------------------
@@ -436,35 +437,8 @@ def test_an_interrupted_build_is_never_used(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(cache, "_write_meta", failing)
         prepare_data(make_config(path), encoder)
-    assert not list((tmp_path / "cache").glob("encoded-*/"))
+    assert not list((tmp_path / "cache").glob("encoded-*/meta.json"))
     assert len(prepare_data(make_config(path), encoder).train) == 2
-
-
-KILLED = """
-import os, signal, sys
-from transformers import PreTrainedTokenizerFast
-from rm_scale.config import RunConfig
-from rm_scale.data import cache, preparation
-from rm_scale.data.encoding import TextEncoder
-cache._write_meta = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-config = RunConfig(model_name_or_path="none", dataset_path=[sys.argv[1]], dataset_cache_dir=sys.argv[2])
-preparation.prepare_data(config, TextEncoder(PreTrainedTokenizerFast.from_pretrained(sys.argv[3])))
-"""
-
-
-def test_a_killed_process_leaves_nothing_that_is_used(
-    tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [pair(0), pair(1)])
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    folder, root = tmp_path / "cache", Path(preparation.__file__).parents[2]
-    command = [sys.executable, "-c", KILLED, path, str(folder), str(tmp_path / "tokenizer")]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert len(list(folder.glob("encoded-*.tmp-*"))) == 1
-    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
-    assert len(prepare_data(make_config(path), TextEncoder(loaded)).train) == 2
-    assert not list(folder.glob("encoded-*.tmp-*"))
 
 
 def test_processes_that_start_together_build_once(
@@ -478,25 +452,6 @@ def test_processes_that_start_together_build_once(
     for thread in threads:
         thread.join()
     assert len(results) == 3 and len(loads) == 1
-
-
-def test_a_lost_race_uses_the_winners_result(
-    tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Network file systems without locks: another node finishes the same folder first."""
-    path = jsonl(tmp_path / "a.jsonl", [pair(0)])
-    rename = Path.rename
-
-    def beaten(self: Path, target: Path) -> Path:
-        if ".tmp-" in self.name and not target.exists():
-            (target / "used").mkdir(parents=True)
-            for name in ("meta.json", "rejected.jsonl"):
-                (target / name).write_bytes((self / name).read_bytes())
-            rename(self / "used", target / "used")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", beaten)
-    assert len(prepare_data(make_config(path), encoder).train) == 1
 
 
 def test_unwritable_cache(
@@ -546,7 +501,7 @@ def test_other_system_errors_are_not_blamed_on_the_cache(
     def fail(*_: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(cache, "_build", fail)
+    monkeypatch.setattr(cache, "encode_batch", fail)
     with pytest.raises(OSError, match=r"Input/output error"):
         prepare_data(make_config(jsonl(tmp_path / "a.jsonl", [pair(0)])), encoder)
 

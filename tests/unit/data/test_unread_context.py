@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from rm_scale.config import RunConfig
 from rm_scale.data.context_columns import UnreadContext, holds_context
 from rm_scale.data.encoding import TextEncoder
-from rm_scale.data.format_detection import choose_format, warn_about_hard_labels
+from rm_scale.data.format_detection import choose_format
 from rm_scale.data.formats import RowReader
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.preparation import prepare_data
@@ -330,16 +330,6 @@ def test_a_file_that_fits_nothing_learns_the_columns_and_their_shape() -> None:
         choose_format("auto", ["instruction", "output", "rejected"], [], "f", "subset")
     text = str(caught.value)
     assert "conversational: chosen, rejected (lists of messages" in text
-
-
-@pytest.mark.parametrize(
-    ("labels", "warned"), [([0.0, 1.0, None], True), ([1, 1], True), ([0.0, 0.9], False), ([], False), ([None], False)]
-)
-def test_labels_that_are_all_0_or_1_are_warned_about(
-    labels: list[Any], warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    warn_about_hard_labels(labels, "f.jsonl")
-    assert ("f.jsonl: every soft label is exactly 0 or 1" in caplog.text) == warned
 
 
 def test_a_whole_file(
