@@ -31,6 +31,7 @@ from rm_scale.evaluation.final_evaluation import evaluation_table, write_evaluat
 from rm_scale.inference.export.merge_adapter import merge_adapter
 from rm_scale.inference.scoring.sample_scores import show_sample_scores
 from rm_scale.logs import get_logger
+from rm_scale.long_work import left_together
 from rm_scale.modeling.exact_shape import shape_of_loaded
 from rm_scale.modeling.loading import LoadedModel, load_for_training
 from rm_scale.modeling.model_shape import shape_of_run
@@ -97,9 +98,9 @@ def load_text_encoder(config: RunConfig) -> tuple[PreTrainedTokenizerBase, TextE
 
 def load_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     """Read, check and encode the preference files, once per machine."""
-    # All ranks call it at once: the cache's file lock lets one do the work. No collective waits meanwhile, which would
-    # time out on large data.
-    with agreed_errors():
+    # All ranks call it at once; those of one cache folder share the work. No collective waits meanwhile: it would time
+    # out on large data.
+    with agreed_errors(), left_together("reading and encoding the data"):
         data = prepare_data(config, encoder)
         raise_if_too_many(data.report, config.max_rejected_share, data.rejected.files())
         _refuse_labels_the_loss_ignores(config, data)
@@ -144,7 +145,9 @@ def _refuse_metric_of_no_subset(config: RunConfig, data: PreparedData) -> None:
 
 def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
     """Return the plan with the number of steps, and log it."""
-    plan = plan.with_data(len(data.train), len(data.eval) if data.eval is not None else 0, config.max_steps)
+    num_eval = len(data.eval) if data.eval is not None else 0
+    epoch_groups = data.mixture.epoch_size(plan.global_batch_size) if data.mixture is not None else None
+    plan = plan.with_data(len(data.train), num_eval, config.max_steps, epoch_groups)
     with agreed_errors():
         plan = fit_budget(plan, config, int(_group_tokens(plan, data).max()))
     problems = check_schedule(plan, config)
@@ -361,6 +364,7 @@ def build_trainer(
         saved_head=loaded.saved_head,
         saves=saves,
         eval_sets=_eval_sets(data),
+        mixture=data.mixture,
         callbacks=[
             StepInLogs(),
             Progress(bar=not config.disable_tqdm),
