@@ -189,6 +189,8 @@ def _normalise(name: str, value: Any) -> Any:
         return None
     if name in LISTS:
         return normalised(_from_json(value))
+    if name == "dataset_columns":
+        return _from_json(value)  # the name of a column may look like a number
     if _is_list_field(name):
         if isinstance(value, list) and [str(part).lower() for part in value] in (["none"], ["null"]):
             return None if optional else []

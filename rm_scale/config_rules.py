@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from rm_scale.config import FORCEABLE_RULES, RESUME_FACTS, RunConfig
+from rm_scale.config_columns import reading_problems
 from rm_scale.config_names import (
     ATTENTIONS,
     EVALUATION_METRICS,
@@ -416,6 +417,10 @@ def conflicts(config: RunConfig, broken: Iterable[str] = ()) -> list[str]:
         # "owner/name" is a kernel on the hub, which only the hub can judge.
         found += _unknown_values(
             "attn_implementation", [one for one in [config.attn_implementation] if "/" not in one], ATTENTIONS
+        )
+    if not {"dataset_preset", "dataset_columns", "dataset_format", "ignore_columns"} & broken:
+        found += reading_problems(
+            config.dataset_preset, config.dataset_columns, config.dataset_format, config.ignore_columns
         )
     for setting in LISTS:
         if setting not in broken:

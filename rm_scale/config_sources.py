@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any, get_args
 
 from rm_scale.config import RunConfig
+from rm_scale.config_columns import reading_problems
 from rm_scale.config_schedules import number_in
 from rm_scale.errors import UserError
 from rm_scale.files import user_path
@@ -290,6 +291,10 @@ class _EntryReader:
                 "must map our columns to the source's. Fix: {prompt: ..., chosen: ..., rejected: ...}; columns that "
                 "are not to be read go to ignore_columns.",
             )
+        preset, columns = self.entry.get("preset"), self.entry.get("columns")
+        if len(given) == 1 and ((isinstance(preset, str) and preset.strip()) or isinstance(columns, Mapping)):
+            found = reading_problems(preset, columns, "auto")
+            self.problems += [f"{self.where}: {problem.removeprefix('dataset_')}" for problem in found]
         if isinstance(self.entry.get("format"), str) and self.entry["format"] not in _FORMATS:
             self._wrong(self._shown("format"), f"no such format. Fix: one of {', '.join(_FORMATS)}.")
 

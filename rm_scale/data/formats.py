@@ -13,8 +13,9 @@ Formats and the columns they read (further columns are ignored and named in a lo
   `preference_probability`; or `better_response_id`, the number (0 or 1) of the better one of `response_0` and
   `response_1`, or of `response_a` and `response_b`, which is no soft label.
 
-Pair formats also read an optional `margin` (a number >= 0), and every format `id` and the subset column. The columns
-`score_chosen` and `score_rejected` are never turned into a margin: only the user knows whether their scale is one.
+Pair formats and `better_response_id` also read an optional `margin` (a number >= 0), and every format `id` and the
+subset column. The columns `score_chosen` and `score_rejected` are never turned into a margin: only the user knows
+whether their scale is one.
 
 Which format a file has is decided in `rm_scale.data.format_detection`. To add one: a reader, its entry in `READERS` and
 `NEEDED_COLUMNS`, and a rule of detection.
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rm_scale.config_sources import ColumnFilter
 from rm_scale.data.column_maps.column_map import ColumnMap
 from rm_scale.data.context_columns import refuse_unread_context, same_word
 from rm_scale.data.conversations import (
@@ -42,6 +44,7 @@ from rm_scale.data.conversations import (
 )
 from rm_scale.data.preference_group import PreferenceGroup, Text
 from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.row_filters import leave_out_filtered
 from rm_scale.data.row_values import (
     Row,
     check_no_nul,
@@ -57,6 +60,7 @@ from rm_scale.data.row_values import (
 )
 
 RESPONSE_LIST_COLUMNS = ("responses", "completions")
+MAX_RESPONSES = 1_000
 SOFT_LABEL_COLUMNS = ("soft_label", "chosen_probability", "preference_probability")
 BETTER_COLUMN = "better_response_id"
 PAIR_COLUMNS = (("chosen", "rejected"), ("response_0", "response_1"), ("response_a", "response_b"))
@@ -97,6 +101,7 @@ class RowReader:
         ignore_columns: columns that are not read, whatever their name.
         checks_context: refuse rows with context in a column that the format does not read.
         column_map: rewrites a row in the columns of the format before it is read.
+        filters: what a row's own columns must hold; other rows are left out as `FILTERED`.
     """
 
     format: str
@@ -105,6 +110,7 @@ class RowReader:
     ignore_columns: tuple[str, ...] = ()
     checks_context: bool = True
     column_map: ColumnMap | None = None
+    filters: tuple[ColumnFilter, ...] = ()
 
     def read(self, row: Any, index: int) -> PreferenceGroup:
         """Read and check one row.
@@ -118,16 +124,22 @@ class RowReader:
         """
         if not isinstance(row, Mapping):
             raise RejectedRow("wrong_type", f"the row is {kind_name(row)}, not an object with columns")
+        if self.filters:
+            leave_out_filtered(row, self.filters)
         if self.ignore_columns:
             row = {name: value for name, value in row.items() if name not in self.ignore_columns}
+        raw = row
         if self.column_map is not None:
-            row = self.column_map.apply(row)
+            row = self._mapped(self.column_map, row)
         found, has_messages = _with_messages(row)
-        format = "conversational" if has_messages and self.format in TEXT_FORMATS else self.format
+        format = self._format_of(row, has_messages)
         group = READERS[format](found)
         _check_group(group)
         if self.checks_context:
-            refuse_unread_context(row, group, self._read_columns(format))
+            if self.column_map is None:
+                refuse_unread_context(row, group, self._read_columns(format, row))
+            else:
+                self._refuse_unmapped_context(self.column_map, raw, row, group)
         return PreferenceGroup(
             prompt=group.prompt,
             responses=group.responses,
@@ -140,13 +152,50 @@ class RowReader:
             id=label_text(row.get("id"), "id") or str(index),
         )
 
-    def _read_columns(self, format: str) -> set[str]:
+    def _mapped(self, column_map: ColumnMap, row: Row) -> Row:
+        """Return a row in the columns of a format, with its subset and id where the map says nothing of them."""
+        mapped = column_map.apply(row)
+        require_few_responses(mapped)
+        if "subset" in mapped:
+            mapped[self.subset_column] = mapped.pop("subset")
+        for name in (self.subset_column, "id"):
+            if name not in mapped and not column_map.regroups and name not in column_map.columns_read:
+                mapped[name] = row.get(name)
+        return mapped
+
+    def _format_of(self, row: Row, has_messages: bool) -> str:
+        if self.column_map is not None and self.column_map.format == "ranked" and "response_0" in row:
+            return "soft_label"  # the map says that two responses of equal scores are a tie
+        return "conversational" if has_messages and self.format in TEXT_FORMATS else self.format
+
+    def _refuse_unmapped_context(self, column_map: ColumnMap, raw: Row, row: Row, group: PreferenceGroup) -> None:
+        """Refuse a row of which a column that its map does not read holds context."""
+        read = {*column_map.columns_read, self.subset_column, "id"}
+        unread = {name: value for name, value in column_map.columns_of(raw).items() if name not in read}
+        refuse_unread_context({**unread, "tools": row.get("tools", unread.get("tools"))}, group, ())
+
+    def _read_columns(self, format: str, row: Row) -> set[str]:
         read = {"id", "chosen", "rejected", self.subset_column}
         if format not in _WITHOUT_PROMPT:
             read.add("prompt")
-        if format not in _WITHOUT_MARGIN:
+        has_side = format == "soft_label" and all(row.get(name) is None for name in SOFT_LABEL_COLUMNS)
+        if format not in _WITHOUT_MARGIN or has_side:
             read.add("margin")
         return read
+
+
+def require_few_responses(row: Any) -> None:
+    """Refuse a row whose pairs, which grow with the square of its responses, would keep a machine busy.
+
+    Raises:
+        RejectedRow: `too_many_responses`.
+    """
+    for column in RESPONSE_LIST_COLUMNS if isinstance(row, Mapping) else ():
+        responses = row.get(column)
+        if isinstance(responses, list) and len(responses) > MAX_RESPONSES:
+            raise RejectedRow(
+                "too_many_responses", f"{column} has {len(responses):,}, at most {MAX_RESPONSES:,} are read"
+            )
 
 
 def _with_messages(row: Row) -> tuple[Row, bool]:
@@ -293,7 +342,8 @@ def _read_soft_label(row: Row) -> PreferenceGroup:
     column = first_present(row, (*SOFT_LABEL_COLUMNS, BETTER_COLUMN))
     if column == BETTER_COLUMN:
         prompt, parts = _prompt_and_responses(row, [row[name] for name in names], " and ".join(names))
-        return PreferenceGroup(prompt, tuple(parts), _ranks_of_better(row[column]), tools=read_tools(row))
+        margin = margin_value(row)
+        return PreferenceGroup(prompt, tuple(parts), _ranks_of_better(row[column]), margin, tools=read_tools(row))
     probability = number_value(row[column], column)
     if not 0 <= probability <= 1:
         raise RejectedRow("bad_label", f"{column}={probability} is not a probability in [0, 1]")

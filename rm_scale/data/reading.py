@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rm_scale.config import RunConfig
+from rm_scale.config_sources import ColumnFilter
 from rm_scale.data.column_maps.column_map import ColumnMap
-from rm_scale.data.column_maps.presets import fitting_preset, preset_named
+from rm_scale.data.column_maps.presets import preset_named, recognised_preset
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Reading:
         columns: a column map's settings, or `None`.
         subset_column: column that names a row's subset.
         ignore_columns: columns that are not read.
+        filters: what the values of columns must be for a row to be read.
     """
 
     format: str = "auto"
@@ -28,6 +30,7 @@ class Reading:
     columns: Mapping[str, Any] | None = field(default=None)
     subset_column: str = "subset"
     ignore_columns: tuple[str, ...] = ()
+    filters: tuple[ColumnFilter, ...] = ()
 
     @classmethod
     def of_config(cls, config: RunConfig) -> Reading:
@@ -39,6 +42,11 @@ class Reading:
             config.subset_column,
             tuple(config.ignore_columns),
         )
+
+    @property
+    def setting(self) -> str:
+        """What asked for the map, for messages."""
+        return f"dataset_preset={self.preset}" if self.columns is None and self.preset else "dataset_columns"
 
     def column_map(self, columns: Collection[str]) -> ColumnMap | None:
         """Return the map that rows go through before their format is read, or `None`.
@@ -53,5 +61,12 @@ class Reading:
             return ColumnMap(self.columns)
         if self.preset is not None:
             return preset_named(self.preset).columns
-        preset = fitting_preset(columns) if self.format == "auto" else None
-        return preset.columns if preset is not None else None
+        preset = self.recognised(columns)
+        return preset and preset_named(preset).columns
+
+    def recognised(self, columns: Collection[str]) -> str | None:
+        """Return the name of the preset that is used because the columns are unmistakable, or `None`."""
+        if self.format != "auto" or self.columns is not None or self.preset is not None:
+            return None
+        preset = recognised_preset(set(columns) - set(self.ignore_columns))
+        return preset and preset.name

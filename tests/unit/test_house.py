@@ -25,6 +25,7 @@ PACKAGES = (
     "config_names",
     "config_schedules",
     "config_trl",
+    "config_columns",
     "config",
     "config_sources",
     "config_rules",

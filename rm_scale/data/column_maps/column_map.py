@@ -1,21 +1,26 @@
 """Rewrite a row of any columns as one that a format reads: `dataset_columns`, or the map of a preset.
 
-A map says for each column of a format where its value stands in the row. `docs/data_formats.md` describes its language.
+A map says for each column of a format where its value stands in the row. `docs/data_formats.md` describes its language,
+and `rm_scale.config_columns` checks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rm_scale.data.column_maps.paths import value_at
+from rm_scale.config_columns import formats_of, map_problems, paths_of, root_of
+from rm_scale.data.column_maps.labels import Label, read_better, read_soft_label
+from rm_scale.data.column_maps.message_forms import in_conversation, named_messages, tools_from_anthropic
+from rm_scale.data.column_maps.places import as_number, read_numbers, read_place, read_places
+from rm_scale.data.conversations import split_shared_messages
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.row_values import Row
+from rm_scale.data.row_values import Row, kind_name
 from rm_scale.errors import DataError
 
-TARGETS = ("prompt", "chosen", "rejected", "responses", "better", "margin", "soft_label", "tools", "id", "subset")
-"""What a map may say the place of."""
+_LISTS = ("rows", "thread", "replies")
 
 
 @dataclass(frozen=True)
@@ -24,39 +29,154 @@ class ColumnMap:
 
     Attributes:
         settings: the declaration, as in YAML.
+
+    Raises:
+        DataError: it is wrong; the text says where and why.
     """
 
     settings: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.settings if name not in TARGETS]
-        if unknown:
-            raise DataError(
-                f"dataset_columns: {unknown[0]} is no column of any format. Fix: one of {', '.join(TARGETS)}."
-            )
+        problems = map_problems(self.settings)
+        if problems:
+            raise DataError("\n".join(problems))
+
+    @property
+    def regroups(self) -> bool:
+        """Whether several rows of the file make one row, or one row several: `group_by` and `tree`."""
+        return "group_by" in self.settings or "tree" in self.settings
+
+    @property
+    def format(self) -> str:
+        """The format of its rows where its own settings say it, "auto" where the values have to be seen."""
+        formats = formats_of(self.settings)
+        return formats[0] if len(formats) == 1 else "auto"
+
+    @functools.cached_property
+    def paths(self) -> tuple[tuple[str, bool], ...]:
+        """Each path that it reads, and whether rows may lack it."""
+        found: dict[str, bool] = {}
+        for path, may_lack in paths_of(self.settings):
+            found[path] = may_lack and found.get(path, True)
+        return tuple(found.items())
+
+    @functools.cached_property
+    def columns_read(self) -> frozenset[str]:
+        """The columns of the file that it reads, and those that it says are not meant to be."""
+        roots = {root_of(path, self.settings) for path, _ in self.paths}
+        names = {path for path, _ in self.paths}  # a column may have dots in its name
+        tree = self.settings.get("tree", {})
+        keys = {tree[key] for key in ("root", "replies", "id", "parent", "ranked_by") if key in tree}
+        grouped = {*self.settings.get("group_by", ()), *keys, *tree.get("where", ())}
+        naming = self.settings.get("messages", {})
+        whole = {naming.get(key, key) for key in ("role", "content")} if "" in roots else set()
+        return frozenset({*roots, *names, *grouped, *whole, *self.settings.get("not_meant", ())})
+
+    @functools.cached_property
+    def columns_needed(self) -> frozenset[str]:
+        """The columns of the file without which no row of it can be read."""
+        tree = self.settings.get("tree", {})
+        if "root" in tree:
+            return frozenset({tree["root"]})
+        roots = {root_of(path, self.settings) for path, may_lack in self.paths if not may_lack}
+        keys = {tree[key] for key in ("id", "parent", "ranked_by") if key in tree}
+        return frozenset({*roots, *keys, *tree.get("where", ()), *self.settings.get("group_by", ())} - {""})
+
+    def columns_of(self, row: Row) -> dict[str, Any]:
+        """Return a row in the file's own columns; of rows that were put together each column holds the list of all."""
+        if not self.regroups:
+            return dict(row)
+        found: dict[str, list[Any]] = {}
+        for name in _LISTS:
+            for part in row.get(name) or ():
+                for column, value in part.items() if isinstance(part, Mapping) else ():
+                    if value is not None:
+                        found.setdefault(column, []).append(value)
+        return found
 
     def apply(self, row: Row) -> dict[str, Any]:
         """Return the row in the columns of a format.
 
         Raises:
-            RejectedRow: a column that the map names is absent, or a label is none of those that it names.
+            RejectedRow: a column that the map names is absent, a label is none of those that it names, or a value is
+                not of the type that it needs.
         """
-        found = {name: value_at(row, path) for name, path in self.settings.items() if isinstance(path, str)}
-        responses = self.settings.get("responses")
-        if isinstance(responses, list):
-            values = [value_at(row, path) for path in responses]
-            if "better" not in self.settings:
-                return {**found, "responses": values}
-            found["response_0"], found["response_1"] = values
-            found["better_response_id"] = _better(row, self.settings["better"])
-        return found
+        found = {name: read_place(row, self.settings[name]) for name in ("id", "subset") if name in self.settings}
+        prompt = self._messages(read_place(row, self.settings["prompt"]), "user") if "prompt" in self.settings else None
+        if "tools" in self.settings:
+            found["tools"] = self._tools(read_place(row, self.settings["tools"]))
+        if "responses" not in self.settings:
+            return found | self._pair(row, prompt)
+        values = read_places(row, self.settings["responses"])
+        if not isinstance(values, list):
+            raise RejectedRow("wrong_type", f"responses is {kind_name(values)}, not a list")
+        prompt, responses = self._conversation(row, prompt, [self._messages(value, "assistant") for value in values])
+        order = self._order(row, responses)
+        if isinstance(order, dict):
+            return found | {"prompt": prompt, "responses": responses} | order
+        return found | self._two(row, prompt, responses, order)
+
+    def _pair(self, row: Row, prompt: Any) -> dict[str, Any]:
+        pair = [self._messages(read_place(row, self.settings[name]), "assistant") for name in ("chosen", "rejected")]
+        prompt, (chosen, rejected) = self._conversation(row, prompt, pair)
+        found = {} if prompt is None and "prompt" not in self.settings else {"prompt": prompt}
+        return found | {"chosen": chosen, "rejected": rejected} | self._margin(row)
+
+    def _order(self, row: Row, responses: Sequence[Any]) -> Label | dict[str, Any]:
+        """Return the label of two responses, or the column that orders all of them."""
+        if "better" in self.settings:
+            return read_better(row, self.settings["better"])
+        if "soft_label" in self.settings:
+            return read_soft_label(row, self.settings["soft_label"])
+        name = "ranks" if "ranks" in self.settings else "scores"
+        numbers = read_numbers(row, self.settings[name])
+        if self.settings.get("equal") == "tie" and len(responses) == 2 and len(set(numbers)) == 1 == len(numbers) - 1:
+            return Label(0.5)
+        return {name: numbers}
+
+    def _two(self, row: Row, prompt: Any, responses: Sequence[Any], label: Label) -> dict[str, Any]:
+        if len(responses) != 2:
+            raise RejectedRow("bad_label", f"{len(responses)} responses, and the label speaks of 2")
+        first, second = responses
+        if "prompt" not in self.settings:
+            if not isinstance(first, list) or not isinstance(second, list):
+                raise RejectedRow("missing_key", "prompt: the responses are no whole conversations")
+            prompt, (first, second) = split_shared_messages(first, second)
+        found = {"prompt": prompt, "response_0": first, "response_1": second, **label.columns()}
+        return found | self._margin(row) if "better_response_id" in found else found
+
+    def _margin(self, row: Row) -> dict[str, Any]:
+        if "margin" not in self.settings:
+            return {}
+        return {"margin": as_number(read_place(row, self.settings["margin"]))}
+
+    def _messages(self, value: Any, said_by: str) -> Any:
+        naming = self.settings.get("messages")
+        return value if naming is None else named_messages(value, naming, said_by)
+
+    def _tools(self, value: Any) -> Any:
+        blocks = self.settings.get("messages", {}).get("blocks")
+        return tools_from_anthropic(value) if blocks == "anthropic" else value
+
+    def _conversation(self, row: Row, prompt: Any, responses: list[Any]) -> tuple[Any, list[Any]]:
+        """Return prompt and responses as messages, where the map says so."""
+        if not self.settings.get("as_messages") and "system" not in self.settings:
+            return prompt, responses
+        system = read_place(row, self.settings["system"]) if "system" in self.settings else None
+        return in_conversation(prompt, responses, system)
 
 
-def _better(row: Row, label: Mapping[str, Any]) -> int:
-    value = value_at(row, label["path"])
-    for number, name in enumerate(("first", "second")):
-        if value in label[name]:
-            return number
-    raise RejectedRow(
-        "bad_label", f"{label['path']}={value!r} is none of the labels {label['first'] + label['second']}"
-    )
+def missing_paths(column_map: ColumnMap, sample: Sequence[Row]) -> list[str]:
+    """Return the paths of a map that no row of a sample has, of those that rows may not lack."""
+    return [path for path, may_lack in column_map.paths if not may_lack and not _is_there(path, sample)]
+
+
+def _is_there(path: str, sample: Collection[Row]) -> bool:
+    for row in sample:
+        try:
+            read_place(row, path)
+        except RejectedRow as rejected:
+            if rejected.reason == "missing_key":
+                continue
+        return True
+    return False

@@ -1,18 +1,15 @@
-"""Named maps of public preference sets, from `presets.yaml`."""
+"""Named maps of public preference sets, from `presets.yaml`, and which of them fits a file."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from rm_scale.data.column_maps.column_map import ColumnMap
+from rm_scale.config_columns import preset_entries
+from rm_scale.data.column_maps.column_map import ColumnMap, missing_paths
+from rm_scale.data.row_values import Row
 from rm_scale.errors import DataError
-from rm_scale.yaml_files import read_yaml
-
-_FILE = Path(__file__).with_name("presets.yaml")
 
 
 @dataclass(frozen=True)
@@ -22,23 +19,33 @@ class Preset:
     Attributes:
         name: as `dataset_preset` takes it.
         about: what it is, in one line.
+        source: where its columns are described.
         columns: its map.
-        needs: columns by which such a file is told from others; empty where they could be anybody's.
+        known_by: columns by which such a file is told from all others; empty where they could be anybody's.
     """
 
     name: str
     about: str
+    source: str
     columns: ColumnMap
-    needs: frozenset[str] = frozenset()
+    known_by: frozenset[str] = frozenset()
+
+    def missing(self, sample: Sequence[Row]) -> list[str]:
+        """Return what the map reads and no row of a sample has; the rows are the file's own."""
+        if not self.columns.regroups:
+            return missing_paths(self.columns, sample)
+        needed = sorted(self.columns.columns_needed)
+        return [name for name in needed if not any(name in row for row in sample)]
 
 
 @functools.cache
 def presets() -> Mapping[str, Preset]:
     """Return all presets by name."""
-    entries: dict[str, Any] = read_yaml(_FILE)
     return {
-        name: Preset(name, entry["about"], ColumnMap(entry["columns"]), frozenset(entry.get("needs", ())))
-        for name, entry in entries.items()
+        name: Preset(
+            name, entry["about"], entry["source"], ColumnMap(entry["columns"]), frozenset(entry.get("known_by", ()))
+        )
+        for name, entry in preset_entries().items()
     }
 
 
@@ -54,7 +61,16 @@ def preset_named(name: str) -> Preset:
     return found
 
 
-def fitting_preset(columns: Collection[str]) -> Preset | None:
-    """Return the preset whose columns a file has, where no other one fits."""
-    fitting = [preset for preset in presets().values() if preset.needs and preset.needs <= set(columns)]
-    return fitting[0] if len(fitting) == 1 else None
+def recognised_preset(columns: Collection[str]) -> Preset | None:
+    """Return the preset that a file's columns tell without a doubt, or `None`."""
+    found = [preset for preset in presets().values() if preset.known_by and preset.known_by <= set(columns)]
+    return found[0] if len(found) == 1 else None
+
+
+def fitting_presets(sample: Sequence[Row]) -> list[str]:
+    """Return the names of the presets whose maps find what they read in a sample of a file's rows.
+
+    Of sets that are known by their columns all of these must be there.
+    """
+    columns = {column for row in sample for column in row}
+    return [name for name, preset in presets().items() if preset.known_by <= columns and not preset.missing(sample)]

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from rm_scale.data.conversations import message_text
-from rm_scale.data.encoded_rows import MAX_RESPONSES
+from rm_scale.data.formats import MAX_RESPONSES
 from rm_scale.inference.ranking.rank_candidates import RankedGroup
 from rm_scale.inference.ranking.selection import Selected, Selection
 
