@@ -424,6 +424,7 @@ LAUNCH_FIELDS = frozenset({"local_rank", "debug", "dry_run"})
 RESUME_FACTS = (
     "model",
     "data",
+    "mixture",
     "method",
     "lora_r",
     "lora_alpha",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, get_args
@@ -139,6 +139,16 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str]]:
         for source in sources_in(config, setting):
             for path in source.paths:
                 yield f"{setting}: {source.name}: path", path
+
+
+def with_paths(entries: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return a list of sources, which has been checked, with every path changed."""
+    changed = []
+    for entry in entries:
+        path = entry.get("path")
+        paths = [path] if isinstance(path, str) else path
+        changed.append({**entry, **({"path": [change(one) for one in paths]} if paths else {})})
+    return changed
 
 
 def normalised(entries: Any) -> Any:

@@ -126,3 +126,16 @@ class _SourceOrder:
             random = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, 0, number]))
             self._pass = (number, random.permutation(self.rows))
         return self._pass[1]
+
+
+def sampler_of(mixture: Mixture | None, num_groups: int, groups_per_step: int, shuffle: bool, seed: int) -> StepSampler:
+    """Return the sampler of a mixture, or of a data set of which each group is used once per epoch.
+
+    Args:
+        mixture: the sources and their shares, if there are several.
+        num_groups: size of the data set.
+        groups_per_step, shuffle, seed: as for `StepSampler`.
+    """
+    if mixture is None:
+        return StepSampler(num_groups, groups_per_step, shuffle, seed)
+    return MixtureSampler(mixture, groups_per_step, shuffle, seed)

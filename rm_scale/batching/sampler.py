@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rm_scale.batching.balancing import split_balanced, split_in_order
 from rm_scale.batching.collator import PackedCollator, PaddedCollator
 from rm_scale.batching.packed.layout import packed_length
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class GroupRef(NamedTuple):
@@ -210,12 +211,30 @@ class EpochDataLoader(DataLoader[list[list[dict[str, Any]]]]):
 class StepCollator:
     """Make batches of a step's micro-batches.
 
+    With sources a batch also holds `row_source` `(N,)`, the source of each response, and `source_groups` `(S,)`, the
+    counted groups of each source, which stay on the host.
+
     Attributes:
         collate: builds the batch of one micro-batch.
+        sources: `(num_groups,)` index of each group's source; `None` to tell no sources apart.
+        num_sources: S.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    sources: IntArray | None = None
+    num_sources: int = 0
 
     def __call__(self, steps: Sequence[list[list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
         (step,) = steps
-        return {"micro_batches": [self.collate(groups) for groups in step]}
+        return {"micro_batches": [{**self.collate(groups), **self._origin(groups)} for groups in step]}
+
+    def _origin(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if self.sources is None:
+            return {}
+        source = self.sources[[group["index"] for group in groups]].astype(np.int64)
+        counted = np.array([group["counted"] for group in groups])
+        sizes = [len(group["ranks"]) for group in groups]
+        return {
+            "row_source": torch.from_numpy(np.repeat(source, sizes)),
+            "source_groups": np.bincount(source[counted], minlength=self.num_sources),
+        }

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 NUM_FIRST_ROWS = 5
 _SHOWN_CHARACTERS = 200
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RejectionCount:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of the rows of one source: `rows_read` = `rows_used` + all of `rejected`.
+    """What became of the rows of one source: `rows_read` = `rows_used` + `rows_filtered` + all of `rejected`.
 
     Attributes:
         name: file or hub name.
@@ -57,6 +57,7 @@ class SourceReport:
         rows_used: rows that became groups.
         rejected: per reason of `REJECTION_REASONS`.
         ignored_columns: columns that the format does not read.
+        rows_filtered: rows that the source's own filters leave out.
     """
 
     name: str
@@ -67,11 +68,39 @@ class SourceReport:
     rows_used: int
     rejected: Mapping[str, RejectionCount] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
+    rows_filtered: int = 0
 
     @property
     def rows_rejected(self) -> int:
         """Number of rows rejected, for whatever reason."""
         return sum(entry.count for entry in self.rejected.values())
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """What became of one source of a list: its rows, and its part in what is trained or evaluated on.
+
+    Attributes:
+        name: as the list calls it.
+        split: what it was read for: "train" or "eval".
+        rows_read, rows_filtered, rows_rejected: rows of its files.
+        groups: those that are trained or evaluated on, after limits and what is held out.
+        held_out: groups of it that were moved to evaluation.
+        weight: as given; `None` where it has none.
+        share: of what is trained on, from 0 to 1; of the evaluation groups, for evaluation.
+        groups_per_epoch: groups of it in an epoch; `None` where that depends on the global batch.
+    """
+
+    name: str
+    split: str
+    rows_read: int
+    rows_filtered: int
+    rows_rejected: int
+    groups: int
+    held_out: int = 0
+    weight: float | None = None
+    share: float | None = None
+    groups_per_epoch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +149,10 @@ class DataReport:
         sources: what became of the rows, per source.
         train, eval: statistics of training and evaluation data (`eval` is `None` without evaluation data).
         held_out: groups moved from the training data to evaluation.
-        left_out_by_limit: usable groups beyond `max_train_samples` and `max_eval_samples`.
+        left_out_by_limit: usable groups beyond `max_train_samples`, `max_eval_samples` and sources' `max_samples`.
         shared_prompts: number of prompts that occur in both.
+        mixture: what became of each source of `datasets` and `eval_datasets`; empty without such lists.
+        hub: name and commit of each hub data set.
     """
 
     sources: tuple[SourceReport, ...]
@@ -130,6 +161,8 @@ class DataReport:
     held_out: int = 0
     left_out_by_limit: int = 0
     shared_prompts: int = 0
+    mixture: tuple[SourceShare, ...] = ()
+    hub: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def rows_read(self) -> int:
@@ -141,13 +174,19 @@ class DataReport:
         """Number of rejected rows of all sources."""
         return sum(source.rows_rejected for source in self.sources)
 
+    @property
+    def rows_filtered(self) -> int:
+        """Number of rows that the sources' own filters leave out."""
+        return sum(source.rows_filtered for source in self.sources)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with totals and the meaning of each reason that occurs."""
         reasons = sorted({reason for source in self.sources for reason in source.rejected})
         return {
             "rows_read": self.rows_read,
-            "rows_used": self.rows_read - self.rows_rejected,
+            "rows_used": self.rows_read - self.rows_rejected - self.rows_filtered,
             "rows_rejected": self.rows_rejected,
+            "rows_filtered": self.rows_filtered,
             **json.loads(json.dumps(asdict(self))),
             "reasons": {reason: REJECTION_REASONS[reason] for reason in reasons},
         }
@@ -214,16 +253,25 @@ def log_summary(report: DataReport) -> None:
         logger.info(
             f"{source.name} ({source.split}): {source.rows_read:,} rows read as {source.format}, "
             f"{source.rows_used:,} used, {source.rows_rejected:,} rejected ({share:.1%})"
+            + (f", {source.rows_filtered:,} left out by its filters" if source.rows_filtered else "")
         )
         for reason, entry in source.rejected.items():
             rows = ", ".join(map(str, entry.first_rows))
             example = f"; {entry.example()}" if entry.detail else ""
             logger.warning(f"  {reason}: {entry.count:,} rows, first {rows}: {REJECTION_REASONS[reason]}{example}")
+    for part in report.mixture:
+        logger.info(_share_line(part))
     for name, side in (("train", report.train), ("eval", report.eval)):
         if side is not None:
             logger.info(_side_line(name, side))
     if report.shared_prompts:
         logger.warning(f"{report.shared_prompts:,} prompts occur both in training and in evaluation data")
+
+
+def _share_line(part: SourceShare) -> str:
+    per_epoch = f", {part.groups_per_epoch:,} in an epoch" if part.groups_per_epoch is not None else ""
+    share = f", share {part.share:.2%}" if part.share is not None else ""
+    return f"{part.name} ({part.split}): {part.groups:,} groups{share}{per_epoch}"
 
 
 def _side_line(name: str, side: TextStatistics) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from rm_scale.errors import DataError
 
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Mixture:
 
     def describe(self) -> str:
         """Return sources, shares and where they hold in a line, for people and to compare runs by."""
-        parts = [f"{name} {share:.4%}" for name, share in zip(self.names, self.shares(), strict=True)]
+        parts = [f"{name} {share!r}" for name, share in zip(self.names, self.shares(), strict=True)]
         return f"{', '.join(parts)}, {'in each step' if self.per_step else 'in each epoch'}"
 
 
@@ -152,13 +152,3 @@ def first_groups(source: IntArray, counts: Sequence[int | None]) -> IntArray:
     """Return the indices of the first `counts[s]` groups of each source s, in their order; all of them for `None`."""
     kept = [np.flatnonzero(source == number)[:count] for number, count in enumerate(counts)]
     return np.sort(np.concatenate(kept)) if kept else np.arange(0)
-
-
-def mixture_record(mixture: Mixture) -> list[dict[str, Any]]:
-    """Return per source its name, groups, share and groups in an epoch (`None`: it depends on the global batch)."""
-    counts = mixture.counts or (None,) * len(mixture.names)
-    columns = zip(mixture.names, mixture.sizes().tolist(), mixture.shares(), counts, strict=True)
-    return [
-        {"name": name, "groups": size, "share": share, "groups_per_epoch": count}
-        for name, size, share, count in columns
-    ]

@@ -6,13 +6,15 @@ come after that and are cheap (`rm_scale.data.splits`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rm_scale.config import RunConfig
-from rm_scale.data.cache import RejectedRows, load_or_encode
+from rm_scale.config_sources import sources_in
+from rm_scale.data.cache import EncodedSource, RejectedRows, load_or_encode
 from rm_scale.data.data_report import (
     DataReport,
     IntArray,
@@ -20,9 +22,13 @@ from rm_scale.data.data_report import (
     log_summary,
 )
 from rm_scale.data.encoding import TextEncoder
+from rm_scale.data.hub_sources import HubSplit, hub_record, hub_source
+from rm_scale.data.mixture import Mixture, first_of_each
 from rm_scale.data.reading import Reading
-from rm_scale.data.sources import Source, hub_source, local_sources
-from rm_scale.data.splits import GroupSizes, Origins, hold_out, join_sources
+from rm_scale.data.source_list import listed_sources
+from rm_scale.data.source_shares import by_entry, hold_out_of_each, mixture_of, source_shares
+from rm_scale.data.sources import Source, local_sources
+from rm_scale.data.splits import GroupSet, GroupSizes, Origins, hold_out, join_sources
 from rm_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,6 +64,7 @@ class PreparedData:
         rejected: {"source", "row", "reason", "detail"} per rejected row; read from the cache when iterated over.
         train_sizes: sizes of the training groups, in their order.
         eval_origins: where the evaluation groups come from; `None` without evaluation data.
+        mixture: the shares of the sources in what is trained on; `None` without a list of sources.
     """
 
     train: Dataset
@@ -66,6 +73,7 @@ class PreparedData:
     rejected: RejectedRows
     train_sizes: GroupSizes
     eval_origins: Origins | None = None
+    mixture: Mixture | None = None
 
 
 def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
@@ -81,16 +89,21 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     train_sources, eval_sources = find_sources(config)
     train_parts = [load_or_encode(source, "train", config, encoder) for source in train_sources]
     eval_parts = [load_or_encode(source, "eval", config, encoder) for source in eval_sources]
-    train = join_sources(train_parts)
-    evaluation = join_sources(eval_parts) if eval_parts else None
+    train = _joined(config, "datasets", train_sources, train_parts)
+    evaluation = _joined(config, "eval_datasets", eval_sources, eval_parts) if eval_parts else None
     held_out = 0
     if config.eval_split_size is not None:
-        train, evaluation = hold_out(train, config.eval_split_size, _seed(config))
+        hold = hold_out_of_each if config.datasets else hold_out
+        train, evaluation = hold(train, config.eval_split_size, _seed(config))
         held_out = len(evaluation)
-    usable = len(train) + (len(evaluation) if evaluation else 0)
-    train = train.limit(config.max_train_samples)
-    evaluation = evaluation.limit(config.max_eval_samples) if evaluation else None
     parts = train_parts + eval_parts
+    usable = sum(part.report.rows_used for part in parts)
+    train = _limited(train, config.max_train_samples, bool(config.datasets))
+    if evaluation is not None:
+        listed = bool(config.eval_datasets or (config.datasets and held_out))
+        evaluation = _limited(evaluation, config.max_eval_samples, listed)
+    mixture = mixture_of(config, train)
+    sources = train_sources + eval_sources
     report = DataReport(
         sources=tuple(part.report for part in parts),
         train=train.statistics(),
@@ -98,12 +111,26 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
         held_out=held_out,
         left_out_by_limit=usable - len(train) - (len(evaluation) if evaluation else 0),
         shared_prompts=len(np.intersect1d(train.prompts, evaluation.prompts)) if evaluation else 0,
+        mixture=source_shares(config, sources, parts, train, evaluation, mixture),
+        hub=tuple(hub_record(sources)),
     )
     log_summary(report)
     rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
     evaluation_set = evaluation.dataset if evaluation else None
     eval_origins = evaluation.origins() if evaluation else None
-    return PreparedData(train.dataset, evaluation_set, report, rejected, train.group_sizes(), eval_origins)
+    return PreparedData(train.dataset, evaluation_set, report, rejected, train.group_sizes(), eval_origins, mixture)
+
+
+def _joined(config: RunConfig, setting: str, sources: Sequence[Source], parts: Sequence[EncodedSource]) -> GroupSet:
+    """Join sources, by the names that a list gives them and with its limits, where there is one."""
+    data = join_sources(parts)
+    return by_entry(data, sources, sources_in(config, setting)) if getattr(config, setting) else data
+
+
+def _limited(data: GroupSet, count: int | None, listed: bool) -> GroupSet:
+    if not listed or count is None or count >= len(data):
+        return data.limit(count)
+    return data.take(first_of_each(data.sources, count, len(data.source_names)))
 
 
 def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray | None = None) -> EvaluationData:
@@ -118,7 +145,9 @@ def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray |
         DataError: a file can't be read or fits no format, or nothing usable is left.
         ModelError: conversations without a chat template.
     """
-    if config.eval_dataset_path:
+    if config.eval_datasets:
+        sources = listed_sources(config, "eval_datasets")
+    elif config.eval_dataset_path:
         reading = Reading.of_config(config)
         found = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
         sources = [replace(source, reading=reading) for source in found]
@@ -126,9 +155,9 @@ def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray |
         train, evaluation = find_sources(config)
         sources = evaluation or train
     parts = [load_or_encode(source, "eval", config, encoder) for source in sources]
-    data = join_sources(parts)
+    data = _joined(config, "eval_datasets", sources, parts)
     if only is None:
-        data = data.limit(config.max_eval_samples)
+        data = _limited(data, config.max_eval_samples, bool(config.eval_datasets))
     else:
         data = data.take(np.flatnonzero(np.isin(data.groups, only)))
     rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
@@ -141,7 +170,7 @@ def prepare_held_out(config: RunConfig, encoder: TextEncoder) -> EvaluationData:
     Raises:
         DataError: the run had none; otherwise as `prepare_data`.
     """
-    if config.eval_dataset_path:
+    if config.eval_dataset_path or config.eval_datasets:
         return prepare_evaluation(config, encoder)  # which does not depend on the training data
     data = prepare_data(config, encoder)
     if data.eval is None or data.eval_origins is None:
@@ -159,9 +188,10 @@ def find_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
     """
     evaluation: list[Source] = []
     if config.dataset_name:
-        train = [hub_source(config.dataset_name, config.dataset_config, config.dataset_train_split)]
+        asked = HubSplit(config.dataset_name, config.dataset_config, config.dataset_train_split)
+        train = [hub_source(asked)]
         if config.dataset_test_split:
-            evaluation = [hub_source(config.dataset_name, config.dataset_config, config.dataset_test_split)]
+            evaluation = [hub_source(replace(asked, split=config.dataset_test_split))]
     else:
         train = local_sources(config.dataset_path or [], config.dataset_train_split)
     if config.eval_dataset_path:
@@ -169,8 +199,12 @@ def find_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
     reading = Reading.of_config(config)
     train = [replace(source, reading=reading) for source in train]
     evaluation = [replace(source, reading=reading) for source in evaluation]
+    if config.datasets:
+        train = listed_sources(config, "datasets")
+    if config.eval_datasets:
+        evaluation = listed_sources(config, "eval_datasets")
     if not train:
-        raise DataError("dataset_path and dataset_name: neither is given. Fix: --dataset_path FILE.")
+        raise DataError("dataset_path, dataset_name and datasets: none is given. Fix: --dataset_path FILE.")
     return train, evaluation
 
 

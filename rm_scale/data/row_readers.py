@@ -13,6 +13,7 @@ from rm_scale.data.column_maps.presets import preset_named
 from rm_scale.data.column_maps.regrouping import Regrouping
 from rm_scale.data.format_detection import FormatVerdict, choose_format, refuse_unread_context
 from rm_scale.data.formats import RowReader
+from rm_scale.data.reading import Reading
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_filters import rows_that_pass
 from rm_scale.data.row_values import Row
@@ -90,48 +91,78 @@ class HasColumns(Protocol):
         ...
 
 
-def choose_reader(source: Source, raw: HasColumns, sample: Sequence[Row]) -> tuple[RowReader, FormatVerdict]:
+def choose_reader(
+    source: Source, raw: HasColumns, sample: Sequence[Row], checks_context: bool = True
+) -> tuple[RowReader, FormatVerdict]:
     """Return what reads the rows of a source, and why so.
 
     Args:
         source: what is read.
         raw: its rows, from `open_source`.
         sample: the first readable ones of them.
+        checks_context: refuse a source, and rows, with context in a column that is not read.
 
     Raises:
         DataError: its map or preset does not fit, no format does, or a filter names no column.
     """
-    filters = source.reading.filters
-    reader, verdict = _choose_reader(source, raw, rows_that_pass(sample, filters, source.name) if filters else sample)
-    return dataclasses.replace(reader, filters=filters), verdict
-
-
-def _choose_reader(source: Source, raw: HasColumns, sample: Sequence[Row]) -> tuple[RowReader, FormatVerdict]:
-    reading = source.reading
+    reading, name = source.reading, source.name
+    if reading.filters:
+        sample = rows_that_pass(sample, reading.filters, name)
     columns = raw.columns(sample)
     recognised = raw.preset or reading.recognised(columns)
     column_map = preset_named(recognised).columns if recognised else reading.column_map(columns)
-    if column_map is None:
-        verdict = choose_format(
-            reading.format, columns, sample, source.name, reading.subset_column, reading.ignore_columns
-        )
-        return RowReader(verdict.name, reading.subset_column, source.name, reading.ignore_columns), verdict
+    if column_map is not None:
+        how = f"its columns are those of the preset {recognised}" if recognised else f"{reading.setting} says so"
+        why = f"{how}; {raw.told}" if raw.told else how
+        reader, verdict = _through_map(column_map, reading, name, sample, checks_context)
+        return dataclasses.replace(reader, filters=reading.filters), dataclasses.replace(verdict, why=why)
+    subset, ignored = reading.subset_column, reading.ignore_columns
+    verdict = choose_format(reading.format, columns, sample, name, subset, ignored, checks_context)
+    return RowReader(verdict.name, subset, name, ignored, checks_context, filters=reading.filters), verdict
+
+
+def reader_of_rows(rows: Sequence[Row], name: str, ignored: Sequence[str]) -> RowReader | None:
+    """Return what reads these rows as training reads a file of them without further settings.
+
+    Args:
+        rows: the first readable ones.
+        name: of the file.
+        ignored: columns that are not read.
+
+    Returns:
+        `None` where they are no preferences in a known form, or where training would put several together.
+    """
+    columns = list(dict.fromkeys(str(column) for row in rows for column in row))
+    reading = Reading(ignore_columns=tuple(ignored))
+    column_map = reading.column_map(columns)
+    try:
+        if column_map is not None:
+            return None if column_map.regroups else _through_map(column_map, reading, name, rows, False)[0]
+        verdict = choose_format("auto", columns, rows, name, reading.subset_column, ignored, checks_context=False)
+    except DataError:
+        return None
+    return RowReader(verdict.name, source=name, ignore_columns=tuple(ignored), checks_context=False)
+
+
+def _through_map(
+    column_map: ColumnMap, reading: Reading, name: str, sample: Sequence[Row], checks_context: bool
+) -> tuple[RowReader, FormatVerdict]:
     missing = missing_paths(column_map, sample)
     if missing:
-        raise DataError(misfit_text(source.name, reading, missing, sample))
-    mapped = _mapped(column_map, sample, source.name, reading.setting)
+        raise DataError(misfit_text(name, reading, missing, sample))
+    mapped = _mapped(column_map, sample, name, reading.setting)
     asked = column_map.format if reading.format == "auto" else reading.format
     if column_map.format == "ranked" and not any("responses" in row for row in mapped):
-        asked = "auto"
-    found = list(dict.fromkeys(name for row in mapped for name in row))
-    verdict = choose_format(asked, found, mapped, source.name, reading.subset_column, checks_context=False)
-    reader = RowReader(verdict.name, reading.subset_column, source.name, reading.ignore_columns, column_map=column_map)
-    refuse_unread_context(reader, sample, reading.format)
-    own_columns = dict.fromkeys(name for row in sample for name in column_map.columns_of(row))
-    unread = [name for name in own_columns if name not in {*column_map.columns_read, reading.subset_column, "id"}]
-    how = f"its columns are those of the preset {recognised}" if recognised else f"{reading.setting} says so"
-    why = f"{how}; {raw.told}" if raw.told else how
-    return reader, FormatVerdict(verdict.name, why, tuple(dict.fromkeys([*unread, *reading.ignore_columns])))
+        asked = "auto"  # every sampled row is a tie of two
+    found = list(dict.fromkeys(column for row in mapped for column in row))
+    verdict = choose_format(asked, found, mapped, name, reading.subset_column, checks_context=False)
+    subset, ignored = reading.subset_column, reading.ignore_columns
+    reader = RowReader(verdict.name, subset, name, ignored, checks_context, column_map)
+    if checks_context:
+        refuse_unread_context(reader, sample, reading.format)
+    own_columns = dict.fromkeys(column for row in sample for column in column_map.columns_of(row))
+    unread = [column for column in own_columns if column not in {*column_map.columns_read, subset, "id"}]
+    return reader, dataclasses.replace(verdict, ignored_columns=tuple(dict.fromkeys([*unread, *ignored])))
 
 
 def _mapped(column_map: ColumnMap, sample: Sequence[Row], name: str, setting: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rm_scale.config import RunConfig
 from rm_scale.config_parsing import parse_config
+from rm_scale.config_sources import LISTS, with_paths
 from rm_scale.data.data_report import DataReport, IntArray, raise_if_too_many
 from rm_scale.data.preparation import EvaluationData, prepare_evaluation, prepare_held_out
 from rm_scale.errors import DataError
@@ -85,7 +86,12 @@ class EvaluationGroups:
         folders = _folders_of(self.run_config, parsed.config.output_dir)
         given = {name: getattr(parsed.config, name) for name in _FILE_SETTINGS}
         found = {name: files and [_found(file, folders) for file in files] for name, files in given.items()}
-        return parsed.config.model_copy(update={**found, **self.settings})
+        listed = {
+            name: with_paths(getattr(parsed.config, name), lambda file: _found(file, folders))
+            for name in LISTS
+            if getattr(parsed.config, name)
+        }
+        return parsed.config.model_copy(update={**found, **listed, **self.settings})
 
     def read_settings(self) -> None:
         """Read how the data is to be read, so that what is wrong with that is told before a model is loaded.

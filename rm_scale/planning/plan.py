@@ -90,15 +90,18 @@ class Plan:
     total_steps: int | None = None
     notes: tuple[str, ...] = ()
 
-    def with_data(self, num_train_groups: int, num_eval_groups: int, max_steps: int) -> Plan:
+    def with_data(
+        self, num_train_groups: int, num_eval_groups: int, max_steps: int, epoch_groups: int | None = None
+    ) -> Plan:
         """Return the same plan with the number of steps, once the data has been counted.
 
         Args:
             num_train_groups: groups to train on.
             num_eval_groups: groups to evaluate on.
             max_steps: optimizer steps asked for, or -1.
+            epoch_groups: groups of an epoch, where a mixture uses some more often than once or not at all.
         """
-        steps_per_epoch = math.ceil(num_train_groups / self.global_batch_size)
+        steps_per_epoch = math.ceil((epoch_groups or num_train_groups) / self.global_batch_size)
         total = max_steps if max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
         return replace(
             self,

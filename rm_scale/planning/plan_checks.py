@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.config import RunConfig
+from rm_scale.config_sources import named_paths
 from rm_scale.files import files_of_pattern
 from rm_scale.output_lock import LOCK_FILE, refuse, running_owner
 from rm_scale.output_paths import all_that_is_read, removed_with_a_run, run_output_problem
@@ -153,20 +154,23 @@ def expert_names_problem(
 def check_files(config: RunConfig) -> list[str]:
     """Check that the data, template and checkpoint that the settings name exist."""
     problems = []
-    for name in ("dataset_path", "eval_dataset_path"):
-        for path in getattr(config, name) or []:
-            try:
-                is_there = Path(path).exists() or bool(files_of_pattern(path))
-            except ValueError as error:
-                problems.append(f"{name}={path}: {error}")
-                continue
-            if not is_there:
-                problems.append(f"{name}={path}: no such file.{nearest_file(Path(path))} Fix: correct the path.")
-            elif Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _SAVED_DATASET):
-                problems.append(
-                    f"{name}={path}: is a folder, but not one written by datasets' save_to_disk. Fix: name the files, "
-                    f"or a pattern such as '{path.rstrip('/')}/*.jsonl'."
-                )
+    for name, path in named_paths(config):
+        try:
+            is_there = Path(path).exists() or bool(files_of_pattern(path))
+        except ValueError as error:
+            problems.append(f"{name}={path}: {error}")
+            continue
+        is_listed = not name.endswith("dataset_path")  # in a list of sources a folder stands for its files
+        if not is_there:
+            hub = f", or hub: {path} for a data set of the hub" if is_listed and path.count("/") == 1 else ""
+            problems.append(f"{name}={path}: no such file.{nearest_file(Path(path))} Fix: correct the path{hub}.")
+        elif (
+            not is_listed and Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _SAVED_DATASET)
+        ):
+            problems.append(
+                f"{name}={path}: is a folder, but not one written by datasets' save_to_disk. Fix: name the files, "
+                f"or a pattern such as '{path.rstrip('/')}/*.jsonl'."
+            )
     if config.dataset_cache_dir is not None:
         problems += _cache_problems(Path(config.dataset_cache_dir))
     problems += template_problems(config.chat_template_path)
@@ -204,7 +208,7 @@ def _would_be_replaced(model: Path, output: Path) -> bool:
 
 def _read_by_the_run(config: RunConfig, source: str | None) -> Iterator[Path]:
     """Yield files and folders that a run reads, patterns expanded, and its cache, which is there once it begins."""
-    for pattern in [*(config.dataset_path or []), *(config.eval_dataset_path or [])]:
+    for _, pattern in named_paths(config):
         with contextlib.suppress(ValueError):  # told by `check_files`
             yield from map(Path, [pattern] if Path(pattern).exists() else files_of_pattern(pattern))
     named = (config.chat_template_path, config.deepspeed, source, config.model_name_or_path)

@@ -1,4 +1,4 @@
-"""Several evaluation files: each has metrics of its own while training, under a name of its own."""
+"""Several evaluation files or sources: each has metrics of its own while training, under a name of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rm_scale.data.splits import Origins
 def names_of_sets(origins: Origins | None, subsets: Iterable[str]) -> list[str]:
     """Return the name of the evaluation set that each group belongs to; nothing where there are not two.
 
-    A set is called like its file without endings, or by the whole path where another file or a subset is called so.
+    A set is called like its file without endings, or by the whole path where another file or a subset is called so. The
+    sources of a list have names of their own; "_source" follows one that a subset has too.
 
     Args:
         origins: where the evaluation groups come from.
@@ -22,5 +23,6 @@ def names_of_sets(origins: Origins | None, subsets: Iterable[str]) -> list[str]:
         return []
     short = [PurePath(name).name.split(".")[0] for name in origins.names]
     taken = Counter([*short, *set(subsets)])
-    names = [one if one and taken[one] == 1 else whole for one, whole in zip(short, origins.names, strict=True)]
+    whole = [f"{name}_source" if name in short else name for name in origins.names]
+    names = [one if one and taken[one] == 1 else other for one, other in zip(short, whole, strict=True)]
     return [names[int(number)] for number in origins.source]

@@ -50,18 +50,42 @@ def preference_loss(rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], se
         fp32 scalar. Zero, with a graph, when the batch has nothing to compare.
     """
     rewards = rewards.float()
-    if settings.kind == "bradley_terry":
-        total = bradley_terry(rewards, batch, settings.label_smoothing)
-    else:
-        total = plackett_luce(rewards, batch["row_group"], batch["row_rank"])
+    total = loss_terms(rewards, batch, settings)[0].sum()
     # A batch of fillers has no terms, but ZeRO-3 still needs every parameter to take part in the backward pass.
     return total + 0.0 * rewards.sum()
+
+
+def loss_terms(
+    rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], settings: LossSettings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the terms that `preference_loss` adds up.
+
+    Args:
+        rewards: `(N,)` fp32.
+        batch: the collator's labels.
+        settings: which loss.
+
+    Returns:
+        T terms; a response that each is of, as its number; and which of them count, `(T,)` bool. The others are 0.
+    """
+    if settings.kind == "bradley_terry":
+        terms = bradley_terry_terms(rewards, batch, settings.label_smoothing)
+        return terms, batch["pair_better"], torch.ones_like(terms, dtype=torch.bool)
+    terms, counted = plackett_luce_terms(rewards, batch["row_group"], batch["row_rank"])
+    return terms, torch.arange(len(terms), device=terms.device), counted
 
 
 def bradley_terry(
     rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Return the sum over pairs of -log sigmoid(r_better - r_worse - margin), with soft targets.
+    """Return the sum of `bradley_terry_terms`."""
+    return bradley_terry_terms(rewards, batch, label_smoothing).sum()
+
+
+def bradley_terry_terms(
+    rewards: torch.Tensor, batch: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return -log sigmoid(r_better - r_worse - margin) of each pair, `(P,)`, with soft targets.
 
     With target p the term is -p log sigmoid(d) - (1 - p) log sigmoid(-d), d = r_better - r_worse - margin. A tie
     has p = 0.5 and pulls the rewards together; smoothing e turns p into p (1 - e) + (1 - p) e.
@@ -70,11 +94,20 @@ def bradley_terry(
     target = batch["pair_target"]
     if label_smoothing:
         target = target * (1.0 - label_smoothing) + (1.0 - target) * label_smoothing
-    return -(target * logsigmoid(difference) + (1.0 - target) * logsigmoid(-difference)).sum()
+    return -(target * logsigmoid(difference) + (1.0 - target) * logsigmoid(-difference))
 
 
 def plackett_luce(rewards: torch.Tensor, row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:
-    """Return the sum over ranking stages of -log P(this response is picked first among those not ranked above it).
+    """Return the sum of `plackett_luce_terms`."""
+    return plackett_luce_terms(rewards, row_group, row_rank)[0].sum()
+
+
+def plackett_luce_terms(
+    rewards: torch.Tensor, row_group: torch.Tensor, row_rank: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log P(this response is picked first among those not ranked above it) per response, and who opens a stage.
+
+    Responses that open no ranking stage have 0; both results are `(N,)`.
 
     Tied responses share one set of rivals (Breslow's rule); the last rank class has no rivals below and adds nothing.
     For K = 2 this is Bradley-Terry.
@@ -88,7 +121,8 @@ def plackett_luce(rewards: torch.Tensor, row_group: torch.Tensor, row_rank: torc
     not_above = row_rank[None, :] >= row_rank[:, None]
     rivals = torch.where(same_group & not_above, rewards[None, :], rewards.new_tensor(-torch.inf))
     terms = torch.logsumexp(rivals, dim=1) - rewards
-    return torch.where(_stages(row_group, row_rank), terms, terms.new_zeros(())).sum()
+    stages = _stages(row_group, row_rank)
+    return torch.where(stages, terms, terms.new_zeros(())), stages
 
 
 def _stages(row_group: torch.Tensor, row_rank: torch.Tensor) -> torch.Tensor:

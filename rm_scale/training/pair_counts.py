@@ -134,6 +134,7 @@ class EvaluationResult:
         return {
             **self.overall.as_dict(),
             "subsets": {name: counts.as_dict() for name, counts in sorted(self.subsets.items())},
+            **({"sources": self._of_sources()} if self.sources else {}),
             "score_mean": self.score_mean,
             "score_std": self.score_std,
             "num_scored": self.num_scored,
@@ -143,6 +144,9 @@ class EvaluationResult:
                 "equal_length": longer.num_ties,
             },
         }
+
+    def _of_sources(self) -> dict[str, Any]:
+        return {name: counts.as_dict() for name, counts in sorted(self.sources.items())}
 
 
 def evaluate_groups(groups: Iterable[ScoredGroup], settings: LossSettings, keep_ties: bool = True) -> EvaluationResult:

@@ -17,7 +17,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 
 from rm_scale.batching.device_transfer import move_batch
-from rm_scale.batching.sampler import Batching, EpochDataLoader, StepCollator, StepDataset, StepSampler
+from rm_scale.batching.mixture_sampler import sampler_of
+from rm_scale.batching.sampler import Batching, EpochDataLoader, StepCollator, StepDataset
+from rm_scale.data.mixture import Mixture
 from rm_scale.distributed import agreed_errors, sum_over_ranks
 from rm_scale.logs import get_logger
 from rm_scale.modeling.head import check_head_trainable
@@ -46,6 +48,7 @@ from rm_scale.training.pair_counts import EvaluationResult, evaluate_groups
 from rm_scale.training.records import write_waiting
 from rm_scale.training.routing import Routing
 from rm_scale.training.slow_ranks import name_slow_ranks
+from rm_scale.training.source_meter import SourceMeter
 from rm_scale.training.step_timing import StepTimes
 from rm_scale.training.watchdog import Watchdog, collective_failure
 from rm_scale.training.write_rate import expected_save
@@ -94,6 +97,7 @@ class RewardTrainer(trl.RewardTrainer):
         callbacks: further callbacks.
         saves: what checkpoints remember, and what happens when one can't be written.
         eval_sets: name of the evaluation set of each evaluation group, if there are several.
+        mixture: the sources of the training groups and their shares; `None` uses each group once per epoch.
     """
 
     # The loss is already weighted for the whole step, so it must not be divided by the number of micro-steps.
@@ -114,8 +118,11 @@ class RewardTrainer(trl.RewardTrainer):
         callbacks: list[TrainerCallback] | None = None,
         saves: SaveSettings | None = None,
         eval_sets: Sequence[str] = (),
+        mixture: Mixture | None = None,
     ) -> None:
         self.batching = batching
+        self.mixture = mixture
+        self.source_meter = SourceMeter(mixture.names if mixture is not None else (), loss_settings)
         self.eval_sets = eval_sets
         self.loss_settings = loss_settings
         self.contract = contract
@@ -197,17 +204,19 @@ class RewardTrainer(trl.RewardTrainer):
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """Return a loader of this rank's share of each step. It is cut here: accelerate must not shard it again."""
-        args = self.args
-        sampler = StepSampler(
+        args, mixture = self.args, self.mixture
+        sampler = sampler_of(
+            mixture,
             num_groups=len(self.train_dataset),
             groups_per_step=self.batching.groups_per_step,
             shuffle=self.shuffle,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
+        sources, names = (mixture.source, mixture.names) if mixture is not None else (None, ())
         return EpochDataLoader(
             StepDataset(self.train_dataset, self.batching.split, args.process_index),
             batch_sampler=sampler,
-            collate_fn=StepCollator(self.batching.collate),
+            collate_fn=StepCollator(self.batching.collate, sources, len(names)),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
         )
@@ -276,6 +285,7 @@ class RewardTrainer(trl.RewardTrainer):
         loss = loss + self.routing.loss(inputs["pair_better"].numel(), self._step_pairs)
         loss = loss * self.args.world_size
         self.meter.add(rewards, inputs)
+        self.source_meter.add(rewards, inputs)
         self.nonfinite.add(rewards, inputs)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
@@ -311,7 +321,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Log, and add to a line of training what the meters have counted. A collective."""
         if "loss" in logs:
             seconds = self.meter.running_seconds()
-            figures = {**self.meter.read(), **self.routing.read()}
+            figures = {**self.meter.read(), **self.routing.read(), **self.source_meter.read()}
             slow = name_slow_ranks(self.watchdog, seconds, is_first=not self._has_logged)
             self._has_logged = True
             logs.update(self._scalars({**figures, **slow}))

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from rm_scale.config import RunConfig
+from rm_scale.config_sources import sources_in
 from rm_scale.errors import ModelError
 from rm_scale.evaluation.evaluation_document import EvaluationDocument
 from rm_scale.files import write_whole
@@ -84,6 +85,7 @@ def _front_matter(config: RunConfig) -> str:
 def _description(config: RunConfig, plan: Plan, weights_step: int | None) -> str:
     best = f"; weights of step {weights_step:,}, the best {config.metric_for_best_model}" if weights_step else ""
     data = config.dataset_name or ", ".join(Path(path).name for path in config.dataset_path or [])
+    data = data or ", ".join(source.name for source in sources_in(config, "datasets"))
     zero = f"ZeRO-{plan.zero_stage}" if plan.deepspeed_config is not None else "no ZeRO"
     return "\n".join(
         [

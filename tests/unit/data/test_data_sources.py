@@ -17,7 +17,7 @@ import pytest
 from rm_scale import files
 from rm_scale.data import sources, text_files
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.sources import Source, hub_source, local_sources
+from rm_scale.data.sources import Source, local_sources
 from rm_scale.errors import DataError
 
 Jsonl = Callable[[Path, Iterable[Any]], str]
@@ -314,54 +314,3 @@ def test_identity_follows_the_file(tmp_path: Path, jsonl: Jsonl) -> None:
     jsonl(path, ROWS[:-1])
     assert local_sources([str(path)])[0].identity != before
     json.dumps(before)
-
-
-# --- The hub -------------------------------------------------------------------------------------------------------
-
-
-def test_hub_names_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def load(*arguments: Any, **options: Any) -> datasets.Dataset:
-        calls.append((arguments, options))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    source = hub_source("owner/name", "small", "train")
-    assert calls == [(("owner/name", "small"), {"split": "train"})]
-    assert source.name == "owner/name/small[train]" and hub_source("o/n", None, "test").name == "o/n[test]"
-    assert read(source, tmp_path) == list(enumerate(ROWS))
-    json.dumps(source.identity)
-
-
-@pytest.mark.parametrize(
-    ("error", "fix"),
-    [
-        (
-            ValueError("Unknown split 'x'. Should be one of ['train', 'test']."),
-            "--dataset_train_split or --dataset_test",
-        ),
-        (ValueError("Config name is missing.\nPlease pick one among ['a', 'b']"), "--dataset_config with one of"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub"), "OWNER/NAME"),
-        (ConnectionError("Couldn't reach the Hub"), "check the name .* and the network, or give local files"),
-    ],
-)
-def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Exception, fix: str) -> None:
-    def load(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    first = str(error).splitlines()[0].split("'")[0]
-    with pytest.raises(DataError, match=f"dataset_name=o/n .*can't be loaded.*{first}.*Fix: .*{fix}"):
-        hub_source("o/n", None, "x")
-
-
-def test_missing_split_of_a_real_dataset_folder(tmp_path: Path, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    folder = tmp_path / "repo"
-    folder.mkdir()
-    jsonl(folder / "train.jsonl", ROWS)
-    with pytest.raises(
-        DataError, match=r'Unknown split "nope". Should be one of \[.train.\].*Fix: --dataset_train_split'
-    ):
-        hub_source(str(folder), None, "nope")
