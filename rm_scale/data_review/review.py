@@ -19,12 +19,18 @@ from rm_scale.data.encoding import TextEncoder
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.preparation import find_sources
 from rm_scale.data.sources import Source
+from rm_scale.data_review.copies import review_copies
 from rm_scale.data_review.finding import Example, Finding, cut, cut_left
+from rm_scale.data_review.form_bias import review_form
+from rm_scale.data_review.languages import review_languages
 from rm_scale.data_review.lengths import review_lengths
 from rm_scale.data_review.noise import review_noise
 from rm_scale.data_review.pair_hashes import PairHashes
 from rm_scale.data_review.read_groups import SourceGroups, plain_text, read_groups
 from rm_scale.data_review.sample import MAX_CHARACTERS, SAMPLE_GROUPS, SampledGroup, Sampler, choose_rows
+from rm_scale.data_review.sampled_pairs import SampledPairs
+from rm_scale.data_review.template_problems import TemplateChecker, review_templates
+from rm_scale.data_review.word_model import review_words
 from rm_scale.logs import get_logger
 from rm_scale.version import __version__
 
@@ -66,6 +72,13 @@ class AllGroups:
             " and ".join(dict.fromkeys(source.name for source, _ in found)), tuple(r for _, r in found), texts
         )
 
+    def refused_example(self, name: str, row: int) -> Example | None:
+        """Return a row that was refused, by the name of its source; `None` where the texts can't be read either."""
+        source = next((source for source in self.sources if source.name == name), None)
+        group = source.at(row) if source is not None else None
+        texts = _texts(group, row) if isinstance(group, PreferenceGroup) else {}
+        return Example(name, (row,), texts) if texts else None
+
     def _place(self, number: int) -> tuple[SourceGroups, int]:
         for source, rows in zip(self.sources, self.rows, strict=True):
             if number < len(rows):
@@ -88,7 +101,7 @@ def _texts(group: PreferenceGroup, row: int) -> dict[str, str]:
 def read_all(sources: Sequence[SourceGroups], encoder: TextEncoder, seed: int) -> AllGroups:
     """Read every row of the sources once."""
     chosen = choose_rows(sum(map(len, sources)), seed)
-    hashes, sampler = PairHashes(), Sampler(encoder)
+    hashes, sampler = PairHashes(), Sampler(encoder, TemplateChecker(encoder).problems)
     all_rows, number, place = [], 0, 0
     for source in sources:
         rows = []
@@ -125,9 +138,7 @@ def review_data(config: RunConfig, encoder: TextEncoder, report: DataReport) -> 
         opened = [_open(source, root, stack) for source in sources]
         logger.info(f"examining {sum(map(len, opened)):,} rows of {len(opened)} source{'s' * (len(opened) != 1)}")
         groups = read_all(opened, encoder, seed)
-        findings = review_noise(groups.hashes.arrays(), groups.example)
-        lengths, found = review_lengths(groups.sample, config, seed)
-        findings += found
+        document, findings = _examine(groups, config, report, seed)
     return {
         "version": DOCUMENT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,9 +150,32 @@ def review_data(config: RunConfig, encoder: TextEncoder, report: DataReport) -> 
         "num_pairs": len(groups.hashes),
         "sample": {"num_groups": len(groups.sample), "most": SAMPLE_GROUPS, "max_characters": MAX_CHARACTERS},
         "findings": [finding.to_dict() for finding in _by_weight(findings)],
-        "lengths": lengths,
+        **document,
         "report": report.to_dict(),
     }
+
+
+def _examine(
+    groups: AllGroups, config: RunConfig, report: DataReport, seed: int
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Return the figures of each examination, and all findings."""
+    pairs = SampledPairs.of(groups.sample)
+    lengths, of_lengths = review_lengths(groups.sample, config, seed)
+    form, of_form = review_form(pairs)
+    words, of_words = review_words(pairs, seed)
+    languages, of_languages = review_languages(groups.sample)
+    read = [source for source in report.sources if source.split == "train"]
+    findings = [
+        *review_noise(groups.hashes.arrays(), groups.example),
+        *review_copies(groups.sample),
+        *of_lengths,
+        *of_form,
+        *of_words,
+        of_languages,
+        *review_templates(groups.sample, read, groups.refused_example),
+    ]
+    figures = {"lengths": lengths, "form": form, "words": words, "languages": languages}
+    return figures, findings
 
 
 def _open(source: Source, root: Path, stack: ExitStack) -> SourceGroups:

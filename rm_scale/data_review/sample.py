@@ -5,7 +5,8 @@ What costs much per group is computed from them alone, so that time and memory s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,6 +25,7 @@ MAX_CHARACTERS = 8_000
 MAX_TOKENS = 131_072
 """Longer sequences are counted, and not measured: to tokenise megabytes takes a second each."""
 _ENCODE_AT_ONCE = 256
+Inspection = Callable[[PreferenceGroup, EncodedGroup], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class SampledGroup:
         pairs: the comparisons that its labels make, ties left out.
         prompt_length: tokens that all its sequences share.
         lengths: K tokens of prompt and response together; () where it can't be encoded, and `problem` says why.
+        subset: "" when there is none.
         problem: a reason of `REJECTION_REASONS` with its detail, or "".
+        seen: what an inspection of texts and tokens found, by name.
     """
 
     source: str
@@ -47,14 +51,17 @@ class SampledGroup:
     pairs: tuple[Pair, ...]
     prompt_length: int
     lengths: tuple[int, ...]
+    subset: str = ""
     problem: str = ""
+    seen: Mapping[str, str] = field(default_factory=dict)
 
     def example(self, **texts: str) -> Example:
         """Return the group as an example: its prompt and its best and worst response, or the texts given."""
-        shown = texts or self._best_and_worst()
+        shown = texts or self.best_and_worst()
         return Example(self.source, (self.row,), {"prompt": cut_left(self.prompt), **shown})
 
-    def _best_and_worst(self) -> dict[str, str]:
+    def best_and_worst(self) -> dict[str, str]:
+        """Return the first pair of responses, cut, the better one first."""
         if not self.pairs:
             return {f"response {number}": cut(text) for number, text in enumerate(self.responses[:2])}
         pair = self.pairs[0]
@@ -74,12 +81,14 @@ class Sampler:
 
     Args:
         encoder: how the run turns text into tokens. Its `max_length` is set aside, since what it cuts is to be seen.
+        inspect: looks at a group and its tokens, and returns what it sees, by name.
     """
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextEncoder, inspect: Inspection) -> None:
         longest = max(MAX_TOKENS, encoder.rules.max_length)
         rules = replace(encoder.rules, max_length=longest, overlong_policy="drop")
         self.encoder = TextEncoder(encoder.tokenizer, rules)
+        self._inspect = inspect
         self.groups: list[SampledGroup] = []
         self._waiting: list[tuple[str, int, PreferenceGroup]] = []
 
@@ -97,15 +106,18 @@ class Sampler:
     def _encode(self) -> None:
         encoded = self.encoder.encode_groups([group for _, _, group in self._waiting])
         for (source, row, group), result in zip(self._waiting, encoded, strict=True):
-            self.groups.append(_sampled(source, row, group, result))
+            seen = {} if isinstance(result, RejectedRow) else self._inspect(group, result)
+            self.groups.append(_sampled(source, row, group, result, seen))
         self._waiting = []
 
 
-def _sampled(source: str, row: int, group: PreferenceGroup, encoded: EncodedGroup | RejectedRow) -> SampledGroup:
+def _sampled(
+    source: str, row: int, group: PreferenceGroup, encoded: EncodedGroup | RejectedRow, seen: Mapping[str, str]
+) -> SampledGroup:
     pairs = group_pairs(group.ranks, group.margin, group.soft_label, keep_ties=False)[:MAX_PAIRS_PER_GROUP]
     prompt = plain_text(group.prompt)[-MAX_CHARACTERS:]
     responses = tuple(plain_text(response)[:MAX_CHARACTERS] for response in group.responses)
     if isinstance(encoded, RejectedRow):
-        return SampledGroup(source, row, prompt, responses, tuple(pairs), 0, (), str(encoded))
-    lengths = tuple(map(len, encoded.input_ids))
-    return SampledGroup(source, row, prompt, responses, tuple(pairs), encoded.prompt_length, lengths)
+        return SampledGroup(source, row, prompt, responses, tuple(pairs), 0, (), group.subset, str(encoded))
+    lengths, shared = tuple(map(len, encoded.input_ids)), encoded.prompt_length
+    return SampledGroup(source, row, prompt, responses, tuple(pairs), shared, lengths, group.subset, seen=seen)

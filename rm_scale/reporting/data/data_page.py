@@ -7,11 +7,12 @@ from typing import Any
 
 from rm_scale.reporting.bar_charts import Bar, bars
 from rm_scale.reporting.chart_parts import Axis
-from rm_scale.reporting.charts import histogram
+from rm_scale.reporting.charts import Series, histogram, lines
 from rm_scale.reporting.data.data_summary import share_text
 from rm_scale.reporting.page import Mark, Page, number
 
 Part = Mapping[str, Any]
+_MOST_ROWS = 200
 
 
 def build_page(document: Part) -> Page:
@@ -25,6 +26,9 @@ def build_page(document: Part) -> Page:
     _headline(page, document)
     _findings(page, document["findings"])
     _lengths(page, document["lengths"])
+    _form(page, document["form"])
+    _words(page, document["words"])
+    _languages(page, document["languages"])
     _sources(page, document["report"])
     _provenance(page, document)
     return page
@@ -38,7 +42,7 @@ def _headline(page: Page, document: Part) -> None:
         [
             (number(document["num_rows"]), "rows", f"{number(document['num_groups'])} could be read"),
             (number(document["num_pairs"]), "pairs", f"of {number(train['num_prompts'])} prompts"),
-            (number(report["rows_rejected"]), "rows not used", "see Sources"),
+            (number(report["rows_rejected"]), "rows not used", "see Rows"),
             (share_text(longer), "“longer wins”", "is right so often"),
         ]
     )
@@ -133,8 +137,114 @@ def _layouts(page: Page, layouts: Part) -> None:
     page.paragraph("Steps of 64 groups on one device, prompts shared.", faint=True)
 
 
+def _form(page: Page, form: Part) -> None:
+    """Show what the labels pay for beside content."""
+    page.section("Form: what the better response has")
+    length = form["length"]
+    if length["bins"]:
+        page.figure(_length_chart(length), "Over the dashed line the longer response is the better one more often.")
+    decided = [row for row in form["marks"] if row["wins"] is not None]
+    if decided:
+        chart = bars(
+            "How often the better response is the one that has it",
+            [Bar(row["title"], row["wins"], *(row["wins_ci95"] or (None, None))) for row in decided],
+            Axis("of pairs in which exactly one response has it, with 95 % intervals", 0.0, 1.0, percent=True),
+            reference=0.5,
+        )
+        page.figure(chart, "A bar on the dashed line: the labels don't care.")
+    header = ["", "better have it", "worse have it", "only the better", "only the worse", "better has it", "95 %"]
+    page.details("All marks", header, [_mark_row(row["title"], row) for row in form["marks"]])
+    if form["starts"]:
+        rows = [_mark_row(f"“{row['start']} …”", row) for row in form["starts"]]
+        page.details("First words that decide most", header, rows)
+
+
+def _length_chart(length: Part) -> str:
+    bins = length["bins"]
+    middle = [(one["low"] + one["high"]) / 2 for one in bins]
+    ends = [one["wins_ci95"] or (None, None) for one in bins]
+    wins = [one["wins"] for one in bins]
+    seen = Series("longer wins", middle, wins, [low for low, _ in ends], [high for _, high in ends], marks=True)
+    even = Series("a coin", [middle[0], middle[-1]], [0.5, 0.5], dashed=True)
+    return lines(
+        "How often the longer response is the better one",
+        [seen, even],
+        Axis("tokens by which one response is longer"),
+        Axis("longer one is better", 0.0, 1.0, percent=True),
+    )
+
+
+def _mark_row(title: str, row: Part) -> tuple[Any, ...]:
+    bounds = row["wins_ci95"]
+    return (
+        title,
+        share_text(row["share_better"]),
+        share_text(row["share_worse"]),
+        row["num_only_better"],
+        row["num_only_worse"],
+        share_text(row["wins"]),
+        f"{bounds[0]:.1%} – {bounds[1]:.1%}" if bounds else "–",
+    )
+
+
+def _words(page: Page, words: Part) -> None:
+    page.section("What a bag of words gets right")
+    if "accuracy" not in words:
+        page.paragraph(words["note"])
+        return
+    values = [
+        Bar("words alone", words["accuracy"], *words["accuracy_ci95"]),
+        Bar("length alone", words["length_accuracy"], *words["length_accuracy_ci95"]),
+        Bar("a coin", words["coin"]),
+    ]
+    page.figure(
+        bars("Accuracy without reading", values, Axis("accuracy, with 95 % intervals", 0.0, 1.0, percent=True)),
+        f"Logistic regression on the words of {number(words['num_pairs'])} pairs, judged on prompts that it was not "
+        "fitted on. It sees neither the order of words nor the prompt.",
+    )
+    with page.side_by_side():
+        for side in ("better", "worse"):
+            page.details(
+                f"Words that speak for the {side} response",
+                ["word", "weight", "more of it in the better", "in the worse"],
+                [
+                    (one["word"], one["weight"], one["num_more_in_better"], one["num_more_in_worse"])
+                    for one in words["words"][side]
+                ],
+                digits=3,
+            )
+
+
+def _languages(page: Page, rows: Sequence[Part]) -> None:
+    page.section("Sources and languages")
+    total = sum(row["num_groups"] for row in rows)
+    shown = sorted(rows, key=lambda row: -row["num_groups"])[:_MOST_ROWS]
+    page.table(
+        ["source", "subset", "language (a guess)", "groups", "share"],
+        [
+            (
+                row["source"],
+                row["subset"] or "–",
+                row["language"],
+                row["num_groups"],
+                share_text(row["num_groups"] / total),
+            )
+            for row in shown
+        ],
+        sortable=len(shown) > 10,
+    )
+    more = (
+        f" {number(len(rows) - len(shown))} smaller parts are in the JSON file alone." if len(rows) > _MOST_ROWS else ""
+    )
+    page.paragraph(
+        "Of the sample. A language is guessed from a text's script and its small words (the, of, and); code, names "
+        f"and very short texts are not known.{more}",
+        faint=True,
+    )
+
+
 def _sources(page: Page, report: Part) -> None:
-    page.section("Sources")
+    page.section("Rows")
     page.table(
         ["source", "read for", "format", "rows", "used", "not used"],
         [

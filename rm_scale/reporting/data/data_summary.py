@@ -14,9 +14,9 @@ def share_text(share: float | None) -> str:
     """Return a share as percent, with enough digits that a few of many don't look like none."""
     if share is None:
         return "–"
-    if 0 < share < 0.001:
-        return f"{share:.2g}".rstrip("0").rstrip(".") if share >= 0.0001 else "under 0.01 %"
-    return f"{share:.1%}"
+    if 0 < share < 0.0001:
+        return "under 0.01%"
+    return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.1%}"
 
 
 def text_summary(document: Mapping[str, Any]) -> str:
@@ -29,9 +29,9 @@ def text_summary(document: Mapping[str, Any]) -> str:
     for finding in document["findings"]:
         if finding["level"] in _MARKS:
             lines += _finding_lines(finding)
-    nothing = [finding["title"].lower() for finding in document["findings"] if finding["level"] == "nothing"]
+    nothing = [finding["title"] for finding in document["findings"] if finding["level"] == "nothing"]
     if nothing:
-        lines.append(f"looked for and not found: {', '.join(nothing)}")
+        lines.append(f"looked for and not found: {'; '.join(nothing)}")
     return "\n".join(lines)
 
 
