@@ -376,6 +376,8 @@ def _other_problems(columns: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = columns.get(name, ["a"])
         if not isinstance(value, list) or not value or not all(isinstance(part, str) and part for part in value):
             yield f".{name}={value!r}", "is no list of columns. Fix: [COLUMN, COLUMN]."
+        elif name == "group_by" and "group_by" in columns:
+            yield from _some_places(".group_by", value)
     if "messages" in columns:
         yield from _message_problems(columns["messages"])
     if "tree" in columns:

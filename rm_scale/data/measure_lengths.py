@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rm_scale.data.conversations import message_text
-from rm_scale.data.format_detection import choose_format
-from rm_scale.data.formats import RowReader
 from rm_scale.data.preference_group import PreferenceGroup, Text
+from rm_scale.data.reading import Reading
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.sources import RawRows, local_sources
+from rm_scale.data.row_readers import choose_reader, open_source
+from rm_scale.data.sources import RawRows, Source, local_sources
 from rm_scale.errors import DataError
 from rm_scale.planning.group_lengths import GroupLengths, LengthMix
 
@@ -26,12 +27,13 @@ TOKENS_PER_MESSAGE = 4
 """Role and separators that a chat template adds to each message."""
 
 
-def measure_lengths(paths: Sequence[str], model: str | None) -> LengthMix:
+def measure_lengths(paths: Sequence[str], model: str | None, reading: Reading | None = None) -> LengthMix:
     """Token lengths of a sample of the files' groups.
 
     Args:
         paths: preference files or patterns.
         model: folder with a tokenizer.json; without one lengths are estimated from characters.
+        reading: how their rows are read; `None` for what the columns show.
 
     Raises:
         DataError: the file can't be read, or holds no group.
@@ -39,26 +41,26 @@ def measure_lengths(paths: Sequence[str], model: str | None) -> LengthMix:
     count, how = _counter(model)
     groups: list[GroupLengths] = []
     total = 0
-    for source in local_sources(paths):
+    for found in local_sources(paths):
+        source = dataclasses.replace(found, reading=reading or found.reading)
         with tempfile.TemporaryDirectory() as work:
-            rows = source.load(Path(work))
+            rows = open_source(source, Path(work))
             total += len(rows.dataset)
-            groups += _measure(rows, source.name, count, SAMPLE - len(groups))
+            groups += _measure(rows, source, count, SAMPLE - len(groups))
     if not groups:
         names = " ".join(paths)
         raise DataError(f"data={names}: none of its rows could be read. Fix: rm-scale data --dataset_path {names}.")
     return LengthMix(tuple(groups), f"{len(groups):,} of {total:,} groups of {', '.join(paths)}, {how}", total)
 
 
-def _measure(rows: RawRows, name: str, count: Callable[[str], int], wanted: int) -> list[GroupLengths]:
+def _measure(rows: RawRows, source: Source, count: Callable[[str], int], wanted: int) -> list[GroupLengths]:
     step = max(1, len(rows.dataset) // max(1, wanted))
     indices = list(range(0, len(rows.dataset), step))[:wanted]
     decoded = [row for _, row in rows.decode(rows.dataset[indices], indices)]
     sample = [row for row in decoded if isinstance(row, Mapping)]
     if not sample:
         return []
-    verdict = choose_format("auto", rows.columns(sample), sample, name, "subset", checks_context=False)
-    reader = RowReader(verdict.name, source=name, checks_context=False)
+    reader, _ = choose_reader(source, rows, sample, checks_context=False)
     measured = []
     for index, row in zip(indices, decoded, strict=True):
         with contextlib.suppress(RejectedRow):  # `rm-scale data` counts these

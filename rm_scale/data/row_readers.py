@@ -46,7 +46,7 @@ def open_source(source: Source, work: Path) -> RawRows:
             f"{source.name}: filters with a map that puts rows together: they look at columns of single rows. Fix: "
             "filter the file beforehand."
         )
-    missing = sorted(name for name in column_map.columns_needed if not any(name in row for row in sample))
+    missing = column_map.missing_before(sample)
     if missing:
         raise DataError(misfit_text(source.name, source.reading, missing, sample))
     preset = source.reading.recognised(columns)

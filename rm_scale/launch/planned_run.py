@@ -176,8 +176,9 @@ def measure(parsed: ParsedConfig) -> LengthMix:
     if not config.dataset_path or parsed.problems:
         return full_rows(config.max_length)
     from rm_scale.data.measure_lengths import measure_lengths
+    from rm_scale.data.reading import Reading
 
-    measured = measure_lengths(config.dataset_path, config.model_name_or_path)
+    measured = measure_lengths(config.dataset_path, config.model_name_or_path, Reading.of_config(config))
     kept = measured.cut(config.max_length)
     return kept if kept.groups else full_rows(config.max_length)
 

@@ -67,20 +67,21 @@ class ColumnMap:
         names = {path for path, _ in self.paths}  # a column may have dots in its name
         tree = self.settings.get("tree", {})
         keys = {tree[key] for key in ("root", "replies", "id", "parent", "ranked_by") if key in tree}
-        grouped = {*self.settings.get("group_by", ()), *keys, *tree.get("where", ())}
+        grouped = {*(root_of(path, {}) for path in self.settings.get("group_by", ())), *keys, *tree.get("where", ())}
         naming = self.settings.get("messages", {})
         whole = {naming.get(key, key) for key in ("role", "content")} if "" in roots else set()
         return frozenset({*roots, *names, *grouped, *whole, *self.settings.get("not_meant", ())})
 
-    @functools.cached_property
-    def columns_needed(self) -> frozenset[str]:
-        """The columns of the file without which no row of it can be read."""
+    def missing_before(self, sample: Sequence[Row]) -> list[str]:
+        """Return what no row of a sample has, of what is needed to put rows together; the rows are the file's own."""
         tree = self.settings.get("tree", {})
         if "root" in tree:
-            return frozenset({tree["root"]})
-        roots = {root_of(path, self.settings) for path, may_lack in self.paths if not may_lack}
-        keys = {tree[key] for key in ("id", "parent", "ranked_by") if key in tree}
-        return frozenset({*roots, *keys, *tree.get("where", ()), *self.settings.get("group_by", ())} - {""})
+            needed = {tree["root"]}
+        else:
+            roots = {root_of(path, self.settings) for path, may_lack in self.paths if not may_lack}
+            keys = {tree[key] for key in ("id", "parent", "ranked_by") if key in tree}
+            needed = {*roots, *keys, *tree.get("where", ()), *self.settings.get("group_by", ())} - {""}
+        return sorted(path for path in needed if not _is_there(path, sample))
 
     def columns_of(self, row: Row) -> dict[str, Any]:
         """Return a row in the file's own columns; of rows that were put together each column holds the list of all."""

@@ -36,7 +36,7 @@ def misfit_text(name: str, reading: Reading, missing: Sequence[str], sample: Seq
     has = f"its columns are {some_names(columns)}"
     if reading.columns is not None:
         near = did_you_mean(missing[0], columns, "")
-        return f"dataset_columns: {seen}; {has}. Fix: {near or 'name a column that is there'}."
+        return f"dataset_columns: {seen}; {has}. Fix: {near or 'name a column that is there.'}"
     return f"dataset_preset={reading.preset}: {seen}; {has}. Fix: {_what_fits(columns, sample)}"
 
 

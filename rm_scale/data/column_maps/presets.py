@@ -32,10 +32,7 @@ class Preset:
 
     def missing(self, sample: Sequence[Row]) -> list[str]:
         """Return what the map reads and no row of a sample has; the rows are the file's own."""
-        if not self.columns.regroups:
-            return missing_paths(self.columns, sample)
-        needed = sorted(self.columns.columns_needed)
-        return [name for name in needed if not any(name in row for row in sample)]
+        return self.columns.missing_before(sample) if self.columns.regroups else missing_paths(self.columns, sample)
 
 
 @functools.cache

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rm_scale.data.format_detection import choose_format
 from rm_scale.data.formats import RowReader
 from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.row_readers import reader_of_rows
 from rm_scale.data.text_keys import text_hash, text_keys
-from rm_scale.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "input", "context")
 # Not text_chosen and text_rejected: they hold the prompt as one model's chat template writes it.
@@ -33,12 +32,7 @@ def preference_reader(sample: Sequence[Mapping[str, Any]], source: str, ignored:
         source: name of the file.
         ignored: columns that are not read, the scores' own first of all.
     """
-    names = list(dict.fromkeys(str(name) for row in sample for name in row))
-    try:
-        verdict = choose_format("auto", names, sample, source, "subset", ignored, checks_context=False)
-    except DataError:
-        return None
-    return RowReader(verdict.name, source=source, ignore_columns=tuple(ignored), checks_context=False)
+    return reader_of_rows(sample, source, ignored)
 
 
 def row_keys(row: Mapping[str, Any], number: int, reader: RowReader | None) -> tuple[int | None, int | None]:
