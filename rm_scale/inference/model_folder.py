@@ -14,7 +14,12 @@ from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.errors import ModelError
 from rm_scale.json_values import parse_json
 from rm_scale.logs import get_logger
-from rm_scale.modeling.adapter_base import base_in_peft_config, has_head_among_tensors, is_read_at_padding
+from rm_scale.modeling.adapter_base import (
+    base_in_peft_config,
+    has_head_among_tensors,
+    is_read_at_padding,
+    refuse_pickled_adapter,
+)
 from rm_scale.modeling.scoring_contract import CONTRACT_FILE, BaseModel, ScoringContract
 from rm_scale.modeling.stored_head import SIDE_FILES, StoredHead, find_stored_head, head_beside_adapter
 from rm_scale.modeling.tokenizers import load_tokenizer, read_tokenizer
@@ -104,6 +109,7 @@ def _require_scalar_classifier(folder: Path, config: dict[str, Any]) -> None:
 def _require_head_in_adapter(folder: Path) -> None:
     file = folder / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
+        refuse_pickled_adapter(folder)
         raise ModelError(f"{folder}: holds adapter_config.json but no {file.name}. Fix: copy the whole folder.")
     if has_head_among_tensors(folder):
         return

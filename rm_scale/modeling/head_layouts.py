@@ -35,6 +35,7 @@ READ = (
     HeadLayout("Starling", r"v_head\.weight"),
     HeadLayout("UltraRM and Eurus", r"regression_head\.weight"),
     HeadLayout("safe-rlhf (Beaver)", r"score_head\.weight"),
+    HeadLayout("AlpacaFarm", r"reward_head\.weight"),
 )
 MOMENTS = (("mean", "std", False), ("normalizer.mean", "normalizer.var", True))
 """Names of the mean that a project's own code can take off rewards and of what it divides by, and whether that is a
@@ -124,6 +125,11 @@ def refuse_unreadable_head(name: str, shapes: Shapes) -> None:
 def is_head_in_adapter(key: str) -> bool:
     """Tell whether a tensor of an adapter is the whole weight of a head, below whatever PEFT calls the model."""
     return any(re.fullmatch(rf"(.*\.)?{layout.weight}", key) for layout in READ)
+
+
+def is_part_of_head_in_adapter(key: str) -> bool:
+    """Tell whether a tensor of an adapter is the whole weight of a head, or its bias."""
+    return is_head_in_adapter(key.removesuffix("bias") + "weight" if key.endswith(".bias") else key)
 
 
 def is_lora_on_head(key: str) -> bool:

@@ -21,7 +21,7 @@ from rm_scale.distributed import giving_back_freed_memory
 from rm_scale.errors import ModelError
 from rm_scale.files import write_whole
 from rm_scale.logs import get_logger, without_load_report
-from rm_scale.modeling.adapter_base import adapter_base
+from rm_scale.modeling.adapter_base import adapter_base, require_width
 from rm_scale.modeling.adapter_tensors import put_adapter_on
 from rm_scale.modeling.adapters import add_adapters
 from rm_scale.modeling.head import HEAD_NAMES, active_head, install_scalar_head
@@ -303,6 +303,7 @@ def _load_adapter(
     if base.pad_token_id is not None:
         model.config.get_text_config().pad_token_id = base.pad_token_id
     install_scalar_head(model)
+    require_width(folder, base.head, active_head(model).in_features, base.name)
     adapted = put_adapter_on(model, folder)
     if dtype is not None and not extra:
         adapted = adapted.to(dtype)

@@ -276,7 +276,7 @@ def _heads_in(paths: Iterable[Path], tensors: Mapping[str, TensorPlace]) -> list
         if path.stem in seen:
             continue
         seen.add(path.stem)
-        pickled = None if path.suffix == ".safetensors" else _read_pickled(path)
+        pickled = None if path.suffix == ".safetensors" else read_pickled(path)
         shapes = read_header(path) if pickled is None else {key: tuple(one.shape) for key, one in pickled.items()}
         if path.name not in SIDE_FILES and all(_is_copy(key, shape, tensors) for key, shape in shapes.items()):
             continue  # the weights again or a part of them, e.g. in another type
@@ -326,7 +326,12 @@ def _may_hold_a_head(path: Path) -> bool:
         return file.read(4).startswith(_STARTS_OF_PICKLED)  # other formats are called .bin too
 
 
-def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+def read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that torch.save wrote, without running code of it.
+
+    Raises:
+        ModelError: it can't be read so.
+    """
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:

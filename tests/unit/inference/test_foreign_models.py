@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -156,16 +157,73 @@ def test_an_adapter_whose_base_has_moved_is_refused(tiny_model: Path, tmp_path: 
 def _adapter_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Replace the head of an adapter."""
     file = folder / "adapter_model.safetensors"
-    kept = {key: one for key, one in load_file(file).items() if "score" not in key}
+    kept = {key: one for key, one in load_file(file).items() if ".lora_" in key}
     save_file({**kept, **tensors}, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["v_head.summary", "value_head"])
-def test_another_projects_head_among_an_adapters_tensors_is_named(name: str, tiny_model: Path, tmp_path: Path) -> None:
-    foreign = written(trl_adapter, tiny_model, tmp_path / "model")
-    _adapter_tensors(foreign.folder, {f"base_model.model.{name}.weight": random_head(tiny_model)})
-    with pytest.raises(ModelError, match=rf"head is among its tensors as .*{name}\.weight.*Fix: save the head"):
+def _adapter_config(folder: Path, **values: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("v_head.summary", "CAUSAL_LM"),
+        ("v_head", "SEQ_CLS"),
+        ("value_head", None),
+        ("reward_head", "SEQ_CLS"),
+        ("score", "CAUSAL_LM"),
+    ],
+)
+def test_another_projects_head_among_an_adapters_tensors_is_read(
+    name: str, task: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Under any of the names that projects give it, whatever task the adapter says it is for."""
+    foreign = written(llama_factory_adapter, tiny_model, tmp_path / "model")
+    beside = foreign.folder / "value_head.safetensors"
+    head = load_file(beside)
+    beside.unlink()
+    own = {f"base_model.model.{name}.{part}": head[f"v_head.summary.{part}"] for part in ("weight", "bias")}
+    _adapter_tensors(foreign.folder, own)
+    _adapter_config(foreign.folder, task_type=task, modules_to_save=[name.split(".")[0]])
+    home = [foreign.home(ids) for ids in SEQUENCES]
+    assert scorer_of(foreign.folder).score_tokens(SEQUENCES) == pytest.approx(home, abs=1e-5)
+    del own[f"base_model.model.{name}.bias"]
+    _adapter_tensors(foreign.folder, own)
+    without = [one - foreign.constant for one in home]
+    assert scorer_of(foreign.folder).score_tokens(SEQUENCES) == pytest.approx(without, abs=1e-5)
+
+
+def test_heads_in_an_adapter_that_are_not_certain_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(llama_factory_adapter, tiny_model, tmp_path / "model")
+    head = random_head(tiny_model)
+    _adapter_tensors(foreign.folder, {"base_model.model.value_head.weight": head})
+    with pytest.raises(ModelError, match=r"holds a head \(.*\.value_head\.weight\), and so does value_head"):
         scorer_of(foreign.folder)
+    (foreign.folder / "value_head.safetensors").unlink()
+    for tensors, message in (
+        ({"v_head.weight": head, "score.weight": head + 1}, r"holds 2 reward heads .*score\.weight.*v_head\.weight"),
+        ({"v_head.weight": head[:, :-1].clone()}, r"sizes \(1, 31\).* hidden states of 32"),
+        ({"v_head.weight": random_head(tiny_model, 2)}, r"v_head\.weight has the sizes \(2, 32\).*one output"),
+        ({"v_head.weight": head, "v_head.bias": torch.zeros(2)}, r"bias .*\(2,\)"),
+        ({"v_head.summary.0.weight": head, "v_head.summary.2.weight": head + 1}, r"of the kind of GRM"),
+    ):
+        kept = {f"base_model.model.{key}": one for key, one in tensors.items()}
+        _adapter_tensors(foreign.folder, kept)
+        with pytest.raises(ModelError, match=message):
+            scorer_of(foreign.folder)
+
+
+def test_a_runs_own_adapter_has_its_head_under_its_own_name(lora_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(lora_run, tmp_path / "run")
+    file = folder / "adapter_model.safetensors"
+    own = load_file(file)
+    renamed = {key.replace(".score.", ".value_head."): one for key, one in own.items()}
+    assert renamed.keys() != own.keys()
+    save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"head is among its tensors as .*value_head\.weight"):
+        RewardScorer.from_pretrained(folder, device="cpu")
 
 
 def test_a_bias_among_an_adapters_tensors_is_read(tiny_model: Path, tmp_path: Path) -> None:
@@ -183,6 +241,48 @@ def test_lora_on_a_head_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> 
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "score"])).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"score\.lora_A\.weight is LoRA on the reward head.*Fix: .*modules_to_save"):
         scorer_of(tmp_path)
+
+
+def _only_pickled(folder: Path, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Leave adapter_model.bin alone, as OpenRLHF writes it."""
+    safe = folder / "adapter_model.safetensors"
+    tensors = {**load_file(safe), **more}
+    safe.unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    return tensors
+
+
+def test_an_adapter_in_a_pickle_is_to_be_converted(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(llama_factory_adapter, tiny_model, tmp_path / "model")
+    tensors = _only_pickled(foreign.folder)
+    message = r"adapter_model\.bin alone, .* Fix: convert it without running code .*docs/foreign_models\.md"
+    with pytest.raises(ModelError, match=message):
+        scorer_of(foreign.folder)
+    (foreign.folder / "adapter_model.bin").unlink()
+    save_file(tensors, foreign.folder / "adapter_model.safetensors", {"format": "pt"})
+    home = [foreign.home(ids) for ids in SEQUENCES]
+    assert scorer_of(foreign.folder).score_tokens(SEQUENCES) == pytest.approx(home, abs=1e-5)
+
+
+def test_an_adapter_in_a_pickle_without_its_head_is_not_worth_converting(tiny_model: Path, tmp_path: Path) -> None:
+    """OpenRLHF's: the head is new at each start, and its LoRA alone is saved."""
+    foreign = written(llama_factory_adapter, tiny_model, tmp_path / "model")
+    (foreign.folder / "value_head.safetensors").unlink()
+    _only_pickled(foreign.folder)
+    with pytest.raises(ModelError, match=r"adapter_model\.bin: the adapter .* holds no reward head.*can't be got back"):
+        scorer_of(foreign.folder)
+    on_head = {"base_model.model.score.lora_A.weight": random_head(tiny_model, 4)}
+    torch.save(on_head, foreign.folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin: .*score\.lora_A\.weight is LoRA on the reward head"):
+        scorer_of(foreign.folder)
+
+
+def test_a_pickle_that_would_run_code_is_not_read(tiny_model: Path, tmp_path: Path) -> None:
+    foreign = written(llama_factory_adapter, tiny_model, tmp_path / "model")
+    (foreign.folder / "adapter_model.safetensors").unlink()
+    torch.save({"a": Path("x")}, foreign.folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin: can't be read as tensors"):
+        scorer_of(foreign.folder)
 
 
 def test_score_rank_and_eval_take_a_foreign_folder(tiny_model: Path, tmp_path: Path) -> None:
