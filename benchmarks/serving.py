@@ -2,10 +2,13 @@
 
     python benchmarks/serving.py --model REWARD_MODEL_DIR --data HH.jsonl.gz [--clients 32] [--minutes 10]
     python benchmarks/serving.py --model DIR --data FILE --parts mixed --minutes 10
+    python benchmarks/serving.py --model DIR --data FILE --parts endpoint --texts 128
 
 `throughput`: the same texts by `RewardScorer` in this process and over HTTP by so many clients at once, one text per
 request, in turns; medians, and the ratio. Both sides have the machine's cores to themselves in their turn; the clients
-run on the same cores as the server. `mixed`: for so many minutes clients that send good texts (each score is compared
+run on the same cores as the server. `endpoint`: the same for what `rm-scale score` runs for a chunk of a file, with the
+model in this process and with `--endpoint` at the server. Each round has texts of its own, since the server remembers
+scores. `mixed`: for so many minutes clients that send good texts (each score is compared
 with the offline one), over-long and malformed ones, bodies that stop in the middle, and connections that are closed
 before the answer; then SIGTERM in full flow. Counts wrong scores, lost requests, and memory over time. Loopback only.
 """
@@ -25,7 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +42,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "cpu" / "serving.json"
+PARTS = ("throughput", "endpoint", "mixed")
 MAX_TOKENS = 4096
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -51,7 +55,7 @@ class Text:
     completion: str
 
 
-def read_texts(path: Path, count: int) -> list[Text]:
+def read_texts(path: Path) -> list[Text]:
     """Return completions of HH pairs, each with its prompt."""
     texts = []
     with gzip.open(path, "rt", encoding="utf-8") as stream:
@@ -60,7 +64,7 @@ def read_texts(path: Path, count: int) -> list[Text]:
             for side in ("chosen", "rejected"):
                 place = row[side].rfind(ASSISTANT) + len(ASSISTANT)
                 texts.append(Text(row[side][:place], row[side][place:]))
-    return [text for text in texts if len(text.prompt) + len(text.completion) < 2500][:count]
+    return [text for text in texts if len(text.prompt) + len(text.completion) < 2500]
 
 
 @contextmanager
@@ -106,8 +110,8 @@ def ask(client: httpx.Client, url: str, text: Text) -> httpx.Response:
 # --- Throughput ------------------------------------------------------------------------------------------------------
 
 
-def over_http(url: str, texts: list[Text], num_clients: int) -> tuple[float, list[float]]:
-    """Return seconds and scores of all texts, shared out among so many clients."""
+def over_http(url: str, texts: list[Text], num_clients: int) -> list[float]:
+    """Return the scores of all texts, shared out among so many clients."""
     scores = [0.0] * len(texts)
 
     def client(number: int) -> None:
@@ -117,31 +121,84 @@ def over_http(url: str, texts: list[Text], num_clients: int) -> tuple[float, lis
                 answer.raise_for_status()
                 scores[place] = answer.json()["scores"][0]
 
-    started = time.perf_counter()
     with ThreadPoolExecutor(num_clients) as pool:
         list(pool.map(client, range(num_clients)))
-    return time.perf_counter() - started, scores
+    return scores
 
 
 def measure_throughput(options: argparse.Namespace, texts: list[Text]) -> dict[str, Any]:
-    """Measure offline and over HTTP in turns; the first round warms both up."""
-    scorer, expected = offline(options.model, texts, options.dtype)
-    arguments = ["--dtype", options.dtype] if options.dtype else []
-    prompts, completions = [text.prompt for text in texts], [text.completion for text in texts]
+    """Measure offline and over HTTP in turns."""
+    scorer, _ = offline(options.model, texts[:1], options.dtype)
+
+    def here(some: list[Text]) -> list[float]:
+        found = scorer.score([t.prompt for t in some], [t.completion for t in some], max_tokens=MAX_TOKENS)
+        return list(found)
+
+    with server(options.model, *_typed(options)) as (url, _):
+        rounds = in_turns(options, texts, here, lambda some: over_http(url, some, options.clients))
+    return {"num_texts": options.texts, "num_clients": options.clients, **rounds}
+
+
+def in_turns(
+    options: argparse.Namespace,
+    texts: list[Text],
+    here: Callable[[list[Text]], list[float]],
+    there: Callable[[list[Text]], list[float]],
+) -> dict[str, Any]:
+    """Score the texts of each round on both sides, one after the other; the first round warms them up."""
+    if len(texts) < options.texts * (options.rounds + 1):
+        raise SystemExit(f"{options.data}: {len(texts)} texts are too few. Fix: fewer --texts or --rounds.")
     rounds = []
-    with server(options.model, *arguments) as (url, _):
-        over_http(url, texts, options.clients)
-        for _ in range(options.rounds):
-            started = time.perf_counter()
-            scorer.score(prompts, completions, max_tokens=MAX_TOKENS)
-            alone = time.perf_counter() - started
-            served, scores = over_http(url, texts, options.clients)
-            worst = max(abs(a - b) for a, b in zip(expected, scores, strict=True))
+    for number in range(options.rounds + 1):
+        some = texts[number * options.texts : (number + 1) * options.texts]
+        started = time.perf_counter()
+        expected = here(some)
+        between = time.perf_counter()
+        scores = there(some)
+        alone, served = between - started, time.perf_counter() - between
+        worst = max(abs(a - b) for a, b in zip(expected, scores, strict=True))
+        print(f"{len(some)} texts: here {alone:.2f} s, at the server {served:.2f} s", flush=True)
+        if number:
             rounds.append({"offline_seconds": alone, "served_seconds": served, "largest_difference": worst})
-            print(f"offline {alone:.2f} s, {options.clients} clients {served:.2f} s", flush=True)
     ratio = statistics.median(one["offline_seconds"] / one["served_seconds"] for one in rounds)
-    print(f"served throughput over offline: {ratio:.2f}")
-    return {"num_texts": len(texts), "num_clients": options.clients, "rounds": rounds, "median_ratio": ratio}
+    print(f"throughput at the server over that here: {ratio:.2f}")
+    return {"rounds": rounds, "median_ratio": ratio}
+
+
+def _typed(options: argparse.Namespace) -> list[str]:
+    return ["--dtype", options.dtype] if options.dtype else []
+
+
+# --- A chunk of a file at the server ---------------------------------------------------------------------------------
+
+
+def measure_endpoint(options: argparse.Namespace, texts: list[Text]) -> dict[str, Any]:
+    """Measure a chunk of `rm-scale score` with the model here and with `--endpoint`, in turns."""
+    from rm_scale.inference.endpoint_scorer import EndpointScorer
+    from rm_scale.inference.scoring.batch_scoring import ScoringJob, score_rows
+    from rm_scale.inference.scoring.ensemble import Ensemble
+
+    scorer, _ = offline(options.model, texts[:1], options.dtype)
+    encoded = scorer.encoder.encode_many([text.prompt for text in texts], [text.completion for text in texts])
+    texts = [text for text, ids in zip(texts, encoded, strict=True) if isinstance(ids, list)]
+    at_once = ScoringJob(Path("not-written.jsonl"), {}, max_tokens=MAX_TOKENS)
+    # As the command: a server has batches of its own, and is kept busy by as many texts as a chunk has.
+    chunk = ScoringJob(at_once.output, {}, block_rows=at_once.chunk_rows, max_tokens=MAX_TOKENS)
+
+    def scored(some: list[Text], ensemble: Ensemble, job: ScoringJob) -> list[float]:
+        rows = [(n, {"prompt": text.prompt, "completion": text.completion}) for n, text in enumerate(some)]
+        return [row["score"] for row in score_rows(rows, ensemble, job)]
+
+    with server(options.model, *_typed(options)) as (url, _):
+        remote = EndpointScorer.from_folder(options.model, url, dtype=options.dtype)
+        rounds = in_turns(
+            options,
+            texts,
+            lambda some: scored(some, Ensemble([scorer]), at_once),
+            lambda some: scored(some, Ensemble([remote]), chunk),
+        )
+    how = {"texts_per_request": remote.texts_per_request, "requests_in_flight": remote.requests_in_flight}
+    return {"num_texts": options.texts, **how, **rounds}
 
 
 # --- Mixed load ------------------------------------------------------------------------------------------------------
@@ -212,6 +269,7 @@ def bad_client(url: str, texts: list[Text], tally: Tally, until: float, seed: in
 
 def measure_mixed(options: argparse.Namespace, texts: list[Text]) -> dict[str, Any]:
     """Measure minutes of load, memory on the way, and a signal at the end."""
+    texts = texts[: options.texts]
     _, expected = offline(options.model, texts)
     tally, memory = Tally(), []
     with server(options.model, "--body_timeout", "5") as (url, process):
@@ -282,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a reward model")
     parser.add_argument("--data", required=True, help="HH pairs, .jsonl.gz")
-    parser.add_argument("--parts", nargs="+", choices=["throughput", "mixed"], default=["throughput", "mixed"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
@@ -290,13 +348,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="on both sides; default: the folder's")
     parser.add_argument("--output", default=str(OUTPUT))
     options = parser.parse_args()
-    texts = read_texts(Path(options.data), options.texts)
+    texts = read_texts(Path(options.data))
     output = Path(options.output)
     record = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     for part in options.parts:
-        measure = {"throughput": measure_throughput, "mixed": measure_mixed}[part]
-        name = " ".join(filter(None, (part, options.dtype)))
-        record[name] = {"model": Path(options.model).name, "max_tokens": MAX_TOKENS, **measure(options, texts)}
+        measure = {"throughput": measure_throughput, "endpoint": measure_endpoint, "mixed": measure_mixed}[part]
+        model = Path(options.model).name
+        name = " ".join(filter(None, (part, model if part == "endpoint" else None, options.dtype)))
+        record[name] = {"model": model, "max_tokens": MAX_TOKENS, **measure(options, texts)}
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
