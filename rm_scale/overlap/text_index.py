@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rm_scale.overlap.minhash import SHINGLE_TOKENS, Banding, MinHash
 from rm_scale.overlap.ngrams import Counts, Hashes, TextHashes, ngrams, token_hashes
-from rm_scale.overlap.normalisation import exact_key, tokens
+from rm_scale.overlap.normalisation import exact_key, normalise, tokens
 
 MatchKind = Literal["exact", "normalised", "ngram", "minhash"]
 KINDS: tuple[MatchKind, ...] = ("exact", "normalised", "ngram", "minhash")
@@ -26,6 +26,8 @@ class MatchRules:
     Attributes:
         ngram_tokens: tokens in a run.
         ngram_share: runs that two texts share, of the runs of the one that has fewer, from which on they match.
+        whole_tokens: an indexed text of so many tokens, or more but too few for a run, matches where all of it is part
+            of the other text. One of fewer ("What do you mean by that?") stands in many.
         most_owners: runs in more of the indexed texts than this are stock phrases and count for none of them.
         minhash_similarity: Jaccard similarity of 3-token shingles from which on texts match by MinHash.
         few_shingles: texts that share fewer shingles than this match from `few_similarity` on: a short question with
@@ -35,6 +37,7 @@ class MatchRules:
 
     ngram_tokens: int = 13
     ngram_share: float = 0.5
+    whole_tokens: int = 8
     most_owners: int = 10
     minhash_similarity: float = 0.5
     few_shingles: int = 20
@@ -91,6 +94,7 @@ class TextIndex:
         self._normalised = _KeyTable(own.normalised[usable], usable)
         self._ngrams = _KeyTable(own.runs.values, own.runs.owners()).without_common(self.rules.most_owners)
         self._num_runs = np.bincount(self._ngrams.places, minlength=len(texts))
+        self._wholes = {size: table for size, table in self._whole_texts(own) if len(table.keys)}
         with_keys = np.flatnonzero(own.has_keys)
         self._bands = [_KeyTable(column, with_keys) for column in own.bands[with_keys].T]
         self._shingles = own.shingles
@@ -104,9 +108,21 @@ class TextIndex:
             _pairs(usable, self._exact, asked.exact[usable], EXACT),
             _pairs(usable, self._normalised, asked.normalised[usable], NORMALISED),
             self._by_ngrams(asked),
+            *(self._by_whole(asked, size) for size in self._wholes),
         ]
         strong = {pair for part in found for pair in zip(part.queries.tolist(), part.indexed.tolist(), strict=True)}
         return _strongest([*found, self._by_minhash(asked, strong)])
+
+    def _whole_texts(self, own: _TextKeys) -> Iterator[tuple[int, _KeyTable]]:
+        """Yield, for each number of tokens that is too few for a run, the texts of so many."""
+        for size in range(self.rules.whole_tokens, self.rules.ngram_tokens):
+            runs = ngrams(_only(own.tokens, own.tokens.counts == size), size)
+            yield size, _KeyTable(runs.values, runs.owners())
+
+    def _by_whole(self, asked: _TextKeys, size: int) -> Matches:
+        runs = ngrams(asked.tokens, size)
+        queries, places = self._wholes[size].find(runs.owners(), runs.values)
+        return _matches(queries, places, NGRAM, np.ones(len(queries)))
 
     def _by_ngrams(self, asked: _TextKeys) -> Matches:
         queries, places = self._ngrams.find(asked.runs.owners(), asked.runs.values)
@@ -149,13 +165,14 @@ class _TextKeys:
         hashed = token_hashes(split)
         count = len(texts)
         stripped = [text.strip() for text in texts]
-        joined = (" ".join(words) or text for words, text in zip(split, stripped, strict=True))
+        joined = (normalise(words) or text for words, text in zip(split, stripped, strict=True))
         self.exact = np.fromiter((exact_key(text) for text in stripped), np.int64, count)
         self.normalised = np.fromiter((exact_key(text) for text in joined), np.int64, count)
         there = np.fromiter((bool(text) for text in stripped), np.bool_, count)
         self.usable = there & (hashed.counts >= rules.least_tokens)
         self.has_keys = self.usable & (hashed.counts > 0)
-        self.runs = ngrams(_only(hashed, self.usable), rules.ngram_tokens).distinct()
+        self.tokens = _only(hashed, self.usable)
+        self.runs = ngrams(self.tokens, rules.ngram_tokens).distinct()
         self.shingles = ngrams(_only(hashed, self.has_keys), SHINGLE_TOKENS, keep_short=True).distinct()
         self.bands = minhash.keys(self.shingles)
 
