@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from rm_scale.commands.endpoint_options import (
     endpoint_scorer,
     open_endpoints,
 )
+from rm_scale.config_columns import reading_problems
 from rm_scale.errors import ConfigError, collect_problems
 from rm_scale.files import write_problem
 from rm_scale.logs import get_logger
@@ -41,6 +43,8 @@ _DEFAULT_REJECTED_SHARE = 0.05
 # How data is read: our option, and the setting of a run that it stands for.
 _READING_OPTIONS = {
     "dataset_format": "dataset_format",
+    "dataset_preset": "dataset_preset",
+    "dataset_columns": "dataset_columns",
     "subset_column": "subset_column",
     "ignore_columns": "ignore_columns",
     "max_samples": "max_eval_samples",
@@ -100,6 +104,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="preference files; default the evaluation data of the first model's own run",
     )
     data.add_argument("--dataset_format", choices=FORMATS, help="how rows are read (default auto)")
+    data.add_argument("--dataset_preset", metavar="NAME", help="public set whose columns the files have")
+    data.add_argument(
+        "--dataset_columns", type=_map_in, metavar="JSON", help="where prompt, responses and label stand in the rows"
+    )
     data.add_argument("--subset_column", metavar="NAME", help="column that names a row's subset (default subset)")
     data.add_argument("--ignore_columns", nargs="+", metavar="NAME", help="columns that are not read")
     data.add_argument("--max_samples", type=int, metavar="N", help="only the first N groups")
@@ -109,6 +117,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset_cache_dir", metavar="DIR", help="where encoded data is cached")
     data.add_argument("--benchmark", nargs="+", default=[], metavar="FILE", help="benchmark files")
     data.add_argument("--benchmark_format", choices=BENCHMARK_FORMATS, default="auto")
+
+
+def _map_in(text: str) -> Any:
+    """Return the map that a text is the JSON of; any other text as it is, to be refused with all other problems."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +233,12 @@ def _model_problems(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _data_problems(options: argparse.Namespace, models: Sequence[EvaluatedModel]) -> Iterator[str]:
+    yield from reading_problems(
+        options.dataset_preset,
+        options.dataset_columns,
+        options.dataset_format or "auto",
+        options.ignore_columns or (),
+    )
     if options.benchmark and any(not model.is_model for model in models):
         yield "--benchmark: scores files hold no model to score it with. Fix: --model DIR, for all models."
     only_scores = not options.model and not any(model.is_model for model in models)

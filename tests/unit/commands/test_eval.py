@@ -126,6 +126,33 @@ def two_files(pairs_file: Path, tmp_path: Path) -> list[str]:
     return [str(pairs), str(ranked)]
 
 
+def test_rows_of_other_columns(
+    evaluate: Eval, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preset and the same map give the numbers of the file in our own columns."""
+    pairs = read_lines(pairs_file)[:20]
+    rows = [
+        {"input": row["prompt"], "output_1": row["rejected"], "output_2": row["chosen"], "label": "2"} for row in pairs
+    ]
+    path, own = tmp_path / "llmbar.jsonl", tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    columns = {
+        "prompt": "input",
+        "responses": ["output_1", "output_2"],
+        "better": {"path": "label", "first": [1], "second": [2]},
+    }
+    assert evaluate("--dataset_path", str(own), name="own") == 0
+    assert evaluate("--dataset_path", str(path), "--dataset_columns", json.dumps(columns), name="map") == 0
+    assert result(tmp_path, "map")["accuracy"] == result(tmp_path, "own")["accuracy"]
+    assert result(tmp_path, "map")["loss"] == pytest.approx(result(tmp_path, "own")["loss"], abs=1e-6)
+    capsys.readouterr()
+    assert evaluate("--dataset_path", str(path), "--dataset_preset", "lmbar", name="wrong") == 2
+    assert "dataset_preset=lmbar: did you mean llmbar?" in capsys.readouterr().err
+    assert evaluate("--dataset_path", str(path), "--dataset_columns", "{prompt", name="wrong") == 2
+    assert "dataset_columns='{prompt': is no map." in capsys.readouterr().err
+
+
 def test_sources_subsets_and_what_was_not_used(
     evaluate: Eval, two_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
