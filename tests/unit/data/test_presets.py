@@ -13,12 +13,15 @@ import pytest
 from rm_scale.config_columns import map_problems, preset_entries
 from rm_scale.data.column_maps.presets import fitting_presets, presets, recognised_preset
 from rm_scale.data.encoded_rows import read_row
+from rm_scale.data.measure_lengths import measure_lengths
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.reading import Reading
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_readers import choose_reader, open_source
 from rm_scale.data.sources import local_sources
+from rm_scale.data.text_keys import text_keys
 from rm_scale.errors import DataError
+from rm_scale.evaluation.score_columns.group_texts import preference_reader, row_keys
 
 USER = {"role": "user", "content": "Name a prime."}
 GOOD, BAD = {"role": "assistant", "content": "7"}, {"role": "assistant", "content": "9"}
@@ -562,3 +565,46 @@ def test_labels_of_real_sets(tmp_path: Path) -> None:
     assert [group.ranks for group in llmbar].count((0, 1)) == 42  # type: ignore[union-attr]
     replies = groups_of(_real("topical_chat/topical_chat.json.gz", tmp_path))
     assert {len(group.responses) for group in replies} == {6}  # type: ignore[union-attr]
+
+
+# --- Where else rows are read ----------------------------------------------------------------------------------------
+
+
+def test_planning_measures_the_groups_that_training_reads(
+    tmp_path: Path, jsonl: Callable[[Path, Iterable[Any]], str]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS["topical_chat"])
+    mix = measure_lengths([path], None)
+    assert [len(group.responses) for group in mix.groups] == [3, 3]
+    columns = preset_entries()["topical_chat"]["columns"] | {"responses": "rows[*].system_id"}
+    assert measure_lengths([path], None, Reading(columns=columns)).groups != mix.groups
+
+
+def test_scores_beside_the_columns_of_a_set_belong_to_the_groups_of_a_models_evaluation(read: Read) -> None:
+    (group,) = read(ROWS["llmbar"])
+    row = {**ROWS["llmbar"][0], "reward": [0.1, 0.9]}
+    assert row_keys(row, 0, preference_reader([row], "scores.jsonl", ["reward"])) == text_keys(group)
+
+
+def test_a_source_with_unread_context_is_refused_with_where_it_could_go(read: Read) -> None:
+    rows = [{**row, "system": "You are a pirate."} for row in ROWS["llmbar"]]
+    with pytest.raises(DataError, match=r"system would not be part of .* say in dataset_columns where system belongs"):
+        read(rows)
+    (group,) = read(rows, ignore_columns=("system",))
+    assert group.prompt == [USER]
+    (group,) = read(rows, columns=preset_entries()["llmbar"]["columns"] | {"system": "system"})
+    assert group.prompt == [{"role": "system", "content": "You are a pirate."}, USER]
+
+
+def test_a_map_to_a_column_that_is_not_there(read: Read) -> None:
+    columns = preset_entries()["llmbar"]["columns"] | {"prompt": "inputs"}
+    with pytest.raises(DataError) as error:
+        read(ROWS["llmbar"], columns=columns)
+    assert "dataset_columns: " in str(error.value) and "has no inputs in any of its first 1 rows" in str(error.value)
+    assert str(error.value).endswith("its columns are input, output_1, output_2, label. Fix: did you mean input?")
+
+
+def test_a_map_that_fits_no_row(read: Read) -> None:
+    rows = [{**row, "label": "A"} for row in ROWS["llmbar"]]
+    with pytest.raises(DataError, match=r"dataset_preset=llmbar fits none of the first 1 rows \(bad_label: label='A'"):
+        read(rows, preset="llmbar")
