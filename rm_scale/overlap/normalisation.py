@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
 
 # Scripts that are written without spaces between words, as ranges of code points: each character is a token.
 _UNSPACED = (
@@ -27,7 +26,9 @@ _KEPT = {sign: chr(0xE000 + number) for number, sign in enumerate("-*/^.")}
 _KEPT["\u2212"] = _KEPT["-"]
 _IN_NUMBERS = re.compile(r"(?<=\d)\.(?=\d)|(?<=\d)\s?[-\u2212*/^]\s?(?=\d)|(?<![\w)\]])[-\u2212](?=\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
-_APOSTROPHES = re.compile(r"(?<=[^\W\d_])['’ʼ](?=[^\W\d_])")
+_APOSTROPHES = "'’‘ʼ"
+# Marks of typeset English. Without them its texts are ASCII, which Python folds and translates ten times as fast.
+_TYPESET = (*((mark, "'") for mark in "’‘"), *((mark, " ") for mark in "“”–—"))
 _HAS_DIGITS = re.compile(r"\d")
 _NOT_BETWEEN_DIGITS = re.compile(r"(?<!\d) | (?!\d)")
 # A vowel or tone mark stays with the character that it is written on. No normalised text holds this character.
@@ -35,19 +36,29 @@ _JOINED = "\0"
 _VARIATION_SELECTORS = range(0xFE00, 0xFE10)
 
 
-class _Replacements(dict[int, str]):
-    """What `str.translate` puts for a character; each is decided once."""
+class _Replacements(dict[int, str | None]):
+    """What `str.translate` puts for a character (`None`: nothing); each is decided once.
 
-    def __missing__(self, code: int) -> str:
-        self[code] = replacement = _replacement(code)
-        return replacement
+    Args:
+        spaced: with spaces between tokens, or with nothing.
+    """
+
+    def __init__(self, spaced: bool) -> None:
+        super().__init__()
+        self._spaced = spaced
+
+    def __missing__(self, code: int) -> str | None:
+        spaced = _replacement(code)
+        self[code] = found = spaced if self._spaced or spaced is None else spaced.strip(f" {_JOINED}") or None
+        return found
 
 
-def _replacement(code: int) -> str:
+def _replacement(code: int) -> str | None:
+    """Return what stands for a character in a text with spaces between tokens."""
     character = chr(code)
     category = unicodedata.category(character)
-    if category == "Cf" or code in _VARIATION_SELECTORS:
-        return ""  # an invisible mark within a word: a soft hyphen, a zero-width joiner
+    if category == "Cf" or code in _VARIATION_SELECTORS or character in _APOSTROPHES:
+        return None  # a soft hyphen, a zero-width joiner
     if character in _KEPT.values():
         return character
     if category == "Sm":
@@ -59,40 +70,51 @@ def _replacement(code: int) -> str:
     return character
 
 
-_REPLACEMENTS = _Replacements()
+_SPACED, _COMPACT = _Replacements(spaced=True), _Replacements(spaced=False)
 
 
 def tokens(text: str) -> list[str]:
     """Split a text into normalised tokens.
 
-    Unicode NFKC and case folding; punctuation, symbols and white space separate, apostrophes within words are left out.
+    Unicode NFKC and case folding; punctuation, symbols and white space separate, apostrophes are left out.
     Mathematical symbols, signs of numbers and decimal points count. A token is a word, or one character (with its
     marks) of a script that is written without spaces: Han, Kana, Thai, Lao, Khmer, Myanmar.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    if not folded.isascii():
-        folded = unicodedata.normalize("NFKC", folded)
-    folded = _APOSTROPHES.sub("", folded)
-    if _HAS_DIGITS.search(folded):
-        folded = _IN_NUMBERS.sub(_kept_sign, _THOUSANDS.sub("", folded))
-    separated = folded.translate(_REPLACEMENTS)
+    folded = _folded(text)
+    separated = (_with_signs(folded) if _HAS_DIGITS.search(folded) else folded).translate(_SPACED)
     if _JOINED in separated:
         separated = separated.replace(f" {_JOINED}", "").replace(_JOINED, "")
     return separated.split()
 
 
-def _kept_sign(found: re.Match[str]) -> str:
-    sign = found[0].strip()
-    return _KEPT[sign] if sign == "." else f" {_KEPT[sign]} "
-
-
-def normalise(words: Sequence[str]) -> str:
-    """Return the one form of a text's tokens: without spaces, but between digits; "" of no tokens, as for "?!".
+def normalise(text: str) -> str:
+    """Return a text's tokens in one form: without spaces, but between digits; "" where it has none, as for "?!".
 
     A line break within a word, or a hyphen instead of a space, makes no other text.
     """
-    joined = "".join(words)
-    return _NOT_BETWEEN_DIGITS.sub("", " ".join(words)) if _HAS_DIGITS.search(joined) else joined
+    folded = _folded(text)
+    if not _HAS_DIGITS.search(folded):
+        return folded.translate(_COMPACT)
+    return _NOT_BETWEEN_DIGITS.sub("", " ".join(tokens(text)))
+
+
+def _folded(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    plain = unicodedata.normalize("NFKC", text)
+    for mark, ascii_mark in _TYPESET:
+        plain = plain.replace(mark, ascii_mark)
+    folded = plain.casefold()
+    return folded if folded.isascii() else unicodedata.normalize("NFKC", folded)
+
+
+def _with_signs(text: str) -> str:
+    return _IN_NUMBERS.sub(_kept_sign, _THOUSANDS.sub("", text))
+
+
+def _kept_sign(found: re.Match[str]) -> str:
+    sign = found[0].strip()
+    return _KEPT[sign] if sign == "." else f" {_KEPT[sign]} "
 
 
 def exact_key(text: str) -> int:
@@ -103,4 +125,4 @@ def exact_key(text: str) -> int:
 
 def normalised_key(text: str) -> int:
     """Return 64 bits that stand for a text's normalised form, or for the text itself where that is empty."""
-    return exact_key(normalise(tokens(text)) or text)
+    return exact_key(normalise(text) or text)

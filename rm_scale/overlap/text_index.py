@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rm_scale.overlap.minhash import SHINGLE_TOKENS, Banding, MinHash
 from rm_scale.overlap.ngrams import Counts, Hashes, TextHashes, ngrams, token_hashes
-from rm_scale.overlap.normalisation import exact_key, normalise, tokens
+from rm_scale.overlap.normalisation import exact_key, normalised_key, tokens
 
 MatchKind = Literal["exact", "normalised", "ngram", "minhash"]
 KINDS: tuple[MatchKind, ...] = ("exact", "normalised", "ngram", "minhash")
@@ -165,9 +165,8 @@ class _TextKeys:
         hashed = token_hashes(split)
         count = len(texts)
         stripped = [text.strip() for text in texts]
-        joined = (normalise(words) or text for words, text in zip(split, stripped, strict=True))
         self.exact = np.fromiter((exact_key(text) for text in stripped), np.int64, count)
-        self.normalised = np.fromiter((exact_key(text) for text in joined), np.int64, count)
+        self.normalised = np.fromiter((normalised_key(text) for text in stripped), np.int64, count)
         there = np.fromiter((bool(text) for text in stripped), np.bool_, count)
         self.usable = there & (hashed.counts >= rules.least_tokens)
         self.has_keys = self.usable & (hashed.counts > 0)

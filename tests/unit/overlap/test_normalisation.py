@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rm_scale.overlap.normalisation import exact_key, normalised_key, tokens
+from rm_scale.overlap.normalisation import exact_key, normalise, normalised_key, tokens
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,10 @@ def test_text_without_words_keeps_itself() -> None:
 
 def test_surrogates_are_a_text_too() -> None:
     assert exact_key("\ud800") != exact_key("\ud801")
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello, big-world!", "第3章abc 2 x 3.5", "ที่นี่ ok", "a + b = c", "it’s “so”", "x\0y \0ที่"]
+)
+def test_the_normalised_text_is_its_tokens(text: str) -> None:
+    assert normalise(text).replace(" ", "") == "".join(tokens(text))
