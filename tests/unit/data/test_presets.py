@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rm_scale.config_columns import map_problems, preset_entries
 from rm_scale.data.column_maps.presets import fitting_presets, presets, recognised_preset
@@ -509,8 +511,6 @@ def test_columns_of_no_set_give_a_map_to_paste(read: Read) -> None:
     with pytest.raises(DataError) as error:
         read(rows)
     _, _, pasted = str(error.value).partition("dataset_columns:")
-    import yaml
-
     columns = yaml.safe_load("dataset_columns:" + pasted)["dataset_columns"]
     assert columns == {
         "prompt": "question",
@@ -608,3 +608,13 @@ def test_a_map_that_fits_no_row(read: Read) -> None:
     rows = [{**row, "label": "A"} for row in ROWS["llmbar"]]
     with pytest.raises(DataError, match=r"dataset_preset=llmbar fits none of the first 1 rows \(bad_label: label='A'"):
         read(rows, preset="llmbar")
+
+
+def test_the_page_of_formats_names_every_preset_and_its_maps_are_sound() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data_formats.md").read_text(encoding="utf-8")
+    table = page[page.index("### Presets") : page.index("### The map")]
+    first_cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| "))
+    assert set(re.findall(r"`(\w+)`", first_cells)) == {"dataset_preset", *presets()}
+    blocks = re.findall(r"```yaml\n(dataset_columns:.*?)```", page, re.S)
+    maps = [yaml.safe_load(block)["dataset_columns"] for block in blocks]
+    assert len(maps) == 3 and [map_problems(columns) for columns in maps] == [[], [], []]
