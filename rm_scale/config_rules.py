@@ -156,6 +156,14 @@ RULES = (
         ),
     ),
     Rule(
+        "streaming_mixes_no_sources",
+        lambda c: c.streaming and bool(c.datasets),
+        lambda c: (
+            "streaming with datasets: exact shares need the number of each source's groups before the first step. Fix: "
+            "streaming: false, or one source in dataset_path or dataset_name."
+        ),
+    ),
+    Rule(
         "streaming_encodes_in_this_process",
         lambda c: c.streaming and c.dataloader_num_workers > 0,
         lambda c: (

@@ -28,9 +28,10 @@ def write_evaluation(result: EvaluationResult, run_dir: Path) -> Path:
 
 
 def evaluation_table(result: EvaluationResult) -> str:
-    """Return the result as lines for people: overall, each subset, then what length alone would reach."""
+    """Return the result as lines for people: overall, each subset and source, then what length alone would reach."""
     values = result.as_dict()
-    return results_table(values, values["subsets"])
+    sources = {f"source {name}": part for name, part in values.get("sources", {}).items()}
+    return results_table(values, {**values["subsets"], **sources})
 
 
 def results_table(values: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:

@@ -26,6 +26,22 @@ EVALUATED: dict[str, Any] = {"eval_split_size": 0.1}
 
 # Per rule: settings that break it, one of these settings, and a part of the problem.
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "streaming_needs_max_steps": ({"streaming": True}, "max_steps", "says when to stop"),
+    "streaming_reads_rows_as_they_come": (
+        {"streaming": True, "max_steps": 9, "max_train_samples": 50},
+        "max_train_samples",
+        "needs all training rows before the first step",
+    ),
+    "streaming_mixes_no_sources": (
+        {"streaming": True, "max_steps": 9, "dataset_path": None, "datasets": [{"path": "a"}]},
+        "datasets",
+        "exact shares need the number of each source's groups",
+    ),
+    "streaming_encodes_in_this_process": (
+        {"streaming": True, "max_steps": 9, "dataloader_num_workers": 2},
+        "dataloader_num_workers",
+        "encoded ahead by a thread",
+    ),
     "four_bit_needs_adapters": ({"load_in_4bit": True}, "use_peft", "can't be trained in full"),
     "merging_needs_an_adapter": ({"merge_adapter": True}, "use_peft", "there is no adapter to merge"),
     "expert_adapters_need_adapters": (

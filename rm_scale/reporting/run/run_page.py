@@ -307,6 +307,10 @@ def _evaluation(page: Page, run: RunRecords) -> None:
         rows.append(
             [subset or "(no subset)", *[part.get(name) for name in names], interval(part.get("accuracy_ci95"), 3)]
         )
+    for source, values in as_mapping(found.get("sources")).items():
+        part = as_mapping(values)
+        figures = [part.get(name) for name in names]
+        rows.append([f"source {source}", *figures, interval(part.get("accuracy_ci95"), 3)])
     page.table(["", "accuracy", "loss", "mean margin", "pairs", "ties", "accuracy, 95 %"], rows)
 
 
@@ -328,6 +332,12 @@ def _data(page: Page, run: RunRecords) -> None:
         for s in map(as_mapping, as_list(report.get("sources")))
     ]
     page.table(["source", "split", "format", "rows used"], sources)
+    mixture = [
+        [part.get(key) for key in ("name", "split", "rows_read", "rows_filtered", "groups", "weight", "share")]
+        for part in map(as_mapping, as_list(report.get("mixture")))
+    ]
+    if mixture:
+        page.table(["source of the mixture", "split", "rows", "filtered", "groups", "weight", "share"], mixture)
     for part in ("train", "eval"):
         facts = as_mapping(report.get(part))
         if facts:
