@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -358,7 +359,7 @@ def _load_sequence_classifier(
     if inside is not None or renamed:
         forget_other_names(model)
     if inside is not None:
-        logger.info(f"{name}: {inside.describe(checkpoint_tensors(name, revision))}")
+        _tell_once(f"{name}: {inside.describe(checkpoint_tensors(name, revision))}")
         unexpected = {key for key in unexpected if not inside.leaves_out(key)}
     refuse_unexpected(name, revision, model, unexpected, set() if stored is None else stored.used_keys())
     mismatched = {key for key, *_ in info["mismatched_keys"]} - ({stored.key} if stored is not None else set())
@@ -377,6 +378,12 @@ def _load_sequence_classifier(
     if "quantization_config" in kwargs:
         copy_from_mapped_files(model)
     return model
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    """Say something about a model that is loaded several times in a run."""
+    logger.info(message)
 
 
 def _renamed_backbone(name: str, revision: str, settings: dict[str, Any]) -> dict[str, str]:

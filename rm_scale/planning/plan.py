@@ -255,7 +255,9 @@ def _resolve(
 ) -> Plan:
     tier = size_tier(count_parameters(shape))
     parameters = adapted_parameters(config.lora_target_parameters, shape) if config.use_peft else ()
-    notes = [*shape.notes, *expert_notes(shape, config.method, config.lora_target_modules, parameters)]
+    # A run that is not dry loads the model, and then says of a vision tower how large it is.
+    notes = [note for note in shape.notes if config.dry_run or note != shape.note_on_towers]
+    notes += expert_notes(shape, config.method, config.lora_target_modules, parameters)
 
     def default(name: str, tier_value: float) -> Any:
         given = getattr(config, name)

@@ -72,11 +72,14 @@ class ModelShape:
     exact: ModelClass | None = None
 
     @property
+    def note_on_towers(self) -> str | None:
+        """What a plan says about a vision tower; `None` for a model without. Loading says it again, with its size."""
+        return None if self.left_out is None else f"{self.left_out} left out: the plan counts the language model alone"
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a plan must say about the figures, one sentence each."""
-        notes = []
-        if self.left_out is not None:
-            notes.append(f"{self.left_out} left out: the plan counts the language model alone")
+        notes = [self.note_on_towers] if self.note_on_towers is not None else []
         if self.exact is not None:
             notes.append(
                 f"{self.model_type}: the formulas don't know this kind of model; parameters, activations and "
