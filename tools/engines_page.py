@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "engines.md"
 RECORDS = REPOSITORY / "benchmarks" / "results" / "engines"
 MADE = REPOSITORY / "outputs" / "compat"
-NAMES = ("vllm", "openrlhf", "home_scores", "rewardbench", "ppo")
+NAMES = ("vllm", "openrlhf", "verl", "home_scores", "rewardbench", "ppo")
 
 
 def lines_of(record: dict[str, Any]) -> Iterator[str]:

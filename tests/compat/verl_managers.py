@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.metadata
 import json
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from verl.workers.reward_manager import get_reward_manager_cls as batch_manager
 from rm_scale.demo.assets import make_tiny_model
 from rm_scale.demo.synthetic_preferences import generate_pairs
 from rm_scale.inference.scoring.scorer import RewardScorer
+from tests.compat.records import write_record
 from tests.support.launching import REPOSITORY
 from tests.support.serving import served
 from tests.support.tiny_runs import train_tiny
@@ -105,25 +105,29 @@ def main() -> None:
     """Compare rewards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
-    model = trained(parser.parse_args().folder)
+    folder: Path = parser.parse_args().folder
+    model = trained(folder)
     scorer = RewardScorer.from_pretrained(model, device="cpu")
     expected = [scorer.score_one(QUESTION, [{"role": "assistant", "content": answer}]) for answer in ANSWERS]
     assert max(expected) - min(expected) > 0.01, expected
-    version = importlib.metadata.version("verl")
+    rows = []
     with served(scorer) as (url, _):
         asked = {
-            "naive manager, model's folder": partial(asyncio.run, by_naive_manager(str(model), scorer)),
-            "naive manager, rm-scale serve": partial(asyncio.run, by_naive_manager(url, scorer)),
-            "batch manager, model's folder": partial(by_batch_manager, str(model), scorer),
-            "batch manager, rm-scale serve": partial(by_batch_manager, url, scorer),
-            "client of vLLM, rm-scale serve": partial(asyncio.run, by_client("vllm", url, scorer)),
-            "client of SGLang, rm-scale serve": partial(asyncio.run, by_client("sglang", url, scorer)),
+            ("`NaiveRewardManager`", "the model's folder"): partial(asyncio.run, by_naive_manager(str(model), scorer)),
+            ("`NaiveRewardManager`", "`rm-scale serve`"): partial(asyncio.run, by_naive_manager(url, scorer)),
+            ("`BatchRewardManager`", "the model's folder"): partial(by_batch_manager, str(model), scorer),
+            ("`BatchRewardManager`", "`rm-scale serve`"): partial(by_batch_manager, url, scorer),
+            ("client of vLLM", "`rm-scale serve`"): partial(asyncio.run, by_client("vllm", url, scorer)),
+            ("client of SGLang", "`rm-scale serve`"): partial(asyncio.run, by_client("sglang", url, scorer)),
         }
         for name, ask in asked.items():
             found = ask()
             worst = max(abs(one - score) for one, score in zip(found, expected, strict=True))
             assert worst < LARGEST_DIFFERENCE, (name, found, expected)
-            print(f"[verl] {version}, {name}: {len(found)} rewards, largest difference to RewardScorer {worst:.1e}")
+            rows.append([*name, str(len(found)), f"{worst:.1e}", "holds"])
+    what = "verl's own code, asked for rewards with `examples/verl_reward.py` (the managers) or itself (the clients)"
+    heads = ("who asks", "whom", "rewards", "largest difference to RewardScorer", "")
+    write_record(folder / "record.json", "verl.txt", ("verl", "ray"), what, heads, rows)
 
 
 if __name__ == "__main__":
