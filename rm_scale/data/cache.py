@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rm_scale.config import RunConfig
+from rm_scale.config_columns import preset_entries
 from rm_scale.data.chunk_files import (
     GroupArrays,
     RowCounts,
@@ -116,6 +117,7 @@ def cache_key(source: Source, config: RunConfig, encoder: TextEncoder) -> str:
         "versions": versions,
         "source": source.identity,
         "reading": asdict(source.reading),
+        "presets": preset_entries(),  # one may be used unasked, by the columns
         "encoder": encoder.describe(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -232,7 +234,7 @@ def _begin(folder: Path, source: Source, encoder: TextEncoder) -> _Begun:
         rows = open_rows(source, work)
         sample = rows.sample()
         reader, verdict = choose_reader(source, rows, sample)
-        _warn_about_template(sample, reader, encoder)
+        warn_about_template(sample, reader, encoder)
         if goes_on:
             chunks = [Chunk(*values) for values in json.loads(layout.read_text(encoding="utf-8"))["chunks"]]
         else:
@@ -298,7 +300,7 @@ def _clear(folder: Path, num_chunks: int) -> None:
     remove_parts(_chunk_folders(folder, num_chunks))
 
 
-def _warn_about_template(sample: Sequence[Any], reader: RowReader, encoder: TextEncoder) -> None:
+def warn_about_template(sample: Sequence[Any], reader: RowReader, encoder: TextEncoder) -> None:
     """Warn, from the first usable row, about a chat template whose scores would differ between days or programs.
 
     Raises:
