@@ -156,11 +156,11 @@ RULES = (
         ),
     ),
     Rule(
-        "streaming_mixes_no_sources",
-        lambda c: c.streaming and bool(c.datasets),
+        "streaming_mixes_by_weights",
+        lambda c: c.streaming and bool(_of_known_sizes(c)),
         lambda c: (
-            "streaming with datasets: exact shares need the number of each source's groups before the first step. Fix: "
-            "streaming: false, or one source in dataset_path or dataset_name."
+            f"streaming with {' and '.join(_of_known_sizes(c))}: needs the number of each source's groups, which a "
+            "stream does not know. Fix: give each source of datasets a weight, which holds in each step."
         ),
     ),
     Rule(
@@ -376,6 +376,17 @@ def _evaluation_sources(config: RunConfig) -> list[str]:
 def _of_whole_data(config: RunConfig) -> list[str]:
     """Return which of the settings are given that choose among all training rows."""
     return [name for name in ("eval_split_size", "max_train_samples") if getattr(config, name) is not None]
+
+
+def _of_known_sizes(config: RunConfig) -> list[str]:
+    """Return what a list of sources says of their sizes: a source without a weight is used once per epoch."""
+    if not config.datasets:
+        return []
+    entries = [entry for entry in config.datasets if isinstance(entry, dict)]
+    names = [name for name in ("epochs", "max_samples") if any(entry.get(name) is not None for entry in entries)]
+    if len(entries) > 1 and not names and all(entry.get("weight") is None for entry in entries):
+        names.append("sources without a weight")
+    return [*names, *(["mixture_shares: per_epoch"] if config.mixture_shares == "per_epoch" else [])]
 
 
 class _BrokenSettingRead(Exception):

@@ -20,11 +20,13 @@ from rm_scale.batching.collator import PackedCollator, PaddedCollator
 from rm_scale.batching.packed.attention import index_names
 from rm_scale.batching.packed.layout import IndexName, packed_length
 from rm_scale.batching.sampler import Batching, FixedSplit, IntArray, TokenSplit
+from rm_scale.batching.stream_steps import StepStream, StreamSplit, StreamSteps
 from rm_scale.config import RunConfig
 from rm_scale.config_names import EVALUATION_METRICS
 from rm_scale.data.data_report import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
+from rm_scale.data.stream import GroupStream
 from rm_scale.distributed import World, agreed_errors, detect_world, gather_from_ranks
 from rm_scale.errors import ConfigError, DataError, ModelError
 from rm_scale.evaluation.final_evaluation import evaluation_table, write_evaluation
@@ -146,8 +148,12 @@ def _refuse_metric_of_no_subset(config: RunConfig, data: PreparedData) -> None:
 def count_steps(plan: Plan, data: PreparedData, config: RunConfig) -> Plan:
     """Return the plan with the number of steps, and log it."""
     num_eval = len(data.eval) if data.eval is not None else 0
-    epoch_groups = data.mixture.epoch_size(plan.global_batch_size) if data.mixture is not None else None
-    plan = plan.with_data(len(data.train), num_eval, config.max_steps, epoch_groups)
+    num_train, epoch_groups = len(data.train), None
+    if data.stream is not None:
+        num_train = config.max_steps * plan.global_batch_size
+    elif data.mixture is not None:
+        epoch_groups = data.mixture.epoch_size(plan.global_batch_size)
+    plan = plan.with_data(num_train, num_eval, config.max_steps, epoch_groups)
     with agreed_errors():
         plan = fit_budget(plan, config, int(_group_tokens(plan, data).max()))
     problems = check_schedule(plan, config)
@@ -219,6 +225,40 @@ def _batching(
         split = TokenSplit(_group_tokens(plan, data), plan.max_tokens_per_device, plan.world_size)
         collate = PackedCollator(pad_token_id, plan.packing == "prefix_shared", multiple, keep_ties, arrays)
     return Batching(plan.global_batch_size, split, collate, plan.per_device_eval_batch_size)
+
+
+def _streamed_steps(
+    config: RunConfig, plan: Plan, data: PreparedData, encoder: TextEncoder, world: World
+) -> StreamSteps | None:
+    """Return this rank's share of the steps of a streamed run; `None` where all groups have been encoded."""
+    if data.stream is None:
+        return None
+    split = StreamSplit(
+        plan.per_device_train_batch_size,
+        plan.world_size,
+        plan.max_tokens_per_device,
+        plan.packing == "prefix_shared",
+    )
+    seed = (config.seed if config.data_seed is None else config.data_seed) if config.shuffle_train else None
+    folder = run_folder(config)
+    streams = [
+        GroupStream(
+            part.sources,
+            encoder,
+            config.shuffle_buffer_size,
+            seed,
+            split.fits,
+            config.max_rejected_share,
+            folder / (f"stream-{part.name}.jsonl" if part.name else "stream.jsonl"),
+            [part.identity, config.shuffle_buffer_size, seed, split.max_tokens, split.share_prompts],
+            writes=world.is_main,
+        )
+        for part in data.stream.parts
+    ]
+    rates = data.mixture.rates if data.mixture is not None else (1,)
+    assert plan.total_steps is not None
+    steps = StepStream(streams, rates, plan.global_batch_size, seed, plan.total_steps)
+    return StreamSteps(steps, split, world.rank)
 
 
 def build_arguments(config: RunConfig, plan: Plan) -> trl.RewardConfig:
@@ -365,6 +405,7 @@ def build_trainer(
         saves=saves,
         eval_sets=_eval_sets(data),
         mixture=data.mixture,
+        stream=_streamed_steps(config, plan, data, encoder, detect_world()),
         callbacks=[
             StepInLogs(),
             Progress(bar=not config.disable_tqdm),

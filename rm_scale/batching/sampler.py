@@ -216,8 +216,8 @@ class StepCollator:
 
     Attributes:
         collate: builds the batch of one micro-batch.
-        sources: `(num_groups,)` index of each group's source; `None` to tell no sources apart.
-        num_sources: S.
+        sources: `(num_groups,)` index of each group's source; `None` where each group says its own.
+        num_sources: S; 0 to tell no sources apart.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -229,9 +229,12 @@ class StepCollator:
         return {"micro_batches": [{**self.collate(groups), **self._origin(groups)} for groups in step]}
 
     def _origin(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if self.sources is None:
+        if not self.num_sources:
             return {}
-        source = self.sources[[group["index"] for group in groups]].astype(np.int64)
+        if self.sources is None:
+            source = np.array([group["source"] for group in groups], dtype=np.int64)
+        else:
+            source = self.sources[[group["index"] for group in groups]].astype(np.int64)
         counted = np.array([group["counted"] for group in groups])
         sizes = [len(group["ranks"]) for group in groups]
         return {

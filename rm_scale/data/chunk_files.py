@@ -118,7 +118,7 @@ def write_chunk(folder: Path, batches: Iterable[EncodedBatch]) -> RowCounts:
         (folder / _REJECTED).open("w", encoding="utf-8") as rejected,
     ):
         for batch in batches:
-            counts.add(_counts_of(batch))
+            counts.add(counts_of(batch))
             if batch.used.num_rows:
                 table.write_batch(batch.used)
             for name, array in batch.arrays.items():
@@ -142,7 +142,8 @@ def _joined(arrays: Sequence[Array], name: str) -> Array:
     return np.concatenate(arrays) if arrays else np.zeros(0, _KINDS[name])
 
 
-def _counts_of(batch: EncodedBatch) -> RowCounts:
+def counts_of(batch: EncodedBatch) -> RowCounts:
+    """Return what became of the rows of a batch."""
     labels = batch.used.column("soft_label").drop_null().to_numpy(zero_copy_only=False)
     counts = RowCounts(
         batch.used.num_rows, len(batch.arrays["lengths"]), {}, len(labels), int(np.isin(labels, (0.0, 1.0)).sum())

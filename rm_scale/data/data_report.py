@@ -153,6 +153,7 @@ class DataReport:
         shared_prompts: number of prompts that occur in both.
         mixture: what became of each source of `datasets` and `eval_datasets`; empty without such lists.
         hub: name and commit of each hub data set.
+        is_stream: the training data is streamed, and all that is told of it is told of its first rows.
     """
 
     sources: tuple[SourceReport, ...]
@@ -163,6 +164,7 @@ class DataReport:
     shared_prompts: int = 0
     mixture: tuple[SourceShare, ...] = ()
     hub: tuple[Mapping[str, Any], ...] = ()
+    is_stream: bool = False
 
     @property
     def rows_read(self) -> int:
@@ -264,6 +266,8 @@ def log_summary(report: DataReport) -> None:
     for name, side in (("train", report.train), ("eval", report.eval)):
         if side is not None:
             logger.info(_side_line(name, side))
+    if report.is_stream:
+        logger.info("streaming: these are the first training rows; the others are read when training comes to them")
     if report.shared_prompts:
         logger.warning(f"{report.shared_prompts:,} prompts occur both in training and in evaluation data")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.data.sources import RawRows, Source, require_rows
+from rm_scale.data.stream_rows import hub_rows
 from rm_scale.errors import DataError
 from rm_scale.logs import get_logger
 from rm_scale.texts import one_line
@@ -55,8 +56,12 @@ class HubSplit:
         return f"{self.where}={self.name} ({given})"
 
 
-def hub_source(asked: HubSplit) -> Source:
+def hub_source(asked: HubSplit, streamed: bool = False) -> Source:
     """Return the source for one split of a hub data set, with the commit that it was read at.
+
+    Args:
+        asked: which one.
+        streamed: download nothing; its rows are read over the network as they are needed, by `Source.stream`.
 
     Raises:
         DataError: no such data set, configuration, split or revision; it is gated; or the hub can't be reached.
@@ -72,8 +77,11 @@ def hub_source(asked: HubSplit) -> Source:
         )
         commit = builder.hash if not Path(asked.name).is_dir() else None
         _require_revision(asked, commit)
-        builder.download_and_prepare()
-        dataset = builder.as_dataset(split=asked.split)
+        if streamed:
+            dataset = builder.as_streaming_dataset(split=asked.split)
+        else:
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split=asked.split)
     except DataError:
         raise
     except wrong as error:
@@ -86,14 +94,30 @@ def hub_source(asked: HubSplit) -> Source:
         "split": asked.split,
         "data_dir": asked.data_dir,
         "commit": commit,
-        "fingerprint": dataset._fingerprint,
     }
+    if streamed:
+        if commit is None:
+            identity["folder"] = _files_below(Path(asked.name))
+        return Source(
+            asked.label,
+            identity,
+            lambda _: RawRows(require_rows(list(dataset), asked.label), is_json=False),
+            commit=commit,
+            stream=lambda start: hub_rows(dataset, asked.label, start),
+        )
+    identity["fingerprint"] = dataset._fingerprint
     return Source(
         asked.label,
         identity,
         lambda _: RawRows(require_rows(dataset, asked.label), is_json=False),
         commit=commit,
     )
+
+
+def _files_below(folder: Path) -> list[list[Any]]:
+    """Return name, size and time of each file of a folder that stands for a hub data set."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _require_revision(asked: HubSplit, commit: str | None) -> None:

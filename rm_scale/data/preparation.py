@@ -29,6 +29,7 @@ from rm_scale.data.source_list import listed_sources
 from rm_scale.data.source_shares import by_entry, hold_out_of_each, mixture_of, source_shares
 from rm_scale.data.sources import Source, local_sources
 from rm_scale.data.splits import GroupSet, GroupSizes, Origins, hold_out, join_sources
+from rm_scale.data.streamed_sources import StreamedSources, open_streams
 from rm_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class PreparedData:
         train_sizes: sizes of the training groups, in their order.
         eval_origins: where the evaluation groups come from; `None` without evaluation data.
         mixture: the shares of the sources in what is trained on; `None` without a list of sources.
+        stream: where training rows come from while training goes on. `train` and its sizes are then those of the first
+            rows alone. `None` where everything has been encoded.
     """
 
     train: Dataset
@@ -74,6 +77,7 @@ class PreparedData:
     train_sizes: GroupSizes
     eval_origins: Origins | None = None
     mixture: Mixture | None = None
+    stream: StreamedSources | None = None
 
 
 def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
@@ -87,7 +91,11 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
         ModelError: conversations without a chat template.
     """
     train_sources, eval_sources = find_sources(config)
-    train_parts = [load_or_encode(source, "train", config, encoder) for source in train_sources]
+    stream = open_streams(config, train_sources, encoder) if config.streaming else None
+    if stream is not None:
+        train_parts = list(stream.previews)
+    else:
+        train_parts = [load_or_encode(source, "train", config, encoder) for source in train_sources]
     eval_parts = [load_or_encode(source, "eval", config, encoder) for source in eval_sources]
     train = _joined(config, "datasets", train_sources, train_parts)
     evaluation = _joined(config, "eval_datasets", eval_sources, eval_parts) if eval_parts else None
@@ -113,12 +121,15 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
         shared_prompts=len(np.intersect1d(train.prompts, evaluation.prompts)) if evaluation else 0,
         mixture=source_shares(config, sources, parts, train, evaluation, mixture),
         hub=tuple(hub_record(sources)),
+        is_stream=stream is not None,
     )
     log_summary(report)
-    rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in parts])
+    recorded = eval_parts if stream is not None else parts
+    rejected = RejectedRows([(part.rejected_path, part.report.name, part.report.rows_rejected) for part in recorded])
     evaluation_set = evaluation.dataset if evaluation else None
     eval_origins = evaluation.origins() if evaluation else None
-    return PreparedData(train.dataset, evaluation_set, report, rejected, train.group_sizes(), eval_origins, mixture)
+    sizes = train.group_sizes()
+    return PreparedData(train.dataset, evaluation_set, report, rejected, sizes, eval_origins, mixture, stream)
 
 
 def _joined(config: RunConfig, setting: str, sources: Sequence[Source], parts: Sequence[EncodedSource]) -> GroupSet:
@@ -189,7 +200,7 @@ def find_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
     evaluation: list[Source] = []
     if config.dataset_name:
         asked = HubSplit(config.dataset_name, config.dataset_config, config.dataset_train_split)
-        train = [hub_source(asked)]
+        train = [hub_source(asked, config.streaming)]
         if config.dataset_test_split:
             evaluation = [hub_source(replace(asked, split=config.dataset_test_split))]
     else:

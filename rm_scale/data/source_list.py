@@ -29,7 +29,8 @@ def listed_sources(config: RunConfig, setting: str) -> list[Source]:
     found = []
     for entry in sources_in(config, setting):
         reading = reading_of(entry, config)
-        for source in _sources_of(entry, entry.split or usual, f"{setting}: {entry.name}"):
+        where, streamed = f"{setting}: {entry.name}", is_training and config.streaming
+        for source in _sources_of(entry, entry.split or usual, where, streamed):
             found.append(replace(source, reading=reading, member=entry.name))
     _require_read_once(found, setting)
     return found
@@ -49,10 +50,10 @@ def reading_of(entry: SourceSettings, config: RunConfig) -> Reading:
     )
 
 
-def _sources_of(entry: SourceSettings, split: str, where: str) -> list[Source]:
+def _sources_of(entry: SourceSettings, split: str, where: str, streamed: bool) -> list[Source]:
     if entry.hub is not None:
         asked = HubSplit(entry.hub, entry.config, split, entry.revision, entry.data_dir, f"{where}: hub")
-        return [hub_source(asked)]
+        return [hub_source(asked, streamed)]
     files = [file for path in entry.paths for file in _files_of(path, where)]
     return local_sources(files, split, f"{where}: path")
 

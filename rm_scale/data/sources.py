@@ -18,6 +18,7 @@ from typing import Any
 
 from rm_scale.data.reading import Reading
 from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.stream_rows import file_rows
 from rm_scale.data.text_files import (
     MAX_COLUMNS,
     RawRow,
@@ -62,6 +63,12 @@ class RawRows:
         names = list(batch)
         columns = zip(*(batch[name] for name in names), strict=True)
         return [(index, dict(zip(names, values, strict=True))) for index, values in zip(indices, columns, strict=True)]
+
+    def rows_from(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Yield index and value of each row from `start` on."""
+        for first in range(start, len(self.dataset), _WRITE_ROWS):
+            batch = self.dataset[first : first + _WRITE_ROWS]
+            yield from self.decode(batch, range(first, min(first + _WRITE_ROWS, len(self.dataset))))
 
     def sample(self, num_rows: int = SAMPLE_ROWS) -> list[dict[str, Any]]:
         """Return those of the first rows that are readable objects.
@@ -117,6 +124,7 @@ class Source:
         look_again: returns `identity` as it is now; `None` for what can't change.
         member: name of the entry of `datasets` or `eval_datasets` that it belongs to; "" without such a list.
         commit: of a hub data set, that it was read at.
+        stream: yields number and value of each row from a given row on, without a copy of the rows on disk.
     """
 
     name: str
@@ -127,6 +135,7 @@ class Source:
     look_again: Callable[[], dict[str, Any]] | None = field(default=None, repr=False, compare=False)
     member: str = ""
     commit: str | None = None
+    stream: Callable[[int], Iterator[tuple[int, Any]]] | None = field(default=None, repr=False, compare=False)
 
 
 # --- Finding sources -----------------------------------------------------------------------------------------------
@@ -174,6 +183,7 @@ def _local_source(name: str, split: str, where: str) -> Source:
             _folder_identity(path, split),
             lambda _: _load_folder(path, name, split, where),
             look_again=lambda: _folder_identity(path, split),
+            stream=lambda start: _load_folder(path, name, split, where).rows_from(start),
         )
     suffix = _suffix(path, where)
     loaders: dict[str, Callable[[Path], RawRows]] = {
@@ -189,6 +199,7 @@ def _local_source(name: str, split: str, where: str) -> Source:
         loaders[suffix],
         lines=path if path.name.lower().endswith(".jsonl") else None,
         look_again=lambda: _identity(path, [path]),
+        stream=lambda start: file_rows(path, suffix, start),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 
+from rm_scale.batching.stream_steps import StepStream
 from rm_scale.distributed import gather_from_ranks
 from rm_scale.errors import TrainingError
 from rm_scale.logs import get_logger
@@ -26,7 +27,7 @@ class NonFiniteSteps:
         is_main: this process writes the file.
     """
 
-    def __init__(self, groups: datasets.Dataset, path: Path, most_skipped: int, is_main: bool) -> None:
+    def __init__(self, groups: datasets.Dataset | StepStream, path: Path, most_skipped: int, is_main: bool) -> None:
         self.groups = groups
         self.path = path
         self._file = RecordFile(path)

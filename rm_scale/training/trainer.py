@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from rm_scale.batching.device_transfer import move_batch
 from rm_scale.batching.mixture_sampler import sampler_of
-from rm_scale.batching.sampler import Batching, EpochDataLoader, StepCollator, StepDataset
+from rm_scale.batching.sampler import Batching, EpochDataLoader, StepCollator, StepDataset, StepSampler
+from rm_scale.batching.stream_steps import StreamSteps
 from rm_scale.data.mixture import Mixture
 from rm_scale.distributed import agreed_errors, sum_over_ranks
 from rm_scale.logs import get_logger
@@ -98,6 +99,7 @@ class RewardTrainer(trl.RewardTrainer):
         saves: what checkpoints remember, and what happens when one can't be written.
         eval_sets: name of the evaluation set of each evaluation group, if there are several.
         mixture: the sources of the training groups and their shares; `None` uses each group once per epoch.
+        stream: this rank's share of each step of a streamed run; `train_groups` are then the first ones alone.
     """
 
     # The loss is already weighted for the whole step, so it must not be divided by the number of micro-steps.
@@ -119,8 +121,10 @@ class RewardTrainer(trl.RewardTrainer):
         saves: SaveSettings | None = None,
         eval_sets: Sequence[str] = (),
         mixture: Mixture | None = None,
+        stream: StreamSteps | None = None,
     ) -> None:
         self.batching = batching
+        self.stream = stream
         self.mixture = mixture
         self.source_meter = SourceMeter(mixture.names if mixture is not None else (), loss_settings)
         self.eval_sets = eval_sets
@@ -161,9 +165,8 @@ class RewardTrainer(trl.RewardTrainer):
             lambda: self.meter.is_running,
             attempt.end_for_all if attempt is not None else lambda reason: None,
         )
-        self.nonfinite = NonFiniteSteps(
-            self.train_dataset, folder / "nonfinite.jsonl", saves.max_nonfinite_steps, is_main
-        )
+        named = self.stream.stream if self.stream is not None else self.train_dataset
+        self.nonfinite = NonFiniteSteps(named, folder / "nonfinite.jsonl", saves.max_nonfinite_steps, is_main)
         self.checkpoints = CheckpointWriter(self, saves, self.watchdog.beat)
         self.head_sync = HeadSync(self, saved_head)
         self.add_callback(self.head_sync)
@@ -205,6 +208,8 @@ class RewardTrainer(trl.RewardTrainer):
     def get_train_dataloader(self) -> EpochDataLoader:
         """Return a loader of this rank's share of each step. It is cut here: accelerate must not shard it again."""
         args, mixture = self.args, self.mixture
+        if self.stream is not None:
+            return self._streaming_loader(self.stream)
         sampler = sampler_of(
             mixture,
             num_groups=len(self.train_dataset),
@@ -219,6 +224,16 @@ class RewardTrainer(trl.RewardTrainer):
             collate_fn=StepCollator(self.batching.collate, sources, len(names)),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+        )
+
+    def _streaming_loader(self, stream: StreamSteps) -> EpochDataLoader:
+        """Return a loader that asks the stream for one step after the other: the run is one epoch of it."""
+        num_sources = len(self.mixture.names) if self.mixture is not None else 0
+        return EpochDataLoader(
+            stream,
+            batch_sampler=StepSampler(len(stream), self.batching.groups_per_step, shuffle=False, seed=0),
+            collate_fn=StepCollator(self.batching.collate, num_sources=num_sources),
+            pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
         )
 
     def get_batch_samples(

@@ -32,10 +32,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "max_train_samples",
         "needs all training rows before the first step",
     ),
-    "streaming_mixes_no_sources": (
-        {"streaming": True, "max_steps": 9, "dataset_path": None, "datasets": [{"path": "a"}]},
+    "streaming_mixes_by_weights": (
+        {"streaming": True, "max_steps": 9, "dataset_path": None, "datasets": [{"path": "a"}, {"path": "b"}]},
         "datasets",
-        "exact shares need the number of each source's groups",
+        "sources without a weight: needs the number of each source's groups",
     ),
     "streaming_encodes_in_this_process": (
         {"streaming": True, "max_steps": 9, "dataloader_num_workers": 2},

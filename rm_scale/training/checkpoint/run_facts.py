@@ -37,7 +37,12 @@ def run_facts(config: RunConfig, plan: Plan, data: PreparedData) -> dict[str, An
 
 
 def data_fingerprint(data: PreparedData) -> str:
-    """Return a hash of the training groups: the lengths of all of them, and the whole content of a sample."""
+    """Return a hash of the training groups: the lengths of all of them, and the whole content of a sample.
+
+    Of a stream, whose groups are not known yet: of its files and how they are read.
+    """
+    if data.stream is not None:
+        return f"a stream, {', '.join(part.identity[:16] for part in data.stream.parts)}"
     sizes = data.train_sizes
     digest = hashlib.sha256()
     for array in (sizes.num_tokens, sizes.prompt_length, sizes.num_responses):
