@@ -19,6 +19,8 @@ from rm_scale.data.data_report import raise_if_too_many, too_many_text, write_da
 from rm_scale.data.encoding import TextEncoder
 from rm_scale.data.preparation import PreparedData, find_sources, prepare_data, prepare_evaluation, prepare_held_out
 from rm_scale.errors import DataError
+from rm_scale.training.checkpoint.manifest import differences
+from rm_scale.training.checkpoint.run_facts import data_fingerprint
 
 Jsonl = Callable[[Path, Iterable[Any]], str]
 MakeConfig = Callable[..., RunConfig]
@@ -220,3 +222,25 @@ def test_a_single_path_is_read_as_before(
     assert data.mixture is None and data.report.mixture == () and data.report.hub == ()
     one = prepare_data(make_config(datasets=[{"path": path}]), encoder)
     assert list(one.train) == list(data.train), "the same entry of the cache"
+
+
+def test_changed_sources_weights_or_files_are_told_apart_in_a_resumed_run(
+    tmp_path: Path, jsonl: Jsonl, prepare: Callable[..., PreparedData]
+) -> None:
+    paths = [jsonl(tmp_path / f"{name}.jsonl", pairs(6, name)) for name in ("a", "b", "c")]
+
+    def facts(*weights: float, **settings: Any) -> dict[str, Any]:
+        entries = [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=False)]
+        data = prepare(*entries, **settings)
+        assert data.mixture is not None
+        return {"data": data_fingerprint(data), "mixture": data.mixture.describe()}
+
+    before = facts(1, 3)
+    assert differences(before, facts(1, 3)) == differences(before, facts(0.5, 1.5)) == []
+    (changed,) = differences(before, facts(1, 3.5))
+    assert changed.startswith("mixture: 'a 0.25, b 0.75, in each step' then, 'a 0.222")
+    assert [line.split(":")[0] for line in differences(before, facts(1, 3, mixture_shares="per_epoch"))] == ["mixture"]
+    assert [line.split(":")[0] for line in differences(before, facts(1, 3, 1))] == ["data", "mixture"]
+    jsonl(tmp_path / "b.jsonl", [*pairs(5, "b"), pair(5, "b", rejected="something else")])
+    assert [line.split(":")[0] for line in differences(before, facts(1, 3))] == ["data"]
+    assert differences(before, facts(1, 3), ["data"]) == []
