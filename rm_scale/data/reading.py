@@ -62,11 +62,11 @@ class Reading:
         if self.preset is not None:
             return preset_named(self.preset).columns
         preset = self.recognised(columns)
-        return preset and preset_named(preset).columns
+        return None if preset is None else preset_named(preset).columns
 
     def recognised(self, columns: Collection[str]) -> str | None:
         """Return the name of the preset that is used because the columns are unmistakable, or `None`."""
         if self.format != "auto" or self.columns is not None or self.preset is not None:
             return None
         preset = recognised_preset(set(columns) - set(self.ignore_columns))
-        return preset and preset.name
+        return None if preset is None else preset.name

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rm_scale.data.conversations import as_messages, as_text, json_messages
-from rm_scale.data.preference_group import Message
+from rm_scale.data.preference_group import Message, Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import kind_name, refuse_empty_prompt, without_none
 
@@ -63,12 +63,7 @@ def in_conversation(prompt: Any, responses: list[Any], system: Any) -> tuple[Any
         responses: texts or messages.
         system: text of a system message before it all; "" or `None` for none.
     """
-    asked = None
-    if prompt is not None:
-        asked = as_text(prompt, "prompt")
-        if isinstance(asked, str):
-            refuse_empty_prompt(asked)
-            asked = [{"role": "user", "content": asked}]
+    asked = None if prompt is None else _asked_messages(as_text(prompt, "prompt"))
     answers = [None if part is None else as_messages(_with_json(part), "response") for part in responses]
     if isinstance(system, list):
         system = "".join(str(part.get("text", "")) for part in system if isinstance(part, Mapping))
@@ -80,6 +75,13 @@ def in_conversation(prompt: Any, responses: list[Any], system: Any) -> tuple[Any
     if asked is not None:
         return before + asked, answers
     return None, [None if part is None else before + part for part in answers]
+
+
+def _asked_messages(prompt: Text) -> list[Message]:
+    if not isinstance(prompt, str):
+        return prompt
+    refuse_empty_prompt(prompt)
+    return [{"role": "user", "content": prompt}]
 
 
 def _with_json(value: Any) -> Any:

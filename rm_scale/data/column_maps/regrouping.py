@@ -77,7 +77,8 @@ class Regrouping:
                 yield number, b"", f"{rejected.reason}: {rejected.detail}"
         groups = 0
         for places in _batches(_by_key(keys), _ROWS_AT_ONCE):
-            found = dict(zip(np.concatenate(places).tolist(), self._read(np.concatenate(places)), strict=True))
+            wanted: list[int] = np.concatenate(places).tolist()
+            found = dict(zip(wanted, self._read(wanted), strict=True))
             for group in places:
                 for rows in _exactly_equal([found[place] for place in group.tolist()], names):
                     groups += 1
