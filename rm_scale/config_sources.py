@@ -142,12 +142,13 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def with_paths(entries: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Return a list of sources, which has been checked, with every path changed."""
+    """Return a list of sources, which has been checked, with every path changed and every name as it was."""
     changed = []
     for entry in entries:
         path = entry.get("path")
         paths = [path] if isinstance(path, str) else path
-        changed.append({**entry, **({"path": [change(one) for one in paths]} if paths else {})})
+        named = {"name": _default_name(paths[0]), **entry} if paths else dict(entry)
+        changed.append({**named, **({"path": [change(one) for one in paths]} if paths else {})})
     return changed
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from rm_scale.errors import DataError
 
+MOST_OF_AN_EPOCH = 10**12
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -72,7 +73,7 @@ def weighted(
         setting: where the sources were named, for messages.
 
     Raises:
-        DataError: a source with a weight has no group.
+        DataError: a source with a weight has no group, or so small a weight that an epoch would not end.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     denominator = math.lcm(*(weight.denominator for weight in exact))
@@ -81,6 +82,7 @@ def weighted(
     rates = tuple(rate // divisor for rate in whole)
     mixture = Mixture(tuple(names), source, rates, None, per_step)
     _require_groups(mixture, setting)
+    _require_an_end(mixture, setting)
     if per_step:
         return mixture
     size = groups_until_all_are_used(mixture.sizes().tolist(), rates)
@@ -122,6 +124,17 @@ def _require_groups(mixture: Mixture, setting: str, epochs: Sequence[float] = ()
             raise DataError(
                 f"{setting}: {name}: epochs={epochs[number]:g} of {size:,} groups is less than half a group. Fix: a "
                 "larger number, or leave the source out."
+            )
+
+
+def _require_an_end(mixture: Mixture, setting: str) -> None:
+    """Refuse weights so far apart that no epoch would end."""
+    for name, size, rate in zip(mixture.names, mixture.sizes().tolist(), mixture.rates, strict=True):
+        needed = size * sum(mixture.rates) // rate if rate else 0
+        if needed > MOST_OF_AN_EPOCH:
+            raise DataError(
+                f"{setting}: {name}: at its weight {needed:,} groups are drawn until its {size:,} have been used, "
+                f"which ends an epoch; at most {MOST_OF_AN_EPOCH:,}. Fix: a larger weight, weight: 0, or max_samples."
             )
 
 

@@ -167,6 +167,14 @@ def test_a_source_without_groups_is_refused_by_name() -> None:
         repeated(names(2), sources(4, 2), (1, 0.1), per_step=True)
 
 
+def test_weights_so_far_apart_that_no_epoch_ends_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"s1: at its weight 10,000,000,000,000,010 groups are drawn.*Fix: a larger wei"
+    ):
+        mix((4, 10), (1e9, 1e-6))
+    assert mix((4, 10), (1e9, 1)).epoch_size(8) > 10**9, "max_steps may end it"
+
+
 def test_limits_take_from_each_source_in_proportion() -> None:
     assert divide(10, [1, 1, 1]) == [4, 3, 3]
     assert divide(7, [5, 0, 2]) == [5, 0, 2]

@@ -55,6 +55,21 @@ def test_a_run_whose_output_lies_elsewhere(project: Path, tmp_path: Path, monkey
     assert own_files(project) == [str(project / "data" / "train.jsonl")]
 
 
+def test_sources_of_a_list_are_found_under_the_names_they_had(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [{"path": "data/*.jsonl", "weight": 2}, {"hub": "owner/name", "weight": 1}]
+    config = {"model_name_or_path": "m", "datasets": sources, "output_dir": "outputs/mine"}
+    write(project, {**config, "eval_datasets": ["data/train.jsonl"]})
+    monkeypatch.chdir(tmp_path)
+    found = EvaluationGroups([], project / "outputs" / "mine" / "run" / "run_config.yaml", {}).config
+    assert found.datasets == [
+        {"name": "data", "path": [str(project / "data" / "*.jsonl")], "weight": 2},
+        {"hub": "owner/name", "weight": 1},
+    ]
+    assert found.eval_datasets == [{"name": "train", "path": [str(project / "data" / "train.jsonl")]}]
+
+
 def test_what_is_nowhere_names_all_places(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "data" / "train.jsonl").unlink()
     monkeypatch.chdir(tmp_path)
