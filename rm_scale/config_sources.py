@@ -136,9 +136,11 @@ def named_paths(config: RunConfig) -> Iterator[tuple[str, str]]:
         for path in getattr(config, setting) or []:
             yield setting, path
     for setting in LISTS:
-        for source in sources_in(config, setting):
-            for path in source.paths:
-                yield f"{setting}: {source.name}: path", path
+        for entry in getattr(config, setting) or []:
+            paths = _EntryReader("", entry).paths()  # also of a source that something else is wrong with
+            name = entry.get("name") or _default_name(paths[0] if paths else "")
+            for path in paths:
+                yield f"{setting}: {name}: path", path
 
 
 def with_paths(entries: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -240,7 +242,7 @@ class _EntryReader:
     def read(self) -> SourceSettings | None:
         """Return the source; `None` where something is wrong with it."""
         self._check_keys()
-        paths, hub = self._paths(), self._text("hub")
+        paths, hub = self.paths(), self._text("hub")
         self._check_place(paths, hub)
         self._check_reading()
         weight = self._number("weight", 0.0, _MOST_WEIGHT, f"a number from 0 to {_MOST_WEIGHT:,.0f}")
@@ -321,7 +323,8 @@ class _EntryReader:
             )
         return name
 
-    def _paths(self) -> tuple[str, ...]:
+    def paths(self) -> tuple[str, ...]:
+        """Return the files, patterns and folders that it names."""
         paths = []
         for path in self._texts("path") or ():
             try:

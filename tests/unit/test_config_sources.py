@@ -156,6 +156,11 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert len(problems) == 4
 
 
+def test_files_are_known_of_sources_with_mistakes_too() -> None:
+    config = parsed({"path": ["a.jsonl", "b.jsonl"], "weight": -1}, {"path": 3}, setting="datasets").config
+    assert list(named_paths(config)) == [("datasets: a: path", "a.jsonl"), ("datasets: a: path", "b.jsonl")]
+
+
 def test_an_evaluation_has_no_weights_and_a_run_one_list_of_sources() -> None:
     problem = only_problem({"path": "a", "weight": 1}, setting="eval_datasets")
     assert "eval_datasets: a: weight and epochs are for training; each group is evaluated once. Fix: " in problem
