@@ -12,16 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rm_scale.data.common_prefix import common_prefix_length
 from rm_scale.data.encoding_settings import wrong_setting
 from rm_scale.data.length_bound import longest_token, num_solid_characters
 from rm_scale.data.preference_group import PreferenceGroup, Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.rendering import TextRenderer
+from rm_scale.data.shared_prefix import can_be_cut, place_to_cut, tokens_before
 from rm_scale.data.tokenizer_checks import PROBE_TEXT, check_tokenizer, require_same_tokenizer, tokenizer_facts
 from rm_scale.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 OverlongPolicy = Literal["drop", "truncate_prompt_left", "error"]
 
@@ -74,6 +76,25 @@ class EncodedGroup:
         return sum(len(sequence) for sequence in self.input_ids)
 
 
+_Place = tuple[str, int]
+"""A kind of text in `_Batches`, and its number there."""
+
+
+class _Batches:
+    """Texts that are tokenised together, by kind: plain, of a chat template, or the tail of either."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, list[str]] = {}
+
+    def add(self, kind: str, text: str) -> _Place:
+        texts = self.texts.setdefault(kind, [])
+        texts.append(text)
+        return kind, len(texts) - 1
+
+    def add_whole(self, text: str, is_chat: bool) -> _Place:
+        return self.add("chat" if is_chat else "plain", text)
+
+
 class TextEncoder:
     """Turns prompts and responses into token ids under fixed rules.
 
@@ -93,10 +114,13 @@ class TextEncoder:
         self._renderer = TextRenderer(
             tokenizer, self.rules.chat_template, self.rules.append_eos, self.rules.tool_use_template
         )
-        bos = tokenizer.bos_token_id
+        # Asked for in every row, where the tokenizer takes its time to look them up.
+        self._bos_id, self._pad_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+        bos = self._bos_id
         self.adds_bos = bos is not None and self._call([PROBE_TEXT], add_special_tokens=True)[0][:1] == [bos]
         self._reads_conversations = True
         self._longest_token = longest_token(tokenizer)
+        self._cuts = can_be_cut(tokenizer) and self._adds_nothing_behind()
 
     # --- One text --------------------------------------------------------------------------------------------------
 
@@ -230,7 +254,7 @@ class TextEncoder:
         """Return why a score could not be read from this sequence as in training, or `None` if it can."""
         if self._has_double_bos(ids):
             return RejectedRow("double_bos", _double_bos_text(self.tokenizer.bos_token))
-        if not ids or ids[-1] == self.tokenizer.pad_token_id:
+        if not ids or ids[-1] == self._pad_id:
             return RejectedRow("ends_with_pad", "no last token that is not padding")
         return None
 
@@ -267,29 +291,60 @@ class TextEncoder:
         return results
 
     def _tokenize_groups(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | RejectedRow]:
-        """Return the K full-length sequences of each group, or why its text can't be rendered.
-
-        The tokenizer is called once for all plain texts and once for all conversations: it is fastest on long lists.
-        """
-        texts: dict[bool, list[str]] = {False: [], True: []}  # by whether a chat template wrote them
-        places: list[list[tuple[bool, int]] | RejectedRow] = []
-        for group in groups:
+        """Return the K full-length sequences of each group, or why its text can't be rendered."""
+        results: list[list[list[int]] | RejectedRow] = []
+        rendered: dict[int, list[tuple[str, bool]]] = {}
+        for number, group in enumerate(groups):
             try:
-                rendered = [self._renderer.render(group.prompt, part, group.tools) for part in group.responses]
-                self._refuse_far_too_long(text for text, _ in rendered)
+                texts = [self._renderer.render(group.prompt, part, group.tools) for part in group.responses]
+                self._refuse_far_too_long(text for text, _ in texts)
             except RejectedRow as rejected:
-                places.append(rejected)
-                continue
-            found = []
-            for text, is_chat in rendered:
-                found.append((is_chat, len(texts[is_chat])))
-                texts[is_chat].append(text)
-            places.append(found)
-        ids = {is_chat: self._tokenize(batch, is_chat) for is_chat, batch in texts.items()}
-        return [
-            place if isinstance(place, RejectedRow) else [ids[is_chat][number] for is_chat, number in place]
-            for place in places
-        ]
+                results.append(rejected)
+            else:
+                rendered[number] = texts
+                results.append([])
+        for number, sequences in zip(rendered, self._tokenize_texts(list(rendered.values())), strict=True):
+            results[number] = sequences
+        return results
+
+    def _tokenize_texts(self, groups: Sequence[Sequence[tuple[str, bool]]]) -> list[list[list[int]]]:
+        """Return the sequences of each group's texts, given with whether the chat template wrote them.
+
+        The tokenizer is called once for texts of each kind: it is fastest on long lists. Where it is safe, all texts of
+        a group but the first are tokenised from where they begin to differ, or a little before.
+        """
+        batches = _Batches()
+        plans: list[tuple[list[_Place], int | None]] = []
+        for texts in groups:
+            cut = place_to_cut([text for text, _ in texts]) if self._cuts and _are_of_one_kind(texts) else None
+            first, others = texts[0], texts[1:]
+            places = [batches.add_whole(*first)]
+            for text, is_chat in others:
+                places.append(batches.add("tail", text[cut:]) if cut else batches.add_whole(text, is_chat))
+            plans.append((places, cut))
+        found = {
+            kind: self._encodings(texts, kind == "plain" and self.rules.add_special_tokens)
+            for kind, texts in batches.texts.items()
+        }
+        return [self._joined(texts, *plan, found) for texts, plan in zip(groups, plans, strict=True)]
+
+    def _joined(
+        self,
+        texts: Sequence[tuple[str, bool]],
+        places: Sequence[_Place],
+        cut: int | None,
+        found: Mapping[str, BatchEncoding],
+    ) -> list[list[int]]:
+        """Return the sequences of a group's texts, put together where they were cut."""
+        sequences: list[list[int]] = [found[kind]["input_ids"][number] for kind, number in places]
+        if not cut:
+            return sequences
+        kind, number = places[0]
+        before = tokens_before(found[kind].encodings[number], cut)
+        if before is None:
+            return [sequences[0], *(self._tokenize([text], is_chat)[0] for text, is_chat in texts[1:])]
+        start = sequences[0][:before]
+        return [sequences[0], *(start + tail for tail in sequences[1:])]
 
     def _refuse_far_too_long(self, texts: Iterable[str]) -> None:
         """Reject a text whose characters alone show that it is too long, where it would be dropped in the end."""
@@ -311,11 +366,12 @@ class TextEncoder:
             raise RejectedRow("double_bos", _double_bos_text(self.tokenizer.bos_token))
         if all(ids == sequences[0] for ids in sequences[1:]):
             raise RejectedRow("identical_tokens", f"{len(sequences)} responses, {len(sequences[0])} tokens each")
-        pad = self.tokenizer.pad_token_id
+        pad = self._pad_id
         for number, ids in enumerate(sequences):
             if not ids or ids[-1] == pad:
                 raise RejectedRow("ends_with_pad", f"response {number} ends with pad token {pad}")
-        shared = common_prefix_length(sequences)
+        # At least one token is left to each response.
+        shared = common_prefix_length(sequences, leave=1)
         longest = max(len(ids) for ids in sequences)
         if longest > self.rules.max_length:
             cut = self._prompt_cut(group, sequences, shared, longest)
@@ -370,7 +426,7 @@ class TextEncoder:
         except RejectedRow:
             # Some templates refuse to render a prompt alone. The caller then cuts no more than the shared tokens.
             return len(sequence)
-        return common_prefix_length([prompt_ids, sequence], leave=0)
+        return common_prefix_length([prompt_ids, sequence])
 
     # --- Tokens ----------------------------------------------------------------------------------------------------
 
@@ -387,17 +443,29 @@ class TextEncoder:
     def _call(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        # verbose=False: no warning about long texts, which max_length takes care of.
-        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
+        ids: list[list[int]] = self._encodings(texts, add_special_tokens)["input_ids"]
         return ids
 
+    def _encodings(self, texts: list[str], add_special_tokens: bool) -> BatchEncoding:
+        # verbose=False: no warning about long texts, which max_length takes care of.
+        return self.tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+
+    def _adds_nothing_behind(self) -> bool:
+        plain = self._call([PROBE_TEXT], add_special_tokens=False)[0]
+        return self._call([PROBE_TEXT], add_special_tokens=True)[0][-len(plain) :] == plain
+
     def _num_leading_bos(self, ids: Sequence[int]) -> int:
-        bos = self.tokenizer.bos_token_id
+        bos = self._bos_id
         return int(bos is not None and bool(ids) and ids[0] == bos)
 
     def _has_double_bos(self, ids: Sequence[int]) -> bool:
-        bos = self.tokenizer.bos_token_id
+        bos = self._bos_id
         return bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos
 
     # --- Describing itself -----------------------------------------------------------------------------------------
@@ -435,20 +503,8 @@ class TextEncoder:
         return encoder
 
 
-def common_prefix_length(sequences: Sequence[Sequence[int]], leave: int = 1) -> int:
-    """Return the number of leading tokens that all sequences share.
-
-    Args:
-        sequences: lists of token ids.
-        leave: number of tokens at the end of each sequence that never count as shared, so that no response is empty.
-    """
-    first = sequences[0]
-    count = max(min(len(ids) for ids in sequences) - leave, 0)
-    for other in sequences[1:]:
-        if first[:count] == other[:count]:
-            continue
-        count = next(place for place in range(count) if first[place] != other[place])
-    return count
+def _are_of_one_kind(texts: Sequence[tuple[str, bool]]) -> bool:
+    return len(texts) > 1 and len({is_chat for _, is_chat in texts}) == 1
 
 
 def _template_facts(name: str, template: str | None) -> dict[str, Any]:

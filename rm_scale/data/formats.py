@@ -30,6 +30,7 @@ from typing import Any
 
 from rm_scale.config_sources import ColumnFilter
 from rm_scale.data.column_maps.column_map import ColumnMap
+from rm_scale.data.common_prefix import common_prefix_length
 from rm_scale.data.context_columns import refuse_unread_context, same_word
 from rm_scale.data.conversations import (
     as_messages,
@@ -437,8 +438,7 @@ def _pair(prompt: Text, chosen: Text, rejected: Text, row: Row, tools: list[Any]
 
 def shared_length(first: str, second: str) -> int:
     """Return the length of the longest common prefix of two texts."""
-    length = min(len(first), len(second))
-    return next((place for place in range(length) if first[place] != second[place]), length)
+    return common_prefix_length([first, second])
 
 
 def _shared_prompt_length(chosen: str, rejected: str) -> int:

@@ -50,7 +50,12 @@ class TextRenderer:
     chat_template_override: NamedTemplates
     append_eos: bool
     tool_use_override: str | None = None
+    _eos: Any = field(default=None, init=False, repr=False, compare=False)
     _known: dict[str, TemplateFacts] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Asked for in every text, where the tokenizer takes its time to look it up.
+        object.__setattr__(self, "_eos", self.tokenizer.eos_token)
 
     @property
     def chat_template(self) -> str | None:
@@ -174,7 +179,7 @@ class TextRenderer:
         return choose_reading(text, readings)
 
     def _with_eos(self, text: str) -> str:
-        eos = self.tokenizer.eos_token
+        eos = self._eos
         if self.append_eos and isinstance(eos, str) and not text.endswith(eos):
             return text + eos
         return text

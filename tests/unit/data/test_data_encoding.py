@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl.trainer import reward_trainer
 
-from rm_scale.data.encoding import EncodedGroup, EncodingRules, TextEncoder, common_prefix_length
+from rm_scale.data.common_prefix import common_prefix_length
+from rm_scale.data.encoding import EncodedGroup, EncodingRules, TextEncoder
 from rm_scale.data.preference_group import Message, PreferenceGroup, Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.tokenizer_checks import tokenizer_sha256
@@ -118,11 +119,14 @@ def test_long_texts_are_encoded_whole(tokenizer: PreTrainedTokenizerFast) -> Non
 # --- The shared prompt ---------------------------------------------------------------------------------------------
 
 
-def test_common_prefix_leaves_a_token_of_each() -> None:
-    assert common_prefix_length([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9]]) == 2
-    assert common_prefix_length([[1, 2, 3], [1, 2, 3, 4]]) == 2
-    assert common_prefix_length([[1], [2]]) == 0
-    assert common_prefix_length([[1, 2], [1, 2]], leave=0) == 2
+def test_common_prefix_of_sequences_and_texts() -> None:
+    assert common_prefix_length([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9]], leave=1) == 2
+    assert common_prefix_length([[1, 2, 3], [1, 2, 3, 4]], leave=1) == 2
+    assert common_prefix_length([[1], [2]], leave=1) == 0
+    assert common_prefix_length([[1, 2], [1, 2]]) == 2
+    assert common_prefix_length(["abcdef", "abcxef"]) == 3 and common_prefix_length(["", "a"]) == 0
+    for same in range(9):
+        assert common_prefix_length(["a" * same + "b" * 9, "a" * same + "c" * (9 - same)]) == same
 
 
 def test_prompt_length_is_that_of_the_shared_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
