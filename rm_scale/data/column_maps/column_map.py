@@ -15,7 +15,7 @@ from rm_scale.config_columns import formats_of, map_problems, paths_of, root_of
 from rm_scale.data.column_maps.labels import Label, read_better, read_soft_label
 from rm_scale.data.column_maps.message_forms import in_conversation, named_messages, tools_from_anthropic
 from rm_scale.data.column_maps.places import as_number, read_numbers, read_place, read_places
-from rm_scale.data.conversations import split_shared_messages
+from rm_scale.data.conversations import as_text, split_shared_messages
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import Row, kind_name
 from rm_scale.errors import DataError
@@ -140,7 +140,8 @@ class ColumnMap:
             raise RejectedRow("bad_label", f"{len(responses)} responses, and the label speaks of 2")
         first, second = responses
         if "prompt" not in self.settings:
-            if not isinstance(first, list) or not isinstance(second, list):
+            first, second = as_text(first, "response 0"), as_text(second, "response 1")
+            if isinstance(first, str) or isinstance(second, str):
                 raise RejectedRow("missing_key", "prompt: the responses are no whole conversations")
             prompt, (first, second) = split_shared_messages(first, second)
         found = {"prompt": prompt, "response_0": first, "response_1": second, **label.columns()}

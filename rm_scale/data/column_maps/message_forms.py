@@ -130,7 +130,7 @@ def _answer(message: Mapping[str, Any]) -> Message:
     for block in message["content"]:
         match _kind(block):
             case "text":
-                texts.append(str(block["text"]))
+                texts.append(_text_of(block))
             case "thinking":
                 thoughts.append(str(block.get("thinking", "")))
             case "tool_use":
@@ -151,7 +151,7 @@ def _asked(message: Mapping[str, Any]) -> list[Message]:
     for block in message["content"]:
         match _kind(block):
             case "text":
-                texts.append(str(block["text"]))
+                texts.append(_text_of(block))
             case "tool_result":
                 results.append(
                     {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _result_text(block)}
@@ -167,8 +167,14 @@ def _result_text(block: Mapping[str, Any]) -> str:
     if isinstance(content, list):
         if any(_kind(part) != "text" for part in content):
             raise RejectedRow("wrong_type", "a tool's result holds more than text")
-        return "".join(str(part["text"]) for part in content)
+        return "".join(_text_of(part) for part in content)
     return "" if content is None else str(content)
+
+
+def _text_of(block: Mapping[str, Any]) -> str:
+    if not isinstance(block.get("text"), str):
+        raise RejectedRow("wrong_type", f"a text block holds {kind_name(block.get('text'))}, not text")
+    return str(block["text"])
 
 
 def _kind(block: Any) -> Any:

@@ -94,11 +94,12 @@ class Regrouping:
         for _, number, row in self._all():
             try:
                 root = _node(value_at(_checked(row), tree["root"]), tree["root"])
+                found = list(_walk(root, tree["replies"]))
             except RejectedRow as rejected:
                 yield number, b"", f"{rejected.reason}: {rejected.detail}"
                 continue
             trees += 1
-            for thread, replies in _walk(root, tree["replies"]):
+            for thread, replies in found:
                 messages += 1
                 chosen = [reply for reply in replies if _counts(reply, tree)]
                 if len(chosen) > 1:
@@ -233,7 +234,10 @@ def _walk(root: Mapping[str, Any], name: str) -> Iterator[tuple[list[Mapping[str
     waiting = [[root]]
     while waiting:
         thread = waiting.pop()
-        replies = [reply for reply in thread[-1].get(name) or [] if isinstance(reply, Mapping)]
+        replies = thread[-1].get(name)
+        if not isinstance(replies, list | None):
+            raise RejectedRow("wrong_type", f"{name} is {kind_name(replies)}, not a list of messages")
+        replies = [_node(reply, name) for reply in replies or []]
         yield thread, replies
         if len(thread) < _DEEPEST:
             waiting += [[*thread, reply] for reply in reversed(replies)]

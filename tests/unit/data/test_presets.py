@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ import yaml
 
 from rm_scale.config_columns import map_problems, preset_entries
 from rm_scale.data.column_maps.presets import fitting_presets, presets, recognised_preset
+from rm_scale.data.column_maps.regrouping import Regrouping
 from rm_scale.data.encoded_rows import read_row
+from rm_scale.data.formats import RowReader
 from rm_scale.data.measure_lengths import measure_lengths
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.reading import Reading
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_readers import choose_reader, open_source
 from rm_scale.data.sources import local_sources
+from rm_scale.data.text_files import parse_row
 from rm_scale.data.text_keys import text_keys
 from rm_scale.errors import DataError
 from rm_scale.evaluation.score_columns.group_texts import preference_reader, row_keys
@@ -618,3 +622,46 @@ def test_the_page_of_formats_names_every_preset_and_its_maps_are_sound() -> None
     blocks = re.findall(r"```yaml\n(dataset_columns:.*?)```", page, re.S)
     maps = [yaml.safe_load(block)["dataset_columns"] for block in blocks]
     assert len(maps) == 3 and [map_problems(columns) for columns in maps] == [[], [], []]
+
+
+ODD = (
+    None,
+    True,
+    3,
+    -1.5,
+    float("nan"),
+    "",
+    "text",
+    "[1, 2]",
+    '{"role": "user"}',
+    [],
+    [None],
+    [[1], "a"],
+    {},
+    {"role": 1},
+)
+
+
+def _with_odd_values(value: Any, random: Random) -> Any:
+    """Return a copy of which about one part has another value, or is gone."""
+    if random.random() < 0.1:
+        return random.choice(ODD)
+    if isinstance(value, dict):
+        return {key: _with_odd_values(part, random) for key, part in value.items() if random.random() > 0.02}
+    if isinstance(value, list):
+        return [_with_odd_values(part, random) for part in value]
+    return value
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_rows_of_any_values_are_used_or_refused_with_a_reason(name: str) -> None:
+    random = Random(name)
+    column_map = presets()[name].columns
+    rows = [_with_odd_values(random.choice(ROWS[name]), random) for _ in range(150)]
+    if column_map.regroups:
+        made = Regrouping(column_map, lambda places: [(place, rows[place]) for place in places], len(rows))
+        rows = [parse_row(raw, problem) for _, raw, problem in made.rows()]
+    format = "conversational" if column_map.format == "auto" else column_map.format
+    reader = RowReader(format, column_map=column_map)
+    found = [read_row(reader, row, number) for number, row in enumerate(rows)]
+    assert any(isinstance(one, RejectedRow) for one in found)
