@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rm_scale.contamination.row_texts import RowTexts
+from rm_scale.contamination.source_rows import SourceRows
 from rm_scale.data.conversations import as_text
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import first_present
 from rm_scale.data.sources import RawRows, Source, local_sources
-from rm_scale.data_review.read_groups import SourceGroups, read_groups
 from rm_scale.errors import DataError
 from rm_scale.evaluation.benchmarks.benchmark_files import benchmark_of_row, read_benchmark_rows
 from rm_scale.texts import some_names
@@ -82,13 +82,13 @@ def _as_benchmark(name: str, first: Mapping[str, Any]) -> BenchmarkTexts | None:
 def _as_preferences(source: Source) -> BenchmarkTexts | None:
     with tempfile.TemporaryDirectory(prefix="rm_scale_against_") as work:
         try:
-            groups = read_groups(source, Path(work))
+            groups = SourceRows.open(source, Path(work))
         except DataError:
             return None
         return BenchmarkTexts(source.name, groups.reader.format, len(groups), tuple(texts_of_groups(groups)))
 
 
-def texts_of_groups(groups: SourceGroups) -> Iterator[RowTexts]:
+def texts_of_groups(groups: SourceRows) -> Iterator[RowTexts]:
     """Yield the texts of the rows that can be read."""
     for row, group in groups:
         if isinstance(group, PreferenceGroup):

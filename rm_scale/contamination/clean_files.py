@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from rm_scale.contamination.compare import ComparedRow
+from rm_scale.contamination.source_rows import SourceRows
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.sources import SUPPORTED_SUFFIXES
-from rm_scale.data_review.read_groups import SourceGroups
 from rm_scale.errors import DataError
 from rm_scale.files import replacing
 
@@ -51,7 +51,7 @@ class CleanFiles:
             stream = None if drop is None else stack.enter_context(_writing(drop))
             yield cls(stream, kept, stack)
 
-    def add(self, groups: SourceGroups, compared: Sequence[ComparedRow]) -> None:
+    def add(self, groups: SourceRows, compared: Sequence[ComparedRow]) -> None:
         """Write a batch of rows of one source, which follow each other in it.
 
         Rows that are no JSON can't be written as such: they are dropped too, with what is wrong with them.
@@ -61,7 +61,7 @@ class CleanFiles:
         """
         start = compared[0].row
         stop = compared[-1].row + 1
-        values = groups.raw.decode(groups.raw.dataset[start:stop], range(start, stop))
+        values = groups.values(start, stop)
         for row, (_, value) in zip(compared, values, strict=True):
             if row.matches or isinstance(value, RejectedRow):
                 self._write_dropped(row, value)
@@ -101,7 +101,7 @@ class CleanFiles:
         return self._folder / f"{next(name for name in _numbered(stem) if name not in taken)}.jsonl"
 
 
-def _rows_of_file(groups: SourceGroups, value: Any) -> Sequence[Any]:
+def _rows_of_file(groups: SourceRows, value: Any) -> Sequence[Any]:
     """Return the rows of the source's file that a row was made of: itself, or those of one prompt."""
     column_map = groups.reader.column_map
     if column_map is None or not column_map.regroups:

@@ -20,10 +20,10 @@ from rm_scale.contamination.figures import (
     SideCounts,
 )
 from rm_scale.contamination.row_texts import RowTexts
+from rm_scale.contamination.source_rows import SourceRows
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.sources import Source
-from rm_scale.data_review.read_groups import SourceGroups, read_groups
 from rm_scale.logs import get_logger
 from rm_scale.overlap.text_index import KINDS, Matches, MatchRules, TextIndex
 from rm_scale.texts import duration, one_line
@@ -77,7 +77,7 @@ class ComparedRow:
     matches: tuple[RowMatch, ...] = ()
 
 
-OnRows = Callable[[SourceGroups, Sequence[ComparedRow]], None]
+OnRows = Callable[[SourceRows, Sequence[ComparedRow]], None]
 
 
 def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: OnRows | None = None) -> Contamination:
@@ -101,7 +101,7 @@ def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: O
     progress = _Progress()
     for source in train:
         with tempfile.TemporaryDirectory(prefix="rm_scale_train_") as work:
-            groups = read_groups(source, Path(work))
+            groups = SourceRows.open(source, Path(work))
             for batch in _batches(groups):
                 compared = index.compare(source.name, batch)
                 tally.add(compared)
@@ -112,7 +112,7 @@ def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: O
     return tally.figures()
 
 
-def _batches(groups: SourceGroups) -> Iterator[list[tuple[int, RowTexts | None]]]:
+def _batches(groups: SourceRows) -> Iterator[list[tuple[int, RowTexts | None]]]:
     batch: list[tuple[int, RowTexts | None]] = []
     for row, group in groups:
         batch.append((row, _texts(row, group)))

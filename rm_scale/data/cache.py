@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # Part of the cache key. Raise it when a change to reading, formats or encoding gives other results from the same file.
-CODE_VERSION = 6
+CODE_VERSION = 7
 DEFAULT_CACHE_DIR = "~/.cache/rm_scale"
 # System errors that mean "this cache folder can't be used"; any other error is not the cache's fault.
 _CACHE_ERRORS = (

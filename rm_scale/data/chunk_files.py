@@ -38,6 +38,7 @@ class GroupArrays:
         num_tokens: (G,) tokens of all its sequences.
         sizes: (G,) its number of responses.
         prompt_key, group_key: (G,) hashes of the prompt, and of prompt and responses.
+        plain_prompt_key: (G,) hash of the normalised prompt.
         lengths: (R,) tokens per sequence, group after group; R is the number of responses of all groups.
         ranks: (R,) ranks in the same order.
     """
@@ -47,6 +48,7 @@ class GroupArrays:
     sizes: Array
     prompt_key: Array
     group_key: Array
+    plain_prompt_key: Array
     lengths: Array
     ranks: Array
 

@@ -151,6 +151,9 @@ class DataReport:
         held_out: groups moved from the training data to evaluation.
         left_out_by_limit: usable groups beyond `max_train_samples`, `max_eval_samples` and sources' `max_samples`.
         shared_prompts: number of prompts that occur in both.
+        shared_groups: evaluation groups that occur, prompt and responses, in the training data too.
+        nearly_shared_prompts: evaluation groups whose prompt is in the training data in other writing alone: another
+            case, white space, punctuation or message form.
         mixture: what became of each source of `datasets` and `eval_datasets`; empty without such lists.
         hub: name and commit of each hub data set.
         is_stream: the training data is streamed, and all that is told of it is told of its first rows.
@@ -162,6 +165,8 @@ class DataReport:
     held_out: int = 0
     left_out_by_limit: int = 0
     shared_prompts: int = 0
+    shared_groups: int = 0
+    nearly_shared_prompts: int = 0
     mixture: tuple[SourceShare, ...] = ()
     hub: tuple[Mapping[str, Any], ...] = ()
     is_stream: bool = False
@@ -268,8 +273,24 @@ def log_summary(report: DataReport) -> None:
             logger.info(_side_line(name, side))
     if report.is_stream:
         logger.info("streaming: these are the first training rows; the others are read when training comes to them")
+    _warn_about_shared(report)
+
+
+def _warn_about_shared(report: DataReport) -> None:
+    """Warn when evaluation measures what was trained on, with how to see and to leave out these rows."""
+    if not report.shared_prompts and not report.nearly_shared_prompts:
+        return
+    found = []
     if report.shared_prompts:
-        logger.warning(f"{report.shared_prompts:,} prompts occur both in training and in evaluation data")
+        found.append(f"{report.shared_prompts:,} prompts occur both in training and in evaluation data")
+    if report.shared_groups:
+        found.append(f"{report.shared_groups:,} evaluation groups are there with all their responses")
+    if report.nearly_shared_prompts:
+        found.append(f"{report.nearly_shared_prompts:,} evaluation groups have a training prompt in other writing")
+    logger.warning(
+        f"{'; '.join(found)}. Fix: rm-scale data --against EVALUATION_FILE shows them and finds more; with --kept DIR "
+        "it writes the training data without them."
+    )
 
 
 def _share_line(part: SourceShare) -> str:

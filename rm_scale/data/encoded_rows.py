@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from rm_scale.data.encoding import EncodedGroup, TextEncoder
 from rm_scale.data.formats import RowReader, require_few_responses
+from rm_scale.data.plain_keys import plain_prompt_key
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.text_keys import text_keys
@@ -32,6 +33,7 @@ GROUP_ARRAYS = {
     "sizes": np.int32,
     "prompt_key": np.int64,
     "group_key": np.int64,
+    "plain_prompt_key": np.int64,
 }
 """What splitting and statistics need of each group: see `GroupArrays`."""
 
@@ -125,6 +127,7 @@ def _arrays(used: Sequence[tuple[int, PreferenceGroup, EncodedGroup]]) -> dict[s
         "sizes": [len(encoded.input_ids) for _, _, encoded in used],
         "prompt_key": [prompt for prompt, _ in keys],
         "group_key": [group for _, group in keys],
+        "plain_prompt_key": [plain_prompt_key(group, key) for (_, group, _), (key, _) in zip(used, keys, strict=True)],
         "lengths": [len(ids) for _, _, encoded in used for ids in encoded.input_ids],
         "ranks": [rank for _, _, encoded in used for rank in encoded.ranks],
     }

@@ -118,7 +118,7 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
         eval=evaluation.statistics() if evaluation else None,
         held_out=held_out,
         left_out_by_limit=usable - len(train) - (len(evaluation) if evaluation else 0),
-        shared_prompts=len(np.intersect1d(train.prompts, evaluation.prompts)) if evaluation else 0,
+        **(_shared(train, evaluation) if evaluation else {}),
         mixture=source_shares(config, sources, parts, train, evaluation, mixture),
         hub=tuple(hub_record(sources)),
         is_stream=stream is not None,
@@ -130,6 +130,17 @@ def prepare_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     eval_origins = evaluation.origins() if evaluation else None
     sizes = train.group_sizes()
     return PreparedData(train.dataset, evaluation_set, report, rejected, sizes, eval_origins, mixture, stream)
+
+
+def _shared(train: GroupSet, evaluation: GroupSet) -> dict[str, int]:
+    """Return what of the evaluation data is in the training data, for the report."""
+    same_prompt = np.isin(evaluation.prompts, train.prompts)
+    plain = np.isin(evaluation.plain_prompts, train.plain_prompts)
+    return {
+        "shared_prompts": len(np.unique(evaluation.prompts[same_prompt])),
+        "shared_groups": int(np.isin(evaluation.groups, train.groups).sum()),
+        "nearly_shared_prompts": int((plain & ~same_prompt).sum()),
+    }
 
 
 def _joined(config: RunConfig, setting: str, sources: Sequence[Source], parts: Sequence[EncodedSource]) -> GroupSet:

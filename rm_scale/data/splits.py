@@ -74,6 +74,7 @@ class GroupSet:
         ranks: (R,) ranks in the same order.
         sizes: (G,) responses per group.
         prompts, groups: (G,) hashes of the prompt, and of prompt and responses.
+        plain_prompts: (G,) hashes of the normalised prompt.
         sources: (G,) indexes into `source_names`.
         source_names: names of the sources.
     """
@@ -86,6 +87,7 @@ class GroupSet:
     sizes: IntArray
     prompts: IntArray
     groups: IntArray
+    plain_prompts: IntArray
     sources: IntArray
     source_names: tuple[str, ...]
 
@@ -105,6 +107,7 @@ class GroupSet:
             sizes,
             self.prompts[indices],
             self.groups[indices],
+            self.plain_prompts[indices],
             self.sources[indices],
             self.source_names,
         )
@@ -160,6 +163,7 @@ def join_sources(parts: Sequence[EncodedSource]) -> GroupSet:
         sizes=arrays["sizes"],
         prompts=arrays["prompt_key"],
         groups=arrays["group_key"],
+        plain_prompts=arrays["plain_prompt_key"],
         sources=_source_numbers([len(part.used) for part in parts]),
         source_names=tuple(part.report.name for part in parts),
     )

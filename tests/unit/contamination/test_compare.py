@@ -16,7 +16,7 @@ from rm_scale.contamination.benchmark_texts import read_benchmark_texts
 from rm_scale.contamination.clean_files import CleanFiles, kept_stem
 from rm_scale.contamination.compare import compare_with_files
 from rm_scale.contamination.figures import Contamination
-from rm_scale.contamination.row_texts import said
+from rm_scale.data.plain_keys import said
 from rm_scale.data.sources import local_sources
 from rm_scale.errors import DataError
 

@@ -318,6 +318,19 @@ def test_own_evaluation_files_limits_and_shared_prompts(
     assert [(part.split, part.rows_read) for part in report.sources] == [("train", 6), ("eval", 4)]
     assert (report.left_out_by_limit, report.shared_prompts, report.held_out) == (4, 1, 0)
     assert report.eval is not None and (report.train.num_groups, report.eval.num_groups) == (4, 2)
+    assert (report.shared_groups, report.nearly_shared_prompts) == (1, 0)
+
+
+def test_prompts_shared_in_other_writing(
+    tmp_path: Path, jsonl: Jsonl, make_config: MakeConfig, encoder: TextEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = jsonl(tmp_path / "train.jsonl", [pair(number) for number in range(4)])
+    loud = [{**pair(number), "prompt": f"  {pair(number)['prompt'].upper()}!"} for number in (1, 2, 8)]
+    evaluation = jsonl(tmp_path / "eval.jsonl", [*loud, {**pair(3), "chosen": "another answer"}])
+    report = prepare_data(make_config(train, eval_dataset_path=[evaluation]), encoder).report
+    assert (report.shared_prompts, report.shared_groups, report.nearly_shared_prompts) == (1, 0, 2)
+    assert "1 prompts occur both in training and in evaluation data; 2 evaluation groups have a training" in caplog.text
+    assert "Fix: rm-scale data --against EVALUATION_FILE" in caplog.text
 
 
 def test_hub_splits(
@@ -333,6 +346,11 @@ def test_hub_splits(
         f"{tmp_path / 'repo'}[train]",
         f"{tmp_path / 'repo'}[test]",
     ]
+
+
+def test_a_hub_revision_is_passed_on(make_config: MakeConfig, encoder: TextEncoder) -> None:
+    with pytest.raises(DataError, match=r"^dataset_name=owner/none \(split=train, revision=v1\): can't be loaded"):
+        prepare_data(make_config(dataset_name="owner/none", dataset_revision="v1"), encoder)
 
 
 # --- The cache -----------------------------------------------------------------------------------------------------

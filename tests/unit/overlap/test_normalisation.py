@@ -75,4 +75,4 @@ def test_surrogates_are_a_text_too() -> None:
     "text", ["Hello, big-world!", "第3章abc 2 x 3.5", "ที่นี่ ok", "a + b = c", "it’s “so”", "x\0y \0ที่"]
 )
 def test_the_normalised_text_is_its_tokens(text: str) -> None:
-    assert normalise(text).replace(" ", "") == "".join(tokens(text))
+    assert normalise(text).replace("\ue005", "") == "".join(tokens(text))
