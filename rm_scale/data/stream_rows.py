@@ -30,7 +30,7 @@ def file_rows(path: Path, suffix: str, start: int) -> Iterator[tuple[int, Any]]:
         start: number of the first row wanted, from 0.
 
     Raises:
-        DataError: the file ends early or is damaged; the text says after which row.
+        DataError: the file ends early or is damaged; the text says at which row.
     """
     read = _text_rows if suffix in _TEXT_FILES else _parquet_rows if suffix == ".parquet" else _arrow_rows
     last = start - 1
@@ -40,7 +40,7 @@ def file_rows(path: Path, suffix: str, start: int) -> Iterator[tuple[int, Any]]:
             yield row, value
     except (OSError, EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{path}: ends early or is damaged: after row {last:,}: {first_line(error)}. Fix: check that the file is "
+            f"{path}: ends early or is damaged, at row {last + 1:,}: {first_line(error)}. Fix: check that the file is "
             "complete."
         ) from error
 
@@ -91,7 +91,7 @@ def hub_rows(dataset: Any, name: str, start: int) -> Iterator[tuple[int, Any]]:
         start: number of the first row wanted, from 0.
 
     Raises:
-        DataError: it can't be read further; the text says after which row.
+        DataError: it can't be read further; the text says at which row.
     """
     last = start - 1
     try:
@@ -100,6 +100,6 @@ def hub_rows(dataset: Any, name: str, start: int) -> Iterator[tuple[int, Any]]:
             yield row, value
     except (OSError, EOFError, ValueError) as error:
         raise DataError(
-            f"{name}: the stream ends early, after row {last:,}: {first_line(error)}. Fix: check the network, and "
+            f"{name}: the stream ends early, at row {last + 1:,}: {first_line(error)}. Fix: check the network, and "
             "start the run again: it goes on where it was."
         ) from error
