@@ -95,6 +95,9 @@ class RunConfig(BaseModel):
     )
     dataset_name: str | None = _setting(Group.DATA, None, "Name of a hub dataset.")
     dataset_config: str | None = _setting(Group.DATA, None, "Configuration of the hub dataset.")
+    dataset_revision: str | None = _setting(
+        Group.DATA, None, "Branch, tag or commit of the hub dataset; the commit that was read is recorded."
+    )
     dataset_train_split: str = _setting(Group.DATA, "train", "Hub split to train on.")
     dataset_test_split: str | None = _setting(Group.DATA, None, "Hub split to evaluate on.")
     eval_dataset_path: list[str] | None = _setting(Group.DATA, None, "Local files to evaluate on.")
@@ -153,7 +156,11 @@ class RunConfig(BaseModel):
     shuffle_train: bool = _setting(Group.DATA, True, "New order of the groups in each epoch.")
     data_seed: int | None = _setting(Group.DATA, None, "Seed of the data order alone.", ge=0, lt=2**32)
     dataset_num_proc: int | None = _setting(
-        Group.DATA, None, "Processes for reading and tokenising.", ge=1, le=MOST_PROCESSES
+        Group.DATA,
+        None,
+        "Processes of each rank for reading and tokenising. Default: the machine's cores, shared by its ranks.",
+        ge=1,
+        le=MOST_PROCESSES,
     )
     dataset_cache_dir: str | None = _setting(
         Group.DATA, None, "Where encoded data is cached. Default ~/.cache/rm_scale."

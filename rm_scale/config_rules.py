@@ -135,6 +135,14 @@ RULES = (
         ),
     ),
     Rule(
+        "revision_needs_a_hub_dataset",
+        lambda c: c.dataset_revision is not None and not c.dataset_name,
+        lambda c: (
+            f"dataset_revision={c.dataset_revision}: is of a hub data set, but dataset_name is not set. Fix: leave it "
+            "out; a source of datasets has a revision of its own."
+        ),
+    ),
+    Rule(
         "held_out_share_or_whole_number",
         lambda c: c.eval_split_size is not None and c.eval_split_size >= 1 and c.eval_split_size % 1 != 0,
         lambda c: (

@@ -210,7 +210,9 @@ def find_sources(config: RunConfig) -> tuple[list[Source], list[Source]]:
     """
     evaluation: list[Source] = []
     if config.dataset_name:
-        asked = HubSplit(config.dataset_name, config.dataset_config, config.dataset_train_split)
+        asked = HubSplit(
+            config.dataset_name, config.dataset_config, config.dataset_train_split, config.dataset_revision
+        )
         train = [hub_source(asked, config.streaming)]
         if config.dataset_test_split:
             evaluation = [hub_source(replace(asked, split=config.dataset_test_split))]

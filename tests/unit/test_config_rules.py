@@ -42,6 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "dataloader_num_workers",
         "encoded ahead by a thread",
     ),
+    "revision_needs_a_hub_dataset": ({"dataset_revision": "v1"}, "dataset_name", "is of a hub data set, but"),
     "four_bit_needs_adapters": ({"load_in_4bit": True}, "use_peft", "can't be trained in full"),
     "merging_needs_an_adapter": ({"merge_adapter": True}, "use_peft", "there is no adapter to merge"),
     "expert_adapters_need_adapters": (
