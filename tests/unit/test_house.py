@@ -57,7 +57,7 @@ PACKAGES = (
 )
 ANYWHERE = (
     *("version", "errors", "logs", "files", "texts", "json_values", "yaml_files", "output_paths", "output_lock"),
-    *("network", "meeting", "distributed", "guard"),
+    *("network", "meeting", "distributed", "long_work", "guard"),
 )
 # Entries: nothing may import them but the command line.
 ENTRIES = {"train": {"api", "commands"}, "api": set(), "cli": set(), "commands": {"cli"}}
