@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rm_scale.config_sources import ColumnFilter
-from rm_scale.data.column_maps.column_map import ColumnMap
+from rm_scale.data.column_maps.column_map import ColumnMap, with_first_row
 from rm_scale.data.common_prefix import common_prefix_length
 from rm_scale.data.context_columns import refuse_unread_context, same_word
 from rm_scale.data.conversations import (
@@ -129,7 +129,15 @@ class RowReader:
             leave_out_filtered(row, self.filters)
         if self.ignore_columns:
             row = {name: value for name, value in row.items() if name not in self.ignore_columns}
-        raw = row
+        if self.column_map is None or not self.column_map.regroups:
+            return self._read(row, index)
+        try:
+            return self._read(row, index)
+        except RejectedRow as rejected:
+            raise with_first_row(rejected, row) from None
+
+    def _read(self, raw: Row, index: int) -> PreferenceGroup:
+        row = raw
         if self.column_map is not None:
             row = self._mapped(self.column_map, row)
         found, has_messages = _with_messages(row)
@@ -171,7 +179,7 @@ class RowReader:
 
     def _refuse_unmapped_context(self, column_map: ColumnMap, raw: Row, row: Row, group: PreferenceGroup) -> None:
         """Refuse a row of which a column that its map does not read holds context."""
-        read = {*column_map.columns_read, self.subset_column, "id"}
+        read = {*column_map.columns_read, *self.ignore_columns, self.subset_column, "id"}
         unread = {name: value for name, value in column_map.columns_of(raw).items() if name not in read}
         refuse_unread_context({**unread, "tools": row.get("tools", unread.get("tools"))}, group, ())
 

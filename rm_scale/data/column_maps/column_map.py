@@ -20,6 +20,8 @@ from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import Row, kind_name
 from rm_scale.errors import DataError
 
+FIRST_ROW = "first_row"
+"""What a row that was put together holds the number of its first row in the file as."""
 _LISTS = ("rows", "thread", "replies")
 
 
@@ -166,6 +168,18 @@ class ColumnMap:
             return prompt, responses
         system = read_place(row, self.settings["system"]) if "system" in self.settings else None
         return in_conversation(prompt, responses, system)
+
+
+def told_row(number: int) -> str:
+    """Return which row of a file it is, for messages about rows that were put together."""
+    return f"row {number} of the file"
+
+
+def with_first_row(rejected: RejectedRow, row: Row) -> RejectedRow:
+    """Return why a row is refused, if it was put together with where in the file it begins."""
+    if FIRST_ROW in row:
+        rejected.detail = f"{rejected.detail} ({told_row(row[FIRST_ROW])})".strip()
+    return rejected
 
 
 def missing_paths(column_map: ColumnMap, sample: Sequence[Row]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rm_scale.config_columns import label_key
-from rm_scale.data.column_maps.column_map import ColumnMap
+from rm_scale.data.column_maps.column_map import FIRST_ROW, ColumnMap, told_row
 from rm_scale.data.column_maps.paths import value_at
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.row_values import Row, kind_name
@@ -49,13 +49,18 @@ class Regrouping:
         self.told = ""
 
     def rows(self) -> Iterator[RawRow]:
-        """Yield the rows; one of the file that can't be read or has no key is passed on with what is wrong with it."""
+        """Yield the rows, numbered from 0; one that can't be read or has no key keeps what is wrong with it.
+
+        A row that is put together holds the number of its first row in the file as `first_row`.
+        """
+        for place, (number, raw, problem) in enumerate(self._made()):
+            yield place, raw, f"{problem} ({told_row(number)})" if problem else ""
+
+    def _made(self) -> Iterator[RawRow]:
         if "group_by" in self._settings:
-            yield from self._grouped(self._settings["group_by"])
-        elif "root" in self._settings["tree"]:
-            yield from self._of_trees(self._settings["tree"])
-        else:
-            yield from self._of_messages(self._settings["tree"])
+            return self._grouped(self._settings["group_by"])
+        tree = self._settings["tree"]
+        return self._of_trees(tree) if "root" in tree else self._of_messages(tree)
 
     def _all(self) -> Iterator[tuple[int, int, Any]]:
         """Yield place, number and value of each row of the file."""
@@ -259,7 +264,9 @@ def _thread_row(thread: Sequence[Row], replies: Sequence[Row], name: str) -> dic
 
 
 def _packed(number: int, row: Mapping[str, Any]) -> RawRow:
-    raw = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", errors="surrogatepass")
+    raw = json.dumps({FIRST_ROW: number, **row}, ensure_ascii=False, default=str).encode(
+        "utf-8", errors="surrogatepass"
+    )
     if len(raw) > MAX_ROW_BYTES:
         return number, b"", f"too_large: the rows put together have more than {MAX_ROW_BYTES >> 20} MB"
     return number, raw, ""

@@ -600,6 +600,13 @@ def test_a_source_with_unread_context_is_refused_with_where_it_could_go(read: Re
     assert group.prompt == [{"role": "system", "content": "You are a pirate."}, USER]
 
 
+def test_context_in_rows_that_are_put_together(read: Read) -> None:
+    rows = [{**row, "instruction": "Be rude."} for row in ROWS["topical_chat"]]
+    with pytest.raises(DataError, match=r"instruction would not be part of what is trained on"):
+        read(rows)
+    assert len(read(rows, ignore_columns=("instruction",))) == 2
+
+
 def test_a_map_to_a_column_that_is_not_there(read: Read) -> None:
     columns = preset_entries()["llmbar"]["columns"] | {"prompt": "inputs"}
     with pytest.raises(DataError) as error:

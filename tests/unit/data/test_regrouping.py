@@ -63,11 +63,12 @@ def test_rows_of_one_prompt_wherever_they_stand() -> None:
     ]  # fmt: skip
     found, told = regrouped(BY_PROMPT, rows)
     assert [(number, problem) for number, row, problem in found if row is None] == [
-        (13, "wrong_type: the row is text, not an object with columns"),
-        (14, "missing_key: q"),
-        (17, "bad_json: broken"),
+        (0, "wrong_type: the row is text, not an object with columns (row 13 of the file)"),
+        (1, "missing_key: q (row 14 of the file)"),
+        (2, "bad_json: broken (row 17 of the file)"),
     ]
-    groups = [(number, [part["a"] for part in row["rows"]]) for number, row, _ in found if row is not None]
+    assert [number for number, _, _ in found] == list(range(6))
+    groups = [(row["first_row"], [part["a"] for part in row["rows"]]) for _, row, _ in found if row is not None]
     assert groups == [(10, ["1", "3"]), (11, ["2", "5"]), (16, ["6"])]
     assert told == "5 rows with the same q and meta.set were put together to 3 groups"
 
@@ -95,7 +96,7 @@ def test_messages_of_a_tree_in_any_order() -> None:
         message("g", "a", "assistant", None), message("h", "gone", "assistant", 0), {"role": "user"},
     ]  # fmt: skip
     found, told = regrouped(TREE, rows)
-    assert found[0] == (18, None, "missing_key: id")
+    assert found[0] == (0, None, "missing_key: id (row 18 of the file)")
     threads = [[part["id"] for part in row["thread"]] for _, row, problem in found if not problem]
     replies = [[part["id"] for part in row["replies"]] for _, row, problem in found if not problem]
     assert (threads, replies) == ([["a", "b", "c"], ["a"]], [["d", "e"], ["b", "f"]])
@@ -147,7 +148,8 @@ def test_a_run_reads_groups_and_tells_what_they_are_of(
     assert source.format == "ranked"
     assert "dataset_columns says so; 22 rows with the same q and meta.set were put together to 8 groups" in caplog.text
     assert {reason: entry.count for reason, entry in source.rejected.items()} == {"missing_key": 1, "no_preference": 1}
-    assert sorted(row["row"] for row in prepared.rejected) == [21, 22]
+    details = {row["detail"] for row in prepared.rejected}
+    assert "q (row 22 of the file)" in details and any("(row 21 of the file)" in detail for detail in details)
     again = prepare_data(config, TextEncoder(tokenizer, EncodingRules(max_length=128)))
     assert again.report.sources == prepared.report.sources
 
