@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rm_scale.batching.group_pairs import group_pairs
-from rm_scale.data.preference_group import PreferenceGroup
+from rm_scale.data.preference_group import PreferenceGroup, Text
 from rm_scale.data.text_keys import text_hash
 from rm_scale.data_review.read_groups import plain_text
-from rm_scale.overlap.normalisation import normalised_key
+from rm_scale.overlap.normalisation import exact_key, normalised_key
 
 Hashes = npt.NDArray[np.int64]
 MAX_PAIRS_PER_GROUP = 435
@@ -57,8 +57,8 @@ class PairHashes:
         responses = [normalised_key(plain_text(response)) for response in group.responses]
         if group.tools:
             prompt = text_hash([prompt, group.tools])
-        texts = [text_hash(response) for response in group.responses]
-        asked = text_hash([group.prompt, group.tools])
+        texts = [_exact(response) for response in group.responses]
+        asked = text_hash([group.prompt, group.tools]) if group.tools else _exact(group.prompt)
         for pair in islice(pairs, MAX_PAIRS_PER_GROUP):
             self.prompt.append(prompt)
             self.better.append(responses[pair.better])
@@ -66,10 +66,20 @@ class PairHashes:
             self.exact.append(hash((asked, texts[pair.better], texts[pair.worse])))
             self.group.append(number)
 
+    def extend(self, other: PairHashes, first_group: int) -> None:
+        """Add those of other groups, which are numbered from `first_group` on here."""
+        for name in ("prompt", "better", "worse", "exact"):
+            getattr(self, name).extend(getattr(other, name))
+        self.group.frombytes((np.frombuffer(other.group, dtype=np.int64) + first_group).tobytes())
+
     def arrays(self) -> PairArrays:
         """Return the hashes as arrays, which share the memory of these."""
         columns: Sequence[array[int]] = (self.prompt, self.better, self.worse, self.exact, self.group)
         return PairArrays(*(np.frombuffer(column, dtype=np.int64) for column in columns))
+
+
+def _exact(text: Text) -> int:
+    return exact_key(text) if isinstance(text, str) else text_hash(text)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,43 +12,49 @@ from rm_scale.data.encoded_rows import read_row
 from rm_scale.data.formats import RowReader
 from rm_scale.data.preference_group import Message, PreferenceGroup, Text
 from rm_scale.data.rejected_rows import RejectedRow
-from rm_scale.data.row_readers import choose_reader, open_source
-from rm_scale.data.sources import RawRows, Source
-
-_ROWS_AT_ONCE = 256
+from rm_scale.data.row_chunks import Chunk, ChunkedRows, open_rows
+from rm_scale.data.row_readers import choose_reader
+from rm_scale.data.sources import Source
 
 
 @dataclass(frozen=True)
 class SourceGroups:
-    """The rows of one source, read as the run reads them.
+    """The rows of one source, read as the run reads them, chunk by chunk.
 
     Attributes:
         name: of the source.
-        raw: its rows.
+        rows: its rows.
         reader: turns a row into a group.
+        chunks: the parts that the rows are read in.
     """
 
     name: str
-    raw: RawRows
+    rows: ChunkedRows
     reader: RowReader
+    chunks: Sequence[Chunk]
 
     def __len__(self) -> int:
-        return len(self.raw.dataset)
+        """Return the number of rows, blank lines among them."""
+        return sum(chunk.num_rows for chunk in self.chunks)
 
-    def __iter__(self) -> Iterator[tuple[int, PreferenceGroup | RejectedRow]]:
-        """Yield each row's number and its group, or why it can't be read."""
-        for start in range(0, len(self), _ROWS_AT_ONCE):
-            yield from self._read(range(start, min(start + _ROWS_AT_ONCE, len(self))))
+    def read(self, chunk: Chunk) -> Iterator[tuple[int, PreferenceGroup | RejectedRow]]:
+        """Yield the number of each row of a chunk and its group, or why it can't be read."""
+        for batch in self.rows.batches(chunk):
+            for row, value in batch:
+                yield row, read_row(self.reader, value, row)
 
-    def at(self, row: int) -> PreferenceGroup | RejectedRow:
-        """Return the group of one row, or why it can't be read."""
-        ((_, found),) = self._read(range(row, row + 1))
-        return found
-
-    def _read(self, places: range) -> Iterator[tuple[int, PreferenceGroup | RejectedRow]]:
-        batch = self.raw.dataset[places.start : places.stop]
-        for row, value in self.raw.decode(batch, places):
-            yield row, read_row(self.reader, value, row)
+    def at(self, row: int) -> PreferenceGroup | RejectedRow | None:
+        """Return the group of one row, or why it can't be read; `None` where there is no such row."""
+        # Blank lines have numbers, too, and count in some kinds of chunks alone: a row is where it would be, or before.
+        for chunk in reversed([one for one in self.chunks if one.first_row <= row]):
+            is_before = False
+            for number, found in self.read(chunk):
+                if number == row:
+                    return found
+                is_before |= number < row
+            if is_before:
+                return None
+        return None
 
 
 def read_groups(source: Source, work: Path) -> SourceGroups:
@@ -61,10 +67,9 @@ def read_groups(source: Source, work: Path) -> SourceGroups:
     Raises:
         DataError: the source can't be read, or fits no format.
     """
-    raw = open_source(source, work)
-    sample = raw.sample()
-    reader, _ = choose_reader(source, raw, sample)
-    return SourceGroups(source.name, raw, reader)
+    rows = open_rows(source, work)
+    reader, _ = choose_reader(source, rows, rows.sample())
+    return SourceGroups(source.name, rows, reader, rows.cut())
 
 
 def plain_text(text: Text) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rm_scale.config import RunConfig
 from rm_scale.data.cache import DEFAULT_CACHE_DIR
@@ -29,6 +31,7 @@ from rm_scale.data_review.pair_hashes import PairHashes
 from rm_scale.data_review.read_groups import SourceGroups, plain_text, read_groups
 from rm_scale.data_review.sample import MAX_CHARACTERS, SAMPLE_GROUPS, SampledGroup, Sampler, choose_rows
 from rm_scale.data_review.sampled_pairs import SampledPairs
+from rm_scale.data_review.scan import scan
 from rm_scale.data_review.template_problems import TemplateChecker, review_templates
 from rm_scale.data_review.word_model import review_words
 from rm_scale.logs import get_logger
@@ -37,6 +40,7 @@ from rm_scale.version import __version__
 logger = get_logger(__name__)
 
 DOCUMENT_VERSION = 1
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -47,13 +51,13 @@ class AllGroups:
         sources: in the order in which their groups are numbered.
         hashes: of the pairs.
         sample: the groups to look at closely.
-        rows: (G,) row of each group in its source, and `source_of` (G,) which one that is.
+        rows: (G,) row of each group, of each source.
     """
 
     sources: list[SourceGroups]
     hashes: PairHashes
     sample: list[SampledGroup]
-    rows: list[np.ndarray[Any, np.dtype[np.int64]]]
+    rows: list[IntArray]
 
     @property
     def num_groups(self) -> int:
@@ -98,23 +102,31 @@ def _texts(group: PreferenceGroup, row: int) -> dict[str, str]:
     }
 
 
-def read_all(sources: Sequence[SourceGroups], encoder: TextEncoder, seed: int) -> AllGroups:
-    """Read every row of the sources once."""
-    chosen = choose_rows(sum(map(len, sources)), seed)
+def read_all(sources: Sequence[SourceGroups], encoder: TextEncoder, seed: int, num_processes: int = 1) -> AllGroups:
+    """Read every row of the sources once.
+
+    Args:
+        sources: what to read.
+        encoder: how the run turns text into tokens.
+        seed: of the sample.
+        num_processes: that read rows.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    counts = [len(source) for source in sources]
+    chosen = np.split(choose_rows(sum(counts), seed), np.cumsum(counts)[:-1])
     hashes, sampler = PairHashes(), Sampler(encoder, TemplateChecker(encoder).problems)
-    all_rows, number, place = [], 0, 0
-    for source in sources:
-        rows = []
-        for row, group in source:
-            if isinstance(group, PreferenceGroup):
-                hashes.add(number, group)
-                if chosen[place]:
-                    sampler.add(source.name, row, group)
-                rows.append(row)
-                number += 1
-            place += 1
-        all_rows.append(np.asarray(rows, dtype=np.int64))
-    return AllGroups(list(sources), hashes, sampler.finish(), all_rows)
+    rows: list[list[IntArray]] = [[] for _ in sources]
+    num_groups = 0
+    for number, found in scan(sources, chosen, num_processes):
+        hashes.extend(found.hashes, num_groups)
+        for row, group in found.sampled:
+            sampler.add(sources[number].name, row, group)
+        rows[number].append(found.rows)
+        num_groups += len(found.rows)
+    joined = [np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64) for parts in rows]
+    return AllGroups(list(sources), hashes, sampler.finish(), joined)
 
 
 def review_data(config: RunConfig, encoder: TextEncoder, report: DataReport) -> dict[str, Any]:
@@ -137,7 +149,7 @@ def review_data(config: RunConfig, encoder: TextEncoder, report: DataReport) -> 
     with ExitStack() as stack:
         opened = [_open(source, root, stack) for source in sources]
         logger.info(f"examining {sum(map(len, opened)):,} rows of {len(opened)} source{'s' * (len(opened) != 1)}")
-        groups = read_all(opened, encoder, seed)
+        groups = read_all(opened, encoder, seed, _num_processes(config))
         document, findings = _examine(groups, config, report, seed)
     return {
         "version": DOCUMENT_VERSION,
@@ -145,7 +157,7 @@ def review_data(config: RunConfig, encoder: TextEncoder, report: DataReport) -> 
         "rm_scale": __version__,
         "model": config.model_name_or_path,
         "seed": seed,
-        "num_rows": sum(map(len, opened)),
+        "num_rows": sum(source.rows_read for source in report.sources if source.split == "train"),
         "num_groups": groups.num_groups,
         "num_pairs": len(groups.hashes),
         "sample": {"num_groups": len(groups.sample), "most": SAMPLE_GROUPS, "max_characters": MAX_CHARACTERS},
@@ -176,6 +188,10 @@ def _examine(
     ]
     figures = {"lengths": lengths, "form": form, "words": words, "languages": languages}
     return figures, findings
+
+
+def _num_processes(config: RunConfig) -> int:
+    return config.dataset_num_proc or len(os.sched_getaffinity(0))
 
 
 def _open(source: Source, root: Path, stack: ExitStack) -> SourceGroups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,25 @@ def test_too_many_rejected_rows_still_get_their_page(
 def test_without_a_review(call: Callable[..., int], pairs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(pairs_file, "--no_review") == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.long
+@pytest.mark.skipif("RM_SCALE_HH_DATA" not in os.environ, reason="RM_SCALE_HH_DATA does not name the HH file")
+def test_what_is_in_hh(call: Callable[..., int], tmp_path: Path) -> None:
+    """Harmless-base: refusing and apologising is paid for, length is not, and a bag of words is right in over 55 %."""
+    file = Path(os.environ["RM_SCALE_HH_DATA"])
+    assert call(file, "--output", str(tmp_path / "out"), "--max_length", "4096") == 0
+    document = json.loads((tmp_path / "out" / "data_review.json").read_text())
+    assert document["num_rows"] == 1894 and document["num_groups"] == 1890
+    found = {finding["name"]: finding for finding in document["findings"]}
+    assert found["bias_apology"]["title"] == "Paid for: apology" and 0.65 < found["bias_apology"]["share"] < 0.85
+    assert found["bias_refusal"]["title"].startswith("Paid for")
+    assert found["length_bias"]["title"] == "The shorter response wins"
+    longer = document["report"]["train"]["longer_wins_accuracy"]
+    equal = document["form"]["length"]["num_equal"]
+    decided = 1890 - equal
+    assert document["form"]["length"]["longer_wins"] == pytest.approx((longer * 1890 - equal / 2) / decided)
+    assert 0.55 < document["words"]["accuracy"] < 0.7
+    assert found["contradicting_pairs"]["count"] == 0 and found["same_words"]["count"] == 2
+    languages = {row["language"]: row["num_groups"] for row in document["languages"]}
+    assert languages["English"] > 1750
