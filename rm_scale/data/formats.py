@@ -24,7 +24,7 @@ Which format a file has is decided in `rm_scale.data.format_detection`. To add o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +84,18 @@ NEEDED_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
         (*SOFT_LABEL_COLUMNS, BETTER_COLUMN),
     ),
 }
+
 TEXT_FORMATS = ("explicit_prompt", "implicit_prompt", "hh_text")
 _WITHOUT_PROMPT = ("implicit_prompt", "hh_text")
 _WITHOUT_MARGIN = ("ranked", "soft_label")
 # Columns that are not reported as ignored in any format.
 COMMON_COLUMNS = {"id", "prompt", "chosen", "rejected", "margin"}
+
+
+def fits_a_format(columns: Collection[str]) -> bool:
+    """Tell whether columns are those of a format, so that rows need no map."""
+    names = set(columns)
+    return any(all(names & set(choice) for choice in needed) for needed in NEEDED_COLUMNS.values())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rm_scale.config_columns import preset_entries
 from rm_scale.data.column_maps.column_map import ColumnMap, missing_paths
+from rm_scale.data.formats import fits_a_format
 from rm_scale.data.row_values import Row
 from rm_scale.errors import DataError
 
@@ -59,7 +60,9 @@ def preset_named(name: str) -> Preset:
 
 
 def recognised_preset(columns: Collection[str]) -> Preset | None:
-    """Return the preset that a file's columns tell without a doubt, or `None`."""
+    """Return the preset that a file's columns tell without a doubt, or `None`; columns of a format need none."""
+    if fits_a_format(columns):
+        return None
     found = [preset for preset in presets().values() if preset.known_by and preset.known_by <= set(columns)]
     return found[0] if len(found) == 1 else None
 

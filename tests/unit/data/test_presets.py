@@ -362,6 +362,13 @@ def test_a_preset_fits_its_own_set(name: str) -> None:
         assert recognised is not None and recognised.name == name
 
 
+def test_columns_of_a_format_come_before_those_of_a_set(read: Read) -> None:
+    """As in copies of public sets to which somebody has added chosen and rejected."""
+    summary = ROWS["summarize_from_feedback"][0]
+    (group,) = read([{**summary, "prompt": "q", "chosen": " a", "rejected": " b"}])
+    assert (group.prompt, group.responses) == ("q", (" a", " b"))
+
+
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_named_preset_and_no_flag_read_the_same(name: str, read: Read) -> None:
     groups = read(ROWS[name], preset=name)
