@@ -28,10 +28,10 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser, several: bool = Fals
         "--endpoint",
         metavar="URL",
         nargs="+" if several else None,
-        help="score at this vLLM or rm-scale server; --model is then the folder with its contract and tokenizer",
+        help="score at this vLLM, SGLang or rm-scale server; --model is then the folder of its contract and tokenizer",
     )
     group.add_argument(
-        "--endpoint_kind", choices=("auto", "vllm", "rm_scale"), default="auto", help="auto: it is asked"
+        "--endpoint_kind", choices=("auto", "vllm", "rm_scale", "sglang"), default="auto", help="auto: it is asked"
     )
     group.add_argument("--endpoint_model", metavar="NAME", help="its name there, where a vLLM server has several")
     group.add_argument("--requests_in_flight", type=int, default=8, metavar="N", help="at the same time (default 8)")
@@ -84,7 +84,7 @@ def open_endpoints(options: argparse.Namespace) -> list[Endpoint]:
     """Ask each server what it is.
 
     Raises:
-        RemoteError: one can't be reached, or is none of ours or vLLM.
+        RemoteError: one can't be reached, or is none of ours, vLLM's or SGLang's.
     """
     from rm_scale.inference.endpoint import Endpoint
 

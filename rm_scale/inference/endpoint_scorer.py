@@ -1,4 +1,4 @@
-"""`EndpointScorer`: texts become tokens here, by the scoring contract, and scores at a server: vLLM, or rm-scale serve.
+"""`EndpointScorer`: texts become tokens here, by the scoring contract, and scores at vLLM, SGLang or rm-scale serve.
 
 Token ids are sent, not texts, so that nothing of a template, a BOS or an EOS can be done otherwise there. Before the
 first score the contract's golden texts must score there as they did in training.
@@ -132,10 +132,14 @@ class EndpointScorer(ContractScorer):
         ours = f"rm-scale serve --model {folder}"
         if self.endpoint.served.kind == "rm_scale":
             return f"it serves a model with another contract; {ours}, or --model with the folder that is served there"
+        engine, option = "SGLang", "sglang.launch_server ... --context-length"
+        if self.endpoint.served.kind == "vllm":
+            engine, option = "vLLM", "vllm serve ... --max-model-len"
         positions = _positions(folder)
         if positions is None or longest <= positions:
-            return f"serve it with as much, vllm serve ... --max-model-len {longest}"
-        return f"its config.json names {positions} positions, and vLLM goes no further: {ours}, or leave --endpoint out"
+            return f"serve it with as much, {option} {longest}"
+        end = f"{engine} goes no further: {ours}, or leave --endpoint out"
+        return f"its config.json names {positions} positions, and {end}"
 
     def _require_template_there(self, folder: Path) -> None:
         # Texts are rendered here, so the scores would hold; but it shows that another model is served.
@@ -218,7 +222,7 @@ class EndpointScorer(ContractScorer):
             )
         return (
             "serve the model of this folder, or give --model the folder of the one that is served; where it is the "
-            "same, the type: vllm serve --dtype float32, or --dtype here with the type that it was started with; "
+            "same, the type: start it with --dtype float32, or --dtype here with the type that it was started with; "
             "--allow_other_scores takes its scores as they are"
         )
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonschema_rs
 
@@ -132,10 +132,19 @@ def problem(message: str, kind: str = "BadRequestError", code: int = 400) -> dic
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
+Server = TypeVar("Server", bound=VllmServer)
+
+
 @contextmanager
 def vllm_server(scorer: RewardScorer) -> Iterator[VllmServer]:
     """Serve in a thread."""
-    server = VllmServer(scorer)
+    with serving(VllmServer(scorer)) as server:
+        yield server
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """Serve in a thread."""
     threading.Thread(target=server.server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
