@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rm_scale.contamination.clean_files import CleanFiles, kept_stem
 from rm_scale.contamination.compare import compare_with_files
 from rm_scale.contamination.figures import Contamination
 from rm_scale.data.plain_keys import said
+from rm_scale.data.reading import Reading
 from rm_scale.data.sources import local_sources
 from rm_scale.errors import DataError
 
@@ -254,3 +256,40 @@ def test_every_row_of_hh_is_found_in_itself_in_other_writing(tmp_path: Path) -> 
 def in_capitals(dialogue: str) -> str:
     """A dialogue of HH with all but its marks in capitals."""
     return dialogue.upper().replace("\n\nHUMAN:", "\n\nHuman:").replace("\n\nASSISTANT:", "\n\nAssistant:")
+
+
+def test_rows_of_one_prompt_are_kept_as_they_stood(tmp_path: Path) -> None:
+    """A preset may put the rows of one prompt together: what is kept are the file's own rows."""
+    rows = [
+        {
+            "source": sentence(random.Random(n // 2)),
+            "context": "fact",
+            "system_id": n,
+            "system_output": sentence(random.Random(100 + n)),
+            "scores": {"overall": n % 2 + 1},
+        }
+        for n in range(12)
+    ]
+    sources = local_sources([write(tmp_path / "chats.jsonl", rows)])
+    benchmark = write(tmp_path / "benchmark.jsonl", [{"prompt": rows[4]["source"]}])
+    with CleanFiles.open(tmp_path / "dropped.jsonl", tmp_path / "kept") as files:
+        found = compare_with_files(sources, [benchmark], files.add)
+    assert (found.train_rows, found.train_rows_matched) == (6, 1)
+    kept = [json.loads(line) for line in (tmp_path / "kept" / "chats.jsonl").read_text().splitlines()]
+    assert kept == [row for number, row in enumerate(rows) if number not in (4, 5)]
+
+
+def test_trees_are_not_taken_apart(tmp_path: Path) -> None:
+    replies = [
+        {"text": sentence(random.Random(n)), "role": "assistant", "rank": n, "replies": [], "lang": "en"}
+        for n in range(2)
+    ]
+    tree = {"text": "a question", "role": "prompter", "replies": replies, "lang": "en"}
+    train = write(tmp_path / "trees.jsonl", [{"message_tree_id": "1", "tree_state": "ready", "prompt": tree}])
+    sources = [replace(source, reading=Reading(preset="oasst_trees")) for source in local_sources([train])]
+    benchmark = write(tmp_path / "benchmark.jsonl", [{"prompt": "another question"}])
+    with (
+        pytest.raises(DataError, match=r"trees\.jsonl: its rows are made of trees of messages.*leave out --kept"),
+        CleanFiles.open(None, tmp_path / "kept") as files,
+    ):
+        compare_with_files(sources, [benchmark], files.add)
