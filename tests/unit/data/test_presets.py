@@ -394,6 +394,17 @@ def test_hh_keeps_its_dialogue_as_text(read: Read) -> None:
     assert (group.prompt, group.responses) == ("\n\nHuman: Name a prime.\n\nAssistant:", (" 7", " 9"))
 
 
+def test_the_cleaned_ultrafeedback_has_whole_conversations_and_ratings(read: Read) -> None:
+    row = {"source": "evol_instruct", "prompt": "Name a prime.", "chosen": [USER, GOOD], "chosen-rating": 4.75,
+           "chosen-model": "gpt-4",
+           "rejected": [USER, BAD], "rejected-rating": 2.0, "rejected-model": "alpaca"}  # fmt: skip
+    (group,) = read([row], preset="ultrafeedback_binarized")
+    assert (group.prompt, group.responses, group.margin) == ([USER], ([GOOD], [BAD]), None)
+    columns = preset_entries()["ultrafeedback_binarized"]["columns"]
+    columns = columns | {"margin": {"difference": ["chosen-rating", "rejected-rating"]}}
+    assert read([row], columns=columns)[0].margin == 2.75
+
+
 def test_the_safer_response_is_another_preference(read: Read) -> None:
     (group,) = read(ROWS["pku_saferlhf_safer"], preset="pku_saferlhf_safer")
     assert group.ranks == (1, 0)
