@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(REPOSITORY)]
 
-from paraphrases import ENGLISH_ONLY, RULES, Rule  # noqa: E402
-
+from benchmarks.paraphrases import ENGLISH_ONLY, RULES, Rule  # noqa: E402
 from rm_scale.contamination.benchmark_texts import read_benchmark_texts  # noqa: E402
 from rm_scale.contamination.compare import PROMPT_RULES, ComparedRow, compare_with_files  # noqa: E402
 from rm_scale.data.sources import local_sources  # noqa: E402
@@ -108,7 +107,7 @@ def look_up_changed(texts: Sequence[str], indexed: Sequence[str], rule: Rule, ra
     generator = random.Random(0)
     changed = [rule(text, rate, generator) for text in texts]
     matches = index_of(tuple(indexed)).look_up(changed)
-    counts = dict.fromkeys(KINDS, 0)
+    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     for query, found, kind in zip(matches.queries, matches.indexed, matches.kinds, strict=True):
         if place[texts[query]] == found:
             counts[KINDS[kind]] += 1

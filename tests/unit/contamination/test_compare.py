@@ -293,3 +293,13 @@ def test_trees_are_not_taken_apart(tmp_path: Path) -> None:
         CleanFiles.open(None, tmp_path / "kept") as files,
     ):
         compare_with_files(sources, [benchmark], files.add)
+
+
+@pytest.mark.skipif("RM_SCALE_PREFERENCE_DATA" not in os.environ, reason="RM_SCALE_PREFERENCE_DATA names no folder")
+def test_real_sets_of_different_origin_share_nothing_and_each_is_in_itself() -> None:
+    data = Path(os.environ["RM_SCALE_PREFERENCE_DATA"])
+    demo, llmbar = str(data / "dpo_demo" / "dpo_en_demo.json.gz"), str(data / "llmbar" / "*.json")
+    found = compare(demo, llmbar, str(data / "dpo_demo" / "dpo_zh_demo.json.gz"), demo)
+    assert [file.train_rows for file in found.files] == [0, 0, 0, 0, 0, 0, 300]
+    assert [file.format for file in found.files][:5] == ["llmbar"] * 5
+    assert found.files[-1].prompts.train_rows["exact"] == found.files[-1].benchmark_rows == 300
