@@ -83,8 +83,8 @@ OnRows = Callable[[SourceRows, Sequence[ComparedRow]], None]
 def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: OnRows | None = None) -> Contamination:
     """Find the training rows whose prompt or one of whose responses is, or nearly is, in other files.
 
-    The files' texts are indexed in memory (about 20 bytes a token and 200 a text); the training data is read once, in order, whatever
-    its size.
+    The files' texts are indexed in memory (about 20 bytes a token and 200 a text); the training data is read once, in
+    order, whatever its size.
 
     Args:
         train: the training data's sources.
