@@ -3,7 +3,7 @@
     RM_SCALE_HH_DATA=harmless-base.jsonl.gz python benchmarks/encoding.py --tokenizer SMOLLM2_DIR [--repeats 3]
 
 Every figure is of a process of its own, in turns, and the median of the repeats. Imports are not counted, nor a first
-call with a few rows, nor, for TRL and the tokenizer, reading the file. For rm_scale everything else is: reading, checks,
+call with a few rows, nor, for TRL and the tokenizer, reading the file. For rm_scale all else is: reading, checks,
 hashes, rendering, tokens, the files of the cache, statistics. HH pairs are repeated to make enough work for two
 processes. Record: results/encoding.json.
 """
@@ -160,7 +160,7 @@ def _rm_scale(data: str, tokenizer: Any, kind: str) -> dict[str, float]:
     encoder = TextEncoder(tokenizer, EncodingRules(max_length=MAX_LENGTH))
 
     def prepare(path: Path, cache: Path) -> dict[str, float]:
-        settings = {"dataset_cache_dir": str(cache), "dataset_num_proc": int(kind.rpartition("_")[2])}
+        settings: dict[str, Any] = {"dataset_cache_dir": str(cache), "dataset_num_proc": int(kind.rpartition("_")[2])}
         config = RunConfig(model_name_or_path="none", dataset_path=[str(path)], max_length=MAX_LENGTH, **settings)
         return {"rows": prepare_data(config, encoder).report.rows_read}
 

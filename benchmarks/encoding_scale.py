@@ -34,7 +34,7 @@ _LOOK_SECONDS = 0.1
 
 def main() -> None:
     """Measure and write the record."""
-    from encoding import environment, write_generated
+    from benchmarks.encoding import environment, write_generated
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000_000)

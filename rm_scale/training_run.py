@@ -27,7 +27,7 @@ from rm_scale.data.data_report import raise_if_too_many, write_data_report
 from rm_scale.data.encoding import EncodingRules, TextEncoder
 from rm_scale.data.preparation import PreparedData, prepare_data
 from rm_scale.data.stream import GroupStream
-from rm_scale.distributed import World, agreed_errors, detect_world, gather_from_ranks
+from rm_scale.distributed import World, agreed_errors, detect_world, gather_from_ranks, giving_back_freed_memory
 from rm_scale.errors import ConfigError, DataError, ModelError
 from rm_scale.evaluation.final_evaluation import evaluation_table, write_evaluation
 from rm_scale.inference.export.merge_adapter import merge_adapter
@@ -102,7 +102,7 @@ def load_data(config: RunConfig, encoder: TextEncoder) -> PreparedData:
     """Read, check and encode the preference files, once per machine."""
     # All ranks call it at once; those of one cache folder share the work. No collective waits meanwhile: it would time
     # out on large data.
-    with agreed_errors(), left_together("reading and encoding the data"):
+    with agreed_errors(), left_together("reading and encoding the data"), giving_back_freed_memory():
         data = prepare_data(config, encoder)
         raise_if_too_many(data.report, config.max_rejected_share, data.rejected.files())
         _refuse_labels_the_loss_ignores(config, data)

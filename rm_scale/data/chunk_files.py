@@ -22,11 +22,13 @@ from rm_scale.data.rejected_rows import FILTERED
 from rm_scale.files import naming
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 _TABLE, _ARRAYS, _REJECTED, _COUNTS = "used.arrow", "arrays.npz", "rejected.jsonl", "counts.json"
 _KINDS = {**GROUP_ARRAYS, **RESPONSE_ARRAYS}
 _COPIED_BYTES = 1 << 20
+_WRITTEN_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,13 @@ class RowCounts:
 
 
 def write_chunk(folder: Path, batches: Iterable[EncodedBatch]) -> RowCounts:
-    """Write the files of one chunk to an empty folder; no more than a batch is held in memory."""
+    """Write the files of one chunk to an empty folder; no more than some 32 MB of it are held in memory."""
     import pyarrow as pa
 
     counts = RowCounts()
     parts: dict[str, list[Array]] = {name: [] for name in _KINDS}
     schema = row_features().arrow_schema
+    waiting: list[pa.RecordBatch] = []
     with (
         naming(folder / _TABLE),
         pa.OSFile(str(folder / _TABLE), "wb") as sink,
@@ -122,17 +125,30 @@ def write_chunk(folder: Path, batches: Iterable[EncodedBatch]) -> RowCounts:
         for batch in batches:
             counts.add(counts_of(batch))
             if batch.used.num_rows:
-                table.write_batch(batch.used)
+                waiting.append(batch.used)
+            if sum(part.nbytes for part in waiting) >= _WRITTEN_BYTES:
+                _write(table, waiting)
             for name, array in batch.arrays.items():
                 parts[name].append(array)
             for row in batch.rejected:
                 if row[1] != FILTERED:
                     rejected.write(_rejected_line(row))
+        _write(table, waiting)
     with naming(folder / _ARRAYS), (folder / _ARRAYS).open("wb") as stream:
         np.savez(stream, **{name: _joined(arrays, name) for name, arrays in parts.items()})  # type: ignore[arg-type]
     with naming(folder / _COUNTS):
         (folder / _COUNTS).write_text(json.dumps(counts.to_json()), encoding="utf-8")
     return counts
+
+
+def _write(table: pa.ipc.RecordBatchStreamWriter, waiting: list[pa.RecordBatch]) -> None:
+    """Write batches as one: whoever opens the file keeps some 20 kB in memory for each."""
+    import pyarrow as pa
+
+    if waiting:
+        (together,) = pa.Table.from_batches(waiting).combine_chunks().to_batches()
+        table.write_batch(together)
+        waiting.clear()
 
 
 def read_counts(chunk: Path) -> RowCounts:

@@ -12,19 +12,19 @@ from rm_scale.data.preference_group import PreferenceGroup
 
 def text_keys(group: PreferenceGroup) -> tuple[int, int]:
     """Return the hash of a group's prompt, and that of prompt and responses."""
-    if group.tools is None and isinstance(group.prompt, str) and not group.is_conversational:
-        return _keys_of_texts(group)
+    texts = [text for text in (group.prompt, *group.responses) if isinstance(text, str)]
+    if group.tools is None and len(texts) == 1 + len(group.responses):
+        return _keys_of_texts(*texts)
     group_key = text_hash([group.prompt, list(group.responses), group.tools])
     # Groups without a prompt share none: each counts as a prompt of its own.
     return text_hash([group.prompt, group.tools]) if group.prompt else group_key, group_key
 
 
-def _keys_of_texts(group: PreferenceGroup) -> tuple[int, int]:
+def _keys_of_texts(prompt: str, *responses: str) -> tuple[int, int]:
     """Return the same for plain texts, each written as JSON once: a third of the time."""
-    prompt = encode_basestring_ascii(group.prompt)
-    responses = ", ".join(map(encode_basestring_ascii, group.responses))
-    group_key = _hash(f"[{prompt}, [{responses}], null]")
-    return _hash(f"[{prompt}, null]") if group.prompt else group_key, group_key
+    written = encode_basestring_ascii(prompt)
+    group_key = _hash(f"[{written}, [{', '.join(map(encode_basestring_ascii, responses))}], null]")
+    return _hash(f"[{written}, null]") if prompt else group_key, group_key
 
 
 def text_hash(value: Any) -> int:

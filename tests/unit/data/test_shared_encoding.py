@@ -20,9 +20,11 @@ from rm_scale.data import cache, row_chunks, shared_work
 from rm_scale.data.chunk_files import RowCounts
 from rm_scale.data.data_report import RejectionCount
 from rm_scale.data.encoding import EncodingRules, TextEncoder
+from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.preparation import PreparedData, prepare_data
 from rm_scale.data.row_chunks import Chunk, LineRows
 from rm_scale.data.text_files import jsonl_rows
+from rm_scale.data.text_keys import text_hash, text_keys
 from rm_scale.errors import DataError
 
 Jsonl = Callable[[Path, Iterable[Any]], str]
@@ -355,6 +357,22 @@ def test_labels_that_are_all_0_or_1_are_warned_about(
     ]
     prepare_data(make_config(jsonl(tmp_path / "f.jsonl", rows)), encoder)
     assert ("f.jsonl: every soft label is exactly 0 or 1" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses"),
+    [
+        ('aé🙂\n"x', ("b", "\x00c")),
+        ("", ("a", "b")),
+        ("p", ("a", "b", "c")),
+        ([{"role": "user", "content": "p"}], ("a", "b")),
+    ],
+)
+def test_keys_of_texts_are_those_of_their_json(prompt: Any, responses: tuple[str, ...]) -> None:
+    """They stand in records of earlier runs."""
+    group = PreferenceGroup(prompt, responses, tuple(range(len(responses))))
+    group_key = text_hash([prompt, list(responses), None])
+    assert text_keys(group) == (text_hash([prompt, None]) if prompt else group_key, group_key)
 
 
 def test_chunks_are_plain_numbers() -> None:
