@@ -103,6 +103,8 @@ def run(options: argparse.Namespace, config: RunConfig) -> Contamination | None:
         logger.info(f"dropped: {files.dropped:,} rows in {drop}")
     for path, count in files.kept.items():
         logger.info(f"kept: {count:,} rows in {path}")
+    if kept is not None and not files.kept:
+        logger.warning(f"kept: no row is left, and nothing was written to {kept}")
     if options.output:
         path = Path(options.output) / RESULT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)

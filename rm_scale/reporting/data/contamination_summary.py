@@ -20,7 +20,7 @@ def contamination_text(found: Contamination) -> str:
     """Return what `rm-scale data --against` prints."""
     lines = [
         f"contamination: {found.train_rows_matched:,} of {found.train_rows_read:,} training rows "
-        f"({share_text(found.share)}) are in {_files(len(found.files))}, or nearly so"
+        f"({share_text(found.share)}) match rows of {_files(len(found.files))}"
     ]
     for file in found.files:
         lines += _file_lines(file)
@@ -30,7 +30,7 @@ def contamination_text(found: Contamination) -> str:
 
 
 def _files(count: int) -> str:
-    return f"{count} file" if count == 1 else f"{count} files"
+    return "the file" if count == 1 else f"the {count} files"
 
 
 def _file_lines(file: FileOverlap) -> list[str]:

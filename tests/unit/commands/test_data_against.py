@@ -56,8 +56,12 @@ def test_against_drop_and_kept(call: Run, pairs_file: Path, tmp_path: Path, caps
     assert "contamination.json exists" in told
 
 
-def test_without_the_review(call: Run, pairs_file: Path, tmp_path: Path) -> None:
-    assert call("--against", str(pairs_file), "--no_review", "--output", str(tmp_path / "out")) == 0
+def test_without_the_review(call: Run, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--against", str(pairs_file), "--no_review", "--output", str(tmp_path / "out")]
+    assert call(*options, "--kept", str(tmp_path / "kept")) == 0
+    printed = capsys.readouterr()
+    assert "120 of 120 training rows (100.0%) match rows of the file" in printed.out
+    assert f"kept: no row is left, and nothing was written to {tmp_path / 'kept'}" in printed.err
     figures = json.loads((tmp_path / "out" / "contamination.json").read_text())
     assert figures["train_rows_matched"] == figures["train_rows"] == 120 and figures["share"] == 1
 
