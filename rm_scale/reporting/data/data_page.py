@@ -10,9 +10,11 @@ from rm_scale.reporting.chart_parts import Axis
 from rm_scale.reporting.charts import Series, histogram, lines
 from rm_scale.reporting.data.data_summary import share_text
 from rm_scale.reporting.page import Mark, Page, number
+from rm_scale.texts import some_names
 
 Part = Mapping[str, Any]
 _MOST_ROWS = 200
+_MOST_NAMES = 3
 
 
 def build_page(document: Part) -> Page:
@@ -22,7 +24,7 @@ def build_page(document: Part) -> Page:
         document: as `rm_scale.data_review.review.review_data` returns it.
     """
     names = [source["name"] for source in document["report"]["sources"] if source["split"] == "train"]
-    page = Page(f"Data: {', '.join(names)}")
+    page = Page(f"Data: {some_names(names, _MOST_NAMES)}")
     _headline(page, document)
     _findings(page, document["findings"])
     _lengths(page, document["lengths"])

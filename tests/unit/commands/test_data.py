@@ -45,6 +45,7 @@ def test_page_json_and_terminal(
     assert sorted(first["examples"][0]["rows"]) == [3, 120] and document["num_groups"] == 121
     assert document["lengths"]["longest_sequence"]["max"] == document["report"]["train"]["longest_sequence"]
     page = (tmp_path / "out" / "data_review.html").read_text()
+    assert "<title>Data: /" in page
     assert "Contradicting pairs" in page and "--label_smoothing_factor 0.01" in page and "<svg" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
     assert list((tmp_path / "cache").glob("review-*")) == [], "temporary rows are gone"
