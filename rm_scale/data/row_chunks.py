@@ -20,7 +20,7 @@ from rm_scale.errors import DataError
 
 MOST_CHUNKS = 2_000
 """Of one source, about: each is a folder of a few files. Those of larger sources are larger."""
-_CHUNK_BYTES = (2 << 20, 64 << 20)
+_CHUNK_BYTES = (1 << 20, 64 << 20)
 _CHUNK_ROWS = (2_000, 50_000)
 _BATCH_ROWS = 512
 _BATCH_BYTES = 4 << 20
