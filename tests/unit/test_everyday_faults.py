@@ -597,10 +597,10 @@ def test_small_files_are_read_as_strictly(refused: Told, tmp_path: Path, texts: 
 def test_a_broken_data_file_is_not_the_caches_fault(
     refused: Told, tmp_path: Path, tiny_model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(path: Path) -> Iterator[text_files.RawRow]:
+    def forbidden(path: Path, *part: int) -> Iterator[text_files.RawRow]:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("rm_scale.data.sources.jsonl_rows", forbidden)
+    monkeypatch.setattr("rm_scale.data.row_chunks.jsonl_rows", forbidden)
     words = ["--model_name_or_path", tiny_model, "--dataset_path", texts, "--dataset_cache_dir", tmp_path / "cache"]
     said = refused("data", *words)
     assert "may not read or write it" in said and "dataset_cache_dir" not in said
