@@ -38,6 +38,12 @@ def read(source: Source, tmp_path: Path) -> list[tuple[int, Any]]:
     return raw.decode(raw.dataset[:], range(len(raw.dataset)))
 
 
+def new_folder(path: Path) -> Path:
+    """Another file's work folder: what was read into one before is taken from it again."""
+    path.mkdir()
+    return path
+
+
 def read_path(path: Path | str, tmp_path: Path, split: str = "train") -> list[tuple[int, Any]]:
     return [row for source in local_sources([str(path)], split) for row in read(source, tmp_path)]
 
@@ -110,11 +116,11 @@ def test_json_lists_larger_than_the_window(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(text_files, "_READ_CHARACTERS", 7)
     path = tmp_path / "rows.json"
     values = [{"text": "x" * 50, "list": [1, 2]}, 12345678901234, "ü]}", {}, 1]
-    for indent in (None, 2):
+    for number, indent in enumerate((None, 2)):
         path.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
-        assert [row for _, row in read_path(path, tmp_path)] == values
+        assert [row for _, row in read_path(path, new_folder(tmp_path / f"{number}"))] == values
     path.write_bytes(b'[{"a": "\xff"}, {"a": "b"}]')
-    (_, bad), (_, good) = read_path(path, tmp_path)
+    (_, bad), (_, good) = read_path(path, new_folder(tmp_path / "bad"))
     assert (bad.reason, good) == ("bad_unicode", {"a": "b"})
 
 
@@ -301,10 +307,10 @@ def test_sample_needs_a_readable_row(tmp_path: Path, jsonl: Jsonl) -> None:
     with pytest.raises(
         DataError, match=r"none of the first 2 rows is a readable object; the first is bad_json.*Fix: check"
     ):
-        source.load(tmp_path).sample()
+        source.load(new_folder(tmp_path / "text")).sample()
     (source,) = local_sources([jsonl(tmp_path / "rows.jsonl", [[1]])])
     with pytest.raises(DataError, match=r"the first is a value that is no object: \[1\]"):
-        source.load(tmp_path).sample()
+        source.load(new_folder(tmp_path / "list")).sample()
 
 
 def test_identity_follows_the_file(tmp_path: Path, jsonl: Jsonl) -> None:
