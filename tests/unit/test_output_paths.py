@@ -355,7 +355,9 @@ def test_a_damaged_cache_entry_keeps_what_is_not_ours(tmp_path: Path) -> None:
     from rm_scale.data.cache import _require_own
 
     folder = tmp_path / "encoded-0"
-    (folder / "used").mkdir(parents=True)
+    for part in ("raw", "locks", "chunk-00000"):
+        (folder / part).mkdir(parents=True)
+    (folder / "rejected.jsonl").touch()
     _require_own(folder)
     (folder / "notes").write_text("mine")
     with pytest.raises(DataError, match=r"notes in it is not ours; nothing is removed"):
