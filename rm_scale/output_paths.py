@@ -136,7 +136,8 @@ _TOKENIZER_FILE = r"tokenizer\.model|vocab\.json|vocab\.txt|merges\.txt|added_to
 _MODEL_OF_OURS = re.compile(rf"{_MODEL_FILE}|{_WRITTEN_TOO.pattern}|{_TOKENIZER_FILE}")
 _RECORD = (
     r"run_config\.yaml|(plan|environment|data_report|timing|plan_check|evaluation)\.json|report\.html|"
-    r"(rejected_rows|metrics|warnings|steps|attempts|lives|evaluation_scores|nonfinite)\.jsonl"
+    r"(rejected_rows|metrics|warnings|steps|attempts|lives|evaluation_scores|nonfinite)\.jsonl|"
+    r"stream(-[A-Za-z0-9_-]+)?\.jsonl"
 )
 _HANG_REPORT = r"hang-(attempt|life)\d+/(rank-\d+\.(json|txt)|\.rank-\d+\.json\.[0-9a-f]{8}\.writing)"
 RUN_RECORDS = re.compile(rf"{_RECORD}|\.({_RECORD})\.[0-9a-f]{{8}}\.writing|{_HANG_REPORT}|(.*/)?\.nfs[0-9a-f]+")

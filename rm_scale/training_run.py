@@ -497,6 +497,16 @@ def _contract(
 
 def train(trainer: RewardTrainer, attempt: Attempt) -> int:
     """Train from the start or from a checkpoint; return the exit code: 0, or 85 when it is to be started again."""
+    try:
+        return _train(trainer, attempt)
+    finally:
+        if trainer.stream is not None:
+            trainer.stream.stream.close()
+            for line in trainer.stream.stream.summary():
+                logger.info(line)
+
+
+def _train(trainer: RewardTrainer, attempt: Attempt) -> int:
     resume = attempt.resume
     if resume is not None:
         with agreed_errors():

@@ -106,9 +106,14 @@ class StepStream:
         step, place = divmod(number, self.groups_per_step)
         return self.step(step)[place]
 
-    def num_rejected(self) -> int:
-        """Return the rows that have been refused so far."""
-        return sum(part.rejected().total() for part in self.parts)
+    def summary(self) -> list[str]:
+        """Return a line per stream: the rows read so far, and why some of them could not be used."""
+        return [part.summary() for part in self.parts]
+
+    def close(self) -> None:
+        """End what encodes ahead."""
+        for part in self.parts:
+            part.close()
 
 
 class StreamSteps(Dataset[list[list[dict[str, Any]]]]):

@@ -9,7 +9,10 @@ from pathlib import Path
 from rm_scale.commands import data_against
 from rm_scale.errors import ConfigError
 from rm_scale.files import write_problem
+from rm_scale.logs import get_logger
 from rm_scale.texts import printable
+
+logger = get_logger(__name__)
 
 HELP = "read, check and encode preference files as a run would, and report"
 DESCRIPTION = (
@@ -49,20 +52,24 @@ def run(options: argparse.Namespace, settings: list[str]) -> int:
     from rm_scale.data.preparation import prepare_data
     from rm_scale.training_run import load_text_encoder
 
-    _, encoder = load_text_encoder(parsed.config)
-    data = prepare_data(parsed.config, encoder)
-    overlap = data_against.run(options, parsed.config)
+    config = parsed.config
+    if config.streaming and (options.against or not options.no_review):
+        logger.info("streaming: all rows are read and encoded to be examined; --no_review looks at the first ones")
+        config = config.model_copy(update={"streaming": False})
+    _, encoder = load_text_encoder(config)
+    data = prepare_data(config, encoder)
+    overlap = data_against.run(options, config)
     if not options.no_review:
         from rm_scale.data_review.review import review_data
         from rm_scale.reporting.data.data_files import write_review
         from rm_scale.reporting.data.data_summary import text_summary
 
-        document = review_data(parsed.config, encoder, data.report)
+        document = review_data(config, encoder, data.report)
         data_against.add_to_review(document, overlap)
         print(printable(text_summary(document)))
         if options.output:
             write_review(document, Path(options.output))
-    raise_if_too_many(data.report, parsed.config.max_rejected_share, data.rejected.files())
+    raise_if_too_many(data.report, config.max_rejected_share, data.rejected.files())
     return 0
 
 

@@ -2,7 +2,7 @@
 
 A source is encoded in chunks, each published when it is complete, so that a killed run goes on where it was and several
 processes share the work (`rm_scale.data.shared_work`). An entry counts from the moment its `meta.json` is there. It is
-found by a hash of everything that decides its content (`cache_key`).
+found by a hash of everything that decides its content (`encoding_hash`).
 """
 
 from __future__ import annotations
@@ -109,14 +109,13 @@ class EncodedSource:
     arrays: GroupArrays
 
 
-def cache_key(source: Source, config: RunConfig, encoder: TextEncoder) -> str:
-    """Return the hash of everything that decides the encoded rows of a source."""
+def encoding_hash(sources: Sequence[Source], encoder: TextEncoder) -> str:
+    """Return the hash of everything that decides the encoded rows of sources."""
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets")}
     facts = {
         "code": CODE_VERSION,
         "versions": versions,
-        "source": source.identity,
-        "reading": asdict(source.reading),
+        "sources": [(source.identity, asdict(source.reading)) for source in sources],
         "presets": preset_entries(),  # one may be used unasked, by the columns
         "encoder": encoder.describe(),
     }
@@ -137,7 +136,7 @@ def load_or_encode(source: Source, split: str, config: RunConfig, encoder: TextE
         ModelError: conversations without a chat template.
     """
     root = Path(config.dataset_cache_dir or DEFAULT_CACHE_DIR).expanduser()
-    key = cache_key(source, config, encoder)
+    key = encoding_hash([source], encoder)
     folder = root / f"encoded-{key}"
     try:
         root.mkdir(parents=True, exist_ok=True)

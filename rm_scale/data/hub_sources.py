@@ -101,7 +101,7 @@ def hub_source(asked: HubSplit, streamed: bool = False) -> Source:
         return Source(
             asked.label,
             identity,
-            lambda _: RawRows(require_rows(list(dataset), asked.label), is_json=False),
+            _refuse_copy,
             commit=commit,
             stream=lambda start: hub_rows(dataset, asked.label, start),
         )
@@ -112,6 +112,10 @@ def hub_source(asked: HubSplit, streamed: bool = False) -> Source:
         lambda _: RawRows(require_rows(dataset, asked.label), is_json=False),
         commit=commit,
     )
+
+
+def _refuse_copy(work: Path) -> RawRows:
+    raise AssertionError(f"a streamed source is read by Source.stream, not copied to {work}")
 
 
 def _files_below(folder: Path) -> list[list[Any]]:

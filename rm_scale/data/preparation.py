@@ -174,7 +174,7 @@ def prepare_evaluation(config: RunConfig, encoder: TextEncoder, only: IntArray |
         found = local_sources(config.eval_dataset_path, config.dataset_test_split or "test")
         sources = [replace(source, reading=reading) for source in found]
     else:
-        train, evaluation = find_sources(config)
+        train, evaluation = find_sources(config.model_copy(update={"streaming": False}))
         sources = evaluation or train
     parts = [load_or_encode(source, "eval", config, encoder) for source in sources]
     data = _joined(config, "eval_datasets", sources, parts)

@@ -37,7 +37,12 @@ def rows_that_pass(rows: Sequence[Row], filters: Sequence[ColumnFilter], name: s
                 f"{name}: filters: {rule.column}: none of the first {len(rows)} rows has such a column. Fix: "
                 + did_you_mean(rule.column, columns, f"one of {', '.join(columns[:20])}.")
             )
-    return [row for row in rows if all(rule.passes(_value(row, rule.column)) for rule in filters)] or list(rows)
+    return [row for row in rows if passes_all(row, filters)] or list(rows)
+
+
+def passes_all(row: Row, filters: Sequence[ColumnFilter]) -> bool:
+    """Tell whether filters let a row through."""
+    return all(rule.passes(_value(row, rule.column)) for rule in filters)
 
 
 def _value(row: Row, column: str) -> object:

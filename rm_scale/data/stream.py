@@ -8,9 +8,10 @@ where it stopped and reads nothing before it again.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -59,7 +60,7 @@ class BlockRecord:
         rows: rows read.
         used: groups that they became.
         rejected: rows refused, per reason.
-        ends_pass: the last block before the stream begins again.
+        following: source and row at which the next block begins; `None` where the stream begins again.
     """
 
     number: int
@@ -68,7 +69,12 @@ class BlockRecord:
     rows: int
     used: int
     rejected: dict[str, int]
-    ends_pass: bool
+    following: tuple[int, int] | None
+
+    @property
+    def ends_pass(self) -> bool:
+        """Whether the stream begins again after this block."""
+        return self.following is None
 
 
 class GroupStream:
@@ -108,13 +114,14 @@ class GroupStream:
         self._fits = fits
         self.max_rejected_share = max_rejected_share
         self._record_path = record_path if writes else None
-        self.blocks = _read_record(record_path, identity) if record_path is not None else []
+        self.blocks = _read_record(record_path, identity, writes) if record_path is not None else []
         self._identity = identity
         self._rows: Iterator[tuple[int, int, Any]] | None = None
         self._rows_at: tuple[int, int] | None = None
         self._following: tuple[int, int, Any] | None = None
         self._held: dict[int, pa.Table] = {}
         self._ahead: tuple[int, Future[pa.Table]] | None = None
+        self._is_closed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="stream")  # one: it alone reads and notes blocks
 
     # --- What others read ----------------------------------------------------------------------------------------
@@ -138,9 +145,19 @@ class GroupStream:
         """Return the rows refused so far, per reason."""
         return sum((Counter(block.rejected) for block in self.blocks), Counter())
 
+    def summary(self) -> str:
+        """Return the rows read so far and what became of them, in a line."""
+        rejected = self.rejected()
+        rows, used = (sum(getattr(block, name) for block in self.blocks) for name in ("rows", "used"))
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common())
+        reasons = f" ({counts})" if counts else ""
+        names = ", ".join(source.name for source in self.sources[:3]) + (", ..." if len(self.sources) > 3 else "")
+        return f"stream of {names}: {rows:,} rows read, {used:,} used, {rejected.total():,} left out{reasons}"
+
     def close(self) -> None:
-        """End the thread that encodes ahead."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        """End the thread that encodes ahead, after the rows that it is at."""
+        self._is_closed = True
+        self._worker.shutdown(wait=True, cancel_futures=True)
 
     # --- Blocks --------------------------------------------------------------------------------------------------
 
@@ -173,7 +190,11 @@ class GroupStream:
         return self._worker.submit(self._encode, number).result()
 
     def _encode(self, number: int) -> pa.Table:
-        """Read, encode and shuffle a block; what it held is recorded the first time."""
+        """Read, encode and shuffle a block; what it held is recorded the first time.
+
+        Raises:
+            DataError: it holds other rows than when it was recorded, or too many rows have been refused.
+        """
         start = self._start_of(number)
         raw, following = self._read(start)
         if not raw:
@@ -183,8 +204,14 @@ class GroupStream:
             order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(used))
             used = used.take(order)
         if number == len(self.blocks):
-            self._note(BlockRecord(number, *start, len(raw), len(used), dict(rejected), following is None))
+            self._note(BlockRecord(number, *start, len(raw), len(used), dict(rejected), following))
             self._judge_losses()
+        elif len(used) != self.blocks[number].used:
+            raise DataError(
+                f"block {number} of the stream holds {len(used):,} usable rows, and held {self.blocks[number].used:,} "
+                "when it was read first: the order of the groups can't be followed. Fix: begin a new run (another "
+                "--output_dir)."
+            )
         return used
 
     def _note(self, block: BlockRecord) -> None:
@@ -205,22 +232,27 @@ class GroupStream:
         rejected = self.rejected()
         rows = sum(block.rows for block in self.blocks) - rejected.pop(FILTERED, 0)
         lost = rejected.total()
-        if lost > self.max_rejected_share * rows or lost == rows:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common())
-            raise DataError(
-                f"{lost:,} of the first {rows:,} rows of the stream can't be used ({reasons}); at most "
-                f"{self.max_rejected_share:.1%} may be lost. Fix: rm-scale data with max_train_samples names the first "
-                "of them; or --max_rejected_share with a larger share."
-            )
+        if self.blocks[-1].ends_pass and not any(block.used for block in self.blocks):
+            raise DataError(f"the stream ends without a usable row. {self._losses(rejected, rows)}")
+        if lost > self.max_rejected_share * rows:
+            raise DataError(self._losses(rejected, rows))
+
+    def _losses(self, rejected: Counter[str], rows: int) -> str:
+        filtered = sum(block.rejected.get(FILTERED, 0) for block in self.blocks)
+        left_out = f", {filtered:,} more are left out by filters" if filtered else ""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common()) or "none"
+        return (
+            f"{rejected.total():,} of the first {rows:,} rows of the stream can't be used (by reason: {reasons}"
+            f"{left_out}); at most {self.max_rejected_share:.1%} may be lost. Fix: rm-scale data with "
+            "--streaming false names these rows; or --max_rejected_share with a larger share."
+        )
 
     def _start_of(self, number: int) -> tuple[int, int]:
-        """Return source and row at which a block begins."""
+        """Return source and row at which a block begins, which is recorded or follows the last one that is."""
         if number < len(self.blocks):
             return self.blocks[number].source, self.blocks[number].row
-        if number == 0 or self.blocks[number - 1].ends_pass:
-            return 0, 0
-        assert self._rows_at is not None and number == len(self.blocks)
-        return self._rows_at
+        assert number == len(self.blocks), "blocks are read one after the other"
+        return (self.blocks[-1].following if self.blocks else None) or (0, 0)
 
     def _read(self, start: tuple[int, int]) -> tuple[list[tuple[int, int, Any]], tuple[int, int] | None]:
         """Return the rows of the block that begins at `start`, and where the next one begins: `None` at the end."""
@@ -248,6 +280,8 @@ class GroupStream:
         for source, rows in groupby(raw, key=lambda row: row[0]):
             pairs = [(index, value) for _, index, value in rows]
             for first in range(0, len(pairs), _ENCODED_AT_ONCE):
+                if self._is_closed:
+                    raise CancelledError
                 part = pairs[first : first + _ENCODED_AT_ONCE]
                 encoded = encode_batch(part, self.sources[source].reader, self.encoder, schema)
                 batches.append(encoded.used)
@@ -260,25 +294,41 @@ class GroupStream:
         return table.filter(pa.array(fits)), +rejected
 
 
-def _read_record(path: Path, identity: Any) -> list[BlockRecord]:
+def _read_record(path: Path, identity: Any, writes: bool) -> list[BlockRecord]:
     """Return the blocks that an earlier attempt has recorded; a last line that was cut short does not count.
+
+    Args:
+        path: the record.
+        identity: what it must be of.
+        writes: cut such a line off, so that what is written next does not stand behind it.
 
     Raises:
         DataError: they are of other sources or settings.
     """
     if not path.exists():
         return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines, whole = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             lines.append(json.loads(line))
         except ValueError:
             break
-    if not lines:
-        return []
-    if lines[0].get("identity") != json.loads(json.dumps(identity)):
+        if not line.endswith(b"\n"):
+            lines.pop()
+            break
+        whole += len(line)
+    if lines and lines[0].get("identity") != json.loads(json.dumps(identity)):
         raise DataError(
             f"{path}: is of other files or settings than those of this run, so its order can't be followed. Fix: give "
             "the files and settings that the run began with, or begin a new run (another --output_dir)."
         )
-    return [BlockRecord(**line) for line in lines[1:]]
+    if writes and whole < path.stat().st_size:
+        os.truncate(path, whole)
+    blocks = [_block_record(line) for line in lines[1:]]
+    assert [block.number for block in blocks] == list(range(len(blocks))), path
+    return blocks
+
+
+def _block_record(line: dict[str, Any]) -> BlockRecord:
+    following = line["following"]
+    return BlockRecord(**{**line, "following": tuple(following) if following is not None else None})

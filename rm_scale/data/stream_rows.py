@@ -93,12 +93,15 @@ def hub_rows(dataset: Any, name: str, start: int) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: it can't be read further; the text says at which row.
     """
+    import httpx
+    from datasets.exceptions import DatasetsError
+
     last = start - 1
     try:
         for row, value in zip(itertools.count(start), dataset.skip(start), strict=False):
             last = row
             yield row, value
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, DatasetsError, httpx.HTTPError) as error:
         raise DataError(
             f"{name}: the stream ends early, at row {last + 1:,}: {first_line(error)}. Fix: check the network, and "
             "start the run again: it goes on where it was."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rm_scale.config import RunConfig
 from rm_scale.config_sources import sources_in
-from rm_scale.data.cache import CODE_VERSION, EncodedSource, warn_about_template
+from rm_scale.data.cache import EncodedSource, encoding_hash, warn_about_template
 from rm_scale.data.chunk_files import GroupArrays, counts_of
 from rm_scale.data.data_report import SourceReport
 from rm_scale.data.encoded_rows import encode_batch, row_features
 from rm_scale.data.encoding import TextEncoder
 from rm_scale.data.rejected_rows import FILTERED
+from rm_scale.data.row_filters import passes_all
 from rm_scale.data.row_readers import choose_reader, is_read_by_rows
 from rm_scale.data.sources import Source, columns_of, readable_rows, without_rows
 from rm_scale.data.stream import StreamSource
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 256
 """Rows of each source that are read to see what it is, and encoded for statistics, samples and checks."""
+
+_MOST_FIRST_ROWS = 100_000
+"""Rows that are looked through for some that a source's filters let pass."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,11 @@ def open_streams(config: RunConfig, sources: Sequence[Source], encoder: TextEnco
     """
     opened = [_open(source, encoder) for source in sources]
     names = [entry.name for entry in sources_in(config, "datasets")] or [""]
-    settings = encoder.describe()
     parts = []
     for name in names:
         own = [(source, stream) for source, (stream, _) in zip(sources, opened, strict=True) if source.member == name]
-        facts = [CODE_VERSION, settings, *((source.identity, repr(source.reading)) for source, _ in own)]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-        parts.append(StreamedPart(name, tuple(stream for _, stream in own), digest[:32]))
+        identity = encoding_hash([source for source, _ in own], encoder)
+        parts.append(StreamedPart(name, tuple(stream for _, stream in own), identity))
     return StreamedSources(tuple(parts), tuple(preview for _, preview in opened))
 
 
@@ -96,13 +96,7 @@ class _FirstRows:
 
 def _open(source: Source, encoder: TextEncoder) -> tuple[StreamSource, EncodedSource]:
     assert source.stream is not None, source.name
-    first = list(islice(source.stream(0), FIRST_ROWS))
-    if not first:
-        raise without_rows(source.name)
-    try:
-        sample = readable_rows([value for _, value in first])
-    except DataError as error:
-        raise DataError(f"{source.name}: {error}") from error
+    first, sample = _first_rows(source)
     if not is_read_by_rows(source, columns_of(sample)):
         raise DataError(
             f"{source.name}: its map puts rows together, for which all of them must be read first, and streaming reads "
@@ -112,6 +106,29 @@ def _open(source: Source, encoder: TextEncoder) -> tuple[StreamSource, EncodedSo
     warn_about_template(sample, reader, encoder)
     preview = _preview(source.name, first, reader, encoder, verdict.name, verdict.why, verdict.ignored_columns)
     return StreamSource(source.name, reader, source.stream), preview
+
+
+def _first_rows(source: Source) -> tuple[list[tuple[int, Any]], list[dict[str, Any]]]:
+    """Return the first rows, up to some that the source's filters let pass, and those of them that are readable.
+
+    Raises:
+        DataError: it has no rows, or none that is readable.
+    """
+    assert source.stream is not None
+    rows = source.stream(0)
+    first: list[tuple[int, Any]] = []
+    while more := list(islice(rows, FIRST_ROWS)):
+        first += more
+        try:
+            sample = readable_rows([value for _, value in first])
+        except DataError as error:
+            raise DataError(f"{source.name}: {error}") from error
+        filters = source.reading.filters
+        if any(passes_all(row, filters) for row in sample) or len(first) >= _MOST_FIRST_ROWS:
+            return first, sample
+    if not first:
+        raise without_rows(source.name)
+    return first, sample
 
 
 def _preview(

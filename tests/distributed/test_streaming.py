@@ -57,5 +57,5 @@ def test_shares_hold_in_each_step_and_refused_rows_are_on_record(folders: dict[s
             assert (line["source/large/groups"], line["source/small/groups"]) == (7, 3)
     first, *rest = read_lines(folders["whole"] / "run" / "stream-small.jsonl")
     assert set(first) == {"identity"}
-    assert rest[0]["rejected"] == {"missing_key": 1} and rest[0]["ends_pass"]
+    assert rest[0]["rejected"] == {"missing_key": 1} and rest[0]["following"] is None
     assert len(rest) >= 2, "the small source was read again"

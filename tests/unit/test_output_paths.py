@@ -17,6 +17,7 @@ from rm_scale.inference.scoring.batch_scoring import ScoringJob, forget_parts, o
 from rm_scale.launch import auto_batch
 from rm_scale.output_paths import (
     PAGE_MARK,
+    RUN_RECORDS,
     file_problem,
     folder_problem,
     foreign_files,
@@ -286,6 +287,12 @@ def test_some_manifest_is_no_sign_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").rmdir()
     sealed(tmp_path / "checkpoint-5", 5)
     assert run_output_problem(tmp_path, False, False, []) is None
+
+
+def test_the_record_of_a_stream_belongs_to_its_run() -> None:
+    for name in ("stream.jsonl", "stream-general_1.jsonl"):
+        assert RUN_RECORDS.fullmatch(name)
+    assert not RUN_RECORDS.fullmatch("streams.jsonl")
 
 
 def test_a_run_is_removed_as_far_as_it_is_ours(run_folder: Path) -> None:

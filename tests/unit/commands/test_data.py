@@ -51,6 +51,16 @@ def test_page_json_and_terminal(
     assert list((tmp_path / "cache").glob("review-*")) == [], "temporary rows are gone"
 
 
+def test_a_streamed_run_s_data_is_examined_whole(
+    call: Callable[..., int], pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    streaming = ["--streaming", "--max_steps", "3", "--max_length", "2048"]
+    assert call(pairs_file, *streaming, "--output", str(tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "data_review.json").read_text())["num_groups"] == 120
+    assert call(pairs_file, *streaming, "--no_review") == 0
+    assert "these are the first training rows" in capsys.readouterr().err
+
+
 def test_results_are_not_written_over(
     call: Callable[..., int], pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

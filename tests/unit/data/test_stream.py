@@ -76,18 +76,49 @@ def test_a_resumed_run_reads_nothing_before_its_block(text_encoder: TextEncoder,
     assert ids(third.groups(60, 10)) == before[60:]
 
 
+def test_a_run_killed_between_two_blocks_goes_on_at_the_next(text_encoder: TextEncoder, tmp_path: Path) -> None:
+    """The record ends with the very group that the checkpoint ends with; then it is cut short, twice."""
+    record = tmp_path / "stream.jsonl"
+    first = stream(text_encoder, source("a", 40), record_path=record, identity=1)
+    whole = ids(first.groups(0, 40))
+    first.close()
+    lines = record.read_bytes().splitlines(keepends=True)
+    for kept in (3, 2):
+        record.write_bytes(b"".join(lines[: kept + 1]) + b'{"number": 9')
+        for _ in range(2):
+            again = stream(text_encoder, source("a", 40), record_path=record, identity=1)
+            assert ids(again.groups(8 * kept, 8)) == whole[8 * kept : 8 * kept + 8]
+            again.close()
+    written = [json.loads(line) for line in record.read_text().splitlines()[1:]]
+    assert [line["number"] for line in written] == list(range(len(written)))
+
+
+def test_other_rows_than_those_on_record_end_the_run(text_encoder: TextEncoder, tmp_path: Path) -> None:
+    record = tmp_path / "stream.jsonl"
+    stream(text_encoder, source("a", 40), record_path=record, identity=1).groups(0, 40)
+    changed = stream(text_encoder, source("a", 40, bad=(12,)), record_path=record, identity=1)
+    with pytest.raises(DataError, match="block 1 of the stream holds 7 usable rows, and held 8"):
+        changed.groups(8, 8)
+
+
+def test_a_whole_block_without_a_usable_row(text_encoder: TextEncoder) -> None:
+    found = stream(text_encoder, source("a", 20, bad=tuple(range(8))))
+    assert sorted(ids(found.groups(0, 12))) == sorted(f"a{n}" for n in range(8, 20))
+    assert "20 rows read, 12 used, 8 left out (missing_key 8)" in found.summary()
+    with pytest.raises(DataError, match=r"ends without a usable row\. 9 of the first 9 rows"):
+        stream(text_encoder, source("a", 9, bad=tuple(range(9)))).groups(0, 1)
+
+
 def test_refused_rows_are_counted(text_encoder: TextEncoder) -> None:
     found = stream(text_encoder, source("a", 16, bad=(1, 9)))
     found.groups(0, 14)
     assert found.rejected() == {"missing_key": 2} and sum(block.used for block in found.blocks[:2]) == 14
 
 
-@pytest.mark.parametrize("share", [0.1, 1.0])
-def test_too_many_refused_rows_end_it(text_encoder: TextEncoder, share: float) -> None:
-    bad = tuple(range(8)) if share == 1.0 else (0,)
-    text = f"{len(bad)} of the first 8 rows of the stream can't be used .missing_key {len(bad)}"
+def test_too_many_refused_rows_end_it(text_encoder: TextEncoder) -> None:
+    text = r"1 of the first 8 rows of the stream can't be used \(by reason: missing_key 1\); at most 10.0%"
     with pytest.raises(DataError, match=text):
-        stream(text_encoder, source("a", 8, bad=bad), max_rejected_share=share).groups(0, 1)
+        stream(text_encoder, source("a", 8, bad=(0,)), max_rejected_share=0.1).groups(0, 1)
 
 
 def test_no_rows_at_all(text_encoder: TextEncoder) -> None:
