@@ -34,6 +34,8 @@ PLACE_FORMS = {
 }
 """The forms of a place that are more than a path: the key that tells each, and all its keys."""
 SIDES = ("first", "second", "tie", "drop")
+TO_FILL_IN = "VALUE"
+"""What a suggested map has in place of a label whose meaning only the user knows."""
 BETTER_FORMS = {
     "path": frozenset({"path", *SIDES}),
     "signed": frozenset({"signed", "negative", "zero", "margin"}),
@@ -344,6 +346,8 @@ def _side_problems(at: str, label: Mapping[str, Any]) -> Iterator[tuple[str, str
         for value in values if isinstance(values, list) else [] if values is None else [values]:
             if not isinstance(value, str | int | float):
                 yield f"{at}.{side}={value!r}", "is neither text, number nor true/false. Fix: a list of such values."
+            elif value == TO_FILL_IN:
+                yield f"{at}.{side}={value!r}", f"is still to be filled in. Fix: a list of the values that mean {side}."
             elif label_key(value) in seen:
                 yield f"{at}.{side}={value!r}", f"already means {seen[label_key(value)]}. Fix: one meaning each."
             else:

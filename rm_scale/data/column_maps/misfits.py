@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rm_scale.config_columns import TO_FILL_IN, label_key
 from rm_scale.data.column_maps.presets import fitting_presets
 from rm_scale.data.context_columns import holds_context
 from rm_scale.data.row_values import Row
-from rm_scale.texts import did_you_mean, some_names
+from rm_scale.texts import did_you_mean, one_line, some_names
 
 if TYPE_CHECKING:
     from rm_scale.data.reading import Reading
@@ -19,6 +20,7 @@ _BETTER_NAMES = ("chosen", "preferred", "better", "winner", "win", "good", "acce
 _WORSE_NAMES = ("rejected", "dispreferred", "non_preferred", "worse", "loser", "lose", "bad", "negative", "worst")
 _LABELS = ("label", "labels", "winner", "preference", "preferred", "better", "choice", "answer", "verdict")
 _SCORES = ("score", "rating", "reward")
+_SHOWN_LABELS = 5
 _PROMPT_ORDER = ("prompt", "instruction", "question", "query", "input", "context")
 
 
@@ -74,24 +76,77 @@ def _suggested_map(columns: Sequence[str], sample: Sequence[Row]) -> str:
         lines += [f"  chosen: {_quoted(pair[0])}", f"  rejected: {_quoted(pair[1])}"]
     elif two:
         lines.append(f"  responses: [{_quoted(two[0])}, {_quoted(two[1])}]")
-        lines.append(_order_line(two, columns, sample))
+        lines += _order_lines(two, columns, sample)
     return "\n".join([*lines, "  as_messages: true"])
 
 
-def _order_line(two: tuple[str, str], columns: Sequence[str], sample: Sequence[Row]) -> str:
+def _order_lines(two: tuple[str, str], columns: Sequence[str], sample: Sequence[Row]) -> list[str]:
+    """Return the lines that say which response is better, with what a file does not tell left to be filled in."""
     scores = _two_responses([name for name in columns if _has_number(name, sample) and _is_named(name, _SCORES)])
     if scores:
-        return f"  better: {{higher: [{_quoted(scores[0])}, {_quoted(scores[1])}]}}"
+        return [f"  better: {{higher: [{_quoted(scores[0])}, {_quoted(scores[1])}]}}"]
     label = next((name for name in columns if name not in two and _is_named(name, _LABELS)), None)
-    values = sorted({repr(row[label]) for row in sample if row.get(label) is not None}) if label else []
-    if not 2 <= len(values) <= 5:
-        return f"  better: {{path: {_quoted(label) if label else 'COLUMN'}, first: [VALUE], second: [VALUE]}}"
-    sides = [
-        f"first: [{values[0]}]",
-        f"second: [{values[1]}]",
-        *([f"tie: [{', '.join(values[2:])}]"] * bool(values[2:])),
+    to_fill_in = f"first: [{TO_FILL_IN}], second: [{TO_FILL_IN}]"
+    if label is None:
+        return [f"  better: {{path: COLUMN, {to_fill_in}}}"]
+    seen = {label_key(row[label]): row[label] for row in sample if row.get(label) is not None}
+    values = sorted(seen.values(), key=repr)
+    sides = _named_sides(values, two)
+    if sides:
+        return [f"  better: {{path: {_quoted(label)}, {sides}}}"]
+    shown = some_names((repr(value) for value in values), most=_SHOWN_LABELS)
+    held = f"  # {one_line(label, 80)} holds {shown or 'nothing'} in the first {len(sample)} rows: fill in which"
+    if _are_around_0(values):
+        return [
+            f"{held} response those below 0 favour",
+            f"  better: {{signed: {_quoted(label)}, negative: first|second}}",
+        ]
+    return [
+        f"{held} mean the first response and which the second (tie, drop: docs/data_formats.md)",
+        f"  better: {{path: {_quoted(label)}, {to_fill_in}}}",
     ]
-    return f"  better: {{path: {_quoted(str(label))}, {', '.join(sides)}}}"
+
+
+def _named_sides(values: Sequence[Any], two: tuple[str, str]) -> str:
+    """Return the labels of each side where every one names its side itself and both sides occur; otherwise "".
+
+    Their order says nothing: of 0 and 1, even beside columns numbered 0 and 1, the 1 may say that the first is better.
+    """
+    marks = _marks(two)
+    words = [
+        {name} if marks == ("0", "1") else {name, mark, f"model_{mark}"} for name, mark in zip(two, marks, strict=True)
+    ]
+    keys = [{label_key(word).lower() for word in side} for side in words]
+    named: dict[str, list[str]] = {"first": [], "second": [], "tie": []}
+    for value in values:
+        key = label_key(value).lower()
+        side = "first" if key in keys[0] else "second" if key in keys[1] else "tie" if key == "tie" else None
+        if side is None:
+            return ""
+        named[side].append(repr(value))
+    if not named["first"] or not named["second"]:
+        return ""
+    return ", ".join(f"{side}: [{', '.join(listed)}]" for side, listed in named.items() if listed)
+
+
+def _marks(two: tuple[str, str]) -> tuple[str, str]:
+    """Return the parts in which the names of two responses differ."""
+    before = _num_equal(*two)
+    after = _num_equal(two[0][before:][::-1], two[1][before:][::-1])
+    one, other = (name[before : len(name) - after] for name in two)
+    return one, other
+
+
+def _num_equal(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+
+
+def _are_around_0(values: Sequence[Any]) -> bool:
+    try:
+        return any(number < 0 for number in [float(value) for value in values])
+    except (TypeError, ValueError):
+        return False
 
 
 def _better_and_worse(names: Collection[str]) -> tuple[str, str] | None:

@@ -527,20 +527,94 @@ def test_columns_of_a_set_whose_preset_must_be_named(read: Read) -> None:
         read(rows)
 
 
-def test_columns_of_no_set_give_a_map_to_paste(read: Read) -> None:
-    rows = [{"question": "2 + 2?", "answer_a": "4", "answer_b": "5", "winner": "A"},
-            {"question": "2 + 3?", "answer_a": "4", "answer_b": "5", "winner": "B"}]  # fmt: skip
+def _map_to_paste(read: Read, one: str, other: str, labels: Sequence[Any]) -> tuple[Any, str]:
+    """Return the map that the error suggests for two responses and a column `winner`, and the error."""
+    rows = [
+        {"question": f"{number} + 2?", one: "4", other: "5", "winner": label} for number, label in enumerate(labels)
+    ]
     with pytest.raises(DataError) as error:
         read(rows)
     _, _, pasted = str(error.value).partition("dataset_columns:")
-    columns = yaml.safe_load("dataset_columns:" + pasted)["dataset_columns"]
+    return yaml.safe_load("dataset_columns:" + pasted)["dataset_columns"], str(error.value)
+
+
+def test_columns_of_no_set_give_a_map_to_paste(read: Read) -> None:
+    rows = [{"question": "2 + 2?", "answer_a": "4", "answer_b": "5", "winner": label} for label in ("A", "B")]
+    columns, _ = _map_to_paste(read, "answer_a", "answer_b", ["A", "B"])
     assert columns == {
         "prompt": "question",
         "responses": ["answer_a", "answer_b"],
         "better": {"path": "winner", "first": ["A"], "second": ["B"]},
         "as_messages": True,
     }
+    assert map_problems(columns) == []
     assert [group.ranks for group in read(rows, columns=columns)] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("endings", "labels", "sides"),
+    [
+        ("_1 _2", [2, 1], {"first": [1], "second": [2]}),
+        ("1 2", ["2", "1", "tie"], {"first": ["1"], "second": ["2"], "tie": ["tie"]}),
+        ("_1 _2", [2.0, 1.0], {"first": [1.0], "second": [2.0]}),
+        ("_a _b", ["tie", "model_b", "model_a"], {"first": ["model_a"], "second": ["model_b"], "tie": ["tie"]}),
+        ("_A _B", ["b", "A", "a"], {"first": ["A", "a"], "second": ["b"]}),
+        ("_0 _1", ["answer_1", "answer_0"], {"first": ["answer_0"], "second": ["answer_1"]}),
+        ("_first _second", ["second", "first"], {"first": ["first"], "second": ["second"]}),
+    ],
+)
+def test_a_suggested_map_says_what_labels_mean_that_name_a_side(
+    endings: str, labels: Sequence[Any], sides: dict[str, Any], read: Read
+) -> None:
+    one, other = (f"answer{ending}" for ending in endings.split())
+    columns, _ = _map_to_paste(read, one, other, labels)
+    assert columns["better"] == {"path": "winner", **sides}
+    assert map_problems(columns) == []
+
+
+@pytest.mark.parametrize(
+    ("endings", "labels", "seen"),
+    [
+        ("_a _b", [0, 1], "0, 1"),
+        ("_0 _1", [0, 1], "0, 1"),  # the number of the better one, or whether it is the first
+        ("_1 _2", [0, 1, 2], "0, 1, 2"),
+        ("_1 _2", [1, 1], "1"),
+        ("_1 _2", [True, False], "False, True"),
+        ("_a _b", ["left", "right"], "'left', 'right'"),
+        ("_1 _2", ["1", "2", "-"], "'-', '1', '2'"),
+        ("_a _b", list("abcdefg"), "'a', 'b', 'c', 'd', 'e' and 2 more"),
+    ],
+)
+def test_a_suggested_map_does_not_guess_what_labels_mean(
+    endings: str, labels: Sequence[Any], seen: str, read: Read
+) -> None:
+    one, other = (f"answer{ending}" for ending in endings.split())
+    columns, error = _map_to_paste(read, one, other, labels)
+    assert columns["better"] == {"path": "winner", "first": ["VALUE"], "second": ["VALUE"]}
+    assert f"  # winner holds {seen} in the first {len(labels)} rows: fill in which mean the first" in error
+    assert map_problems(columns) == [
+        f"dataset_columns.better.{side}='VALUE': is still to be filled in. Fix: a list of the values that mean {side}."
+        for side in ("first", "second")
+    ]
+    rows = [{"question": "2 + 2?", one: "4", other: "5", "winner": labels[0]}]
+    with pytest.raises(DataError, match=r"better\.first='VALUE': is still to be filled in"):
+        read(rows, columns=columns)
+
+
+def test_numbers_around_0_may_favour_either_side(read: Read) -> None:
+    columns, error = _map_to_paste(read, "answer_a", "answer_b", [-1, 0, 1])
+    assert columns["better"] == {"signed": "winner", "negative": "first|second"}
+    assert "  # winner holds -1, 0, 1 in the first 3 rows: fill in which response those below 0 favour" in error
+    (problem,) = map_problems(columns)
+    assert problem == "dataset_columns.better.negative='first|second': Fix: first or second."
+    columns["better"]["negative"] = "second"
+    assert map_problems(columns) == []
+
+
+def test_a_suggested_map_without_a_column_for_the_label_names_none(read: Read) -> None:
+    with pytest.raises(DataError) as error:
+        read([{"question": "2 + 2?", "answer_a": "4", "answer_b": "5"}])
+    assert str(error.value).endswith("  better: {path: COLUMN, first: [VALUE], second: [VALUE]}\n  as_messages: true")
 
 
 # --- Real files ------------------------------------------------------------------------------------------------------
