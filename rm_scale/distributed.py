@@ -473,4 +473,9 @@ def agreed_errors() -> Iterator[None]:
         yield
     except UserError as caught:
         error = caught
-    raise_together(error)
+    try:
+        raise_together(error)
+    except RuntimeError:
+        if error is None:
+            raise
+        raise error from None  # a rank that is gone can't agree; it may be the very thing that the error says

@@ -7,6 +7,7 @@ at work beat there meanwhile, so that a rank that is gone is noticed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 from rm_scale.errors import UserError
 from rm_scale.logs import get_logger
+from rm_scale.texts import first_line
 
 logger = get_logger(__name__)
 
@@ -31,14 +33,14 @@ _blocks = itertools.count()
 def left_together(what: str) -> Iterator[None]:
     """Run a block that may take hours on every rank, and leave it when all ranks have come to its end.
 
-    All ranks run the same blocks in the same order. A `UserError` ends the block too: the others are waited for, and it
-    is then raised. Any other exception is raised at once, as the process ends with it.
+    All ranks run the same blocks in the same order. A `UserError` ends the block too: it is logged at once, the others
+    are waited for, and it is then raised. Any other exception is raised at once, as the process ends with it.
 
     Args:
         what: what the block does, as in "encoding the data", for messages.
 
     Raises:
-        UserError: ranks are gone.
+        UserError: ranks are gone, or rank 0 can't be reached.
     """
     number = next(_blocks)
     ranks = _Ranks.meeting(number, what)
@@ -51,6 +53,8 @@ def left_together(what: str) -> Iterator[None]:
             yield
         except UserError as error:
             failure = error
+    if failure is not None:
+        ranks.tell(failure)
     ranks.wait()
     if failure is not None:
         raise failure
@@ -100,12 +104,29 @@ class _Ranks:
             ended.set()
             thread.join()
 
+    def tell(self, error: UserError) -> None:
+        """Log an error of this rank, unless another has logged the same: hours may pass before it can be raised."""
+        text = str(error)
+        try:
+            is_first = self.store.add(f"told/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", 1) == 1
+        except RuntimeError:  # rank 0 is gone, as `wait` will say
+            is_first = True
+        if is_first:
+            logger.error(f"{self.what}: {text} (This rank waits for the others, which may still be at work.)")
+
     def wait(self) -> None:
         """Count this rank as done and wait for all.
 
         Raises:
-            UserError: those that are not done have not beaten for long.
+            UserError: those that are not done have not beaten for long, or the store is gone.
         """
+        try:
+            self._wait()
+        except RuntimeError as error:  # of the store's calls: DistStoreError, DistNetworkError
+            seen = f"rank 0, which the others meet at, can't be reached ({first_line(error)})"
+            raise self._ended_by(seen) from error
+
+    def _wait(self) -> None:
         self.store.set(f"done/{self.rank}", "")
         num_done = self.store.add("done", 1)
         beats, heard = -1, time.monotonic()
@@ -128,7 +149,10 @@ class _Ranks:
     def _gone(self, seconds: float) -> UserError:
         missing = [rank for rank in range(self.size) if not self.store.check([f"done/{rank}"])]
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        return self._ended_by(f"nothing has been heard of rank {named} for {seconds:.0f} s")
+
+    def _ended_by(self, seen: str) -> UserError:
         return UserError(
-            f"{self.what}: nothing has been heard of rank {named} for {seconds:.0f} s. Fix: look for the end of "
-            "its log (killed, out of memory, node lost?) and start again; what is encoded is kept."
+            f"{self.what}: {seen}. Fix: look for the end of its log (killed, out of memory, node lost?) and start "
+            "again; what is encoded is kept."
         )
