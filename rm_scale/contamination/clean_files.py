@@ -51,17 +51,20 @@ class CleanFiles:
             stream = None if drop is None else stack.enter_context(_writing(drop))
             yield cls(stream, kept, stack)
 
-    def add(self, groups: SourceRows, compared: Sequence[ComparedRow]) -> None:
+    def add(self, groups: SourceRows, start: int, compared: Sequence[ComparedRow]) -> None:
         """Write a batch of rows of one source, which follow each other in it.
 
         Rows that are no JSON can't be written as such: they are dropped too, with what is wrong with them.
 
+        Args:
+            groups: the source's rows.
+            start: the place of the first of the batch among them.
+            compared: the batch.
+
         Raises:
             DataError: the source's rows were made of trees of messages, which are not taken apart again.
         """
-        start = compared[0].row
-        stop = compared[-1].row + 1
-        values = groups.values(start, stop)
+        values = groups.values(start, start + len(compared))
         for row, (_, value) in zip(compared, values, strict=True):
             if row.matches or isinstance(value, RejectedRow):
                 self._write_dropped(row, value)

@@ -66,7 +66,7 @@ class ComparedRow:
     """A training row and what it matches.
 
     Attributes:
-        source, row: where it stands.
+        source, row: where it stands; of a JSONL file the number of its line, from 0.
         is_read: whether it can be read.
         matches: every match of one of its texts, the strongest first.
     """
@@ -77,7 +77,7 @@ class ComparedRow:
     matches: tuple[RowMatch, ...] = ()
 
 
-OnRows = Callable[[SourceRows, Sequence[ComparedRow]], None]
+OnRows = Callable[[SourceRows, int, Sequence[ComparedRow]], None]
 
 
 def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: OnRows | None = None) -> Contamination:
@@ -89,7 +89,8 @@ def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: O
     Args:
         train: the training data's sources.
         paths: benchmarks, preference files or files of questions; see `read_benchmark_texts`.
-        on_rows: is handed each batch of training rows, in order, with what they match.
+        on_rows: is handed a source's rows, the place among them at which a batch begins (behind blank lines it is less
+            than the number of its first row), and the batch with what it matches; batches come in order.
 
     Raises:
         DataError: a file can't be read.
@@ -102,11 +103,13 @@ def compare_with_files(train: Sequence[Source], paths: Sequence[str], on_rows: O
     for source in train:
         with tempfile.TemporaryDirectory(prefix="rm_scale_train_") as work:
             groups = SourceRows.open(source, Path(work))
+            start = 0
             for batch in _batches(groups):
                 compared = index.compare(source.name, batch)
                 tally.add(compared)
                 if on_rows is not None:
-                    on_rows(groups, compared)
+                    on_rows(groups, start, compared)
+                start += len(batch)
                 progress.show(len(batch), source.name)
     progress.end()
     return tally.figures()

@@ -206,6 +206,23 @@ def test_dropped_and_kept_rows_are_all_rows(tmp_path: Path) -> None:
     assert again.train_rows_matched == 0
 
 
+def test_rows_behind_blank_lines_are_written_under_their_line(tmp_path: Path) -> None:
+    benchmark, train = pairs(3, seed=8), pairs(40, seed=9)
+    train[25] = benchmark[1]
+    lines = [json.dumps(row) for row in train]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join([*lines[:10], "", *lines[10:30], "", "", *lines[30:]]) + "\n", encoding="utf-8")
+    drop, kept = tmp_path / "dropped.jsonl", tmp_path / "kept"
+    sources = local_sources([str(path)])
+    with CleanFiles.open(drop, kept) as files, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rm_scale.contamination.compare._ROWS_AT_ONCE", 7)
+        compare_with_files(sources, [write(tmp_path / "benchmark.jsonl", benchmark)], files.add)
+    (dropped,) = [json.loads(line) for line in drop.read_text().splitlines()]
+    assert (dropped["row"], dropped["value"]) == (26, train[25])
+    rows = [json.loads(line) for line in (kept / "train.jsonl").read_text().splitlines()]
+    assert rows == [*train[:25], *train[26:]]
+
+
 def test_a_failure_leaves_no_half_file(tmp_path: Path) -> None:
     benchmark = write(tmp_path / "b.jsonl", pairs(2, seed=1))
     with pytest.raises(RuntimeError), CleanFiles.open(tmp_path / "d.jsonl", tmp_path / "kept") as files:
