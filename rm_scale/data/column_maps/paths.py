@@ -30,7 +30,7 @@ def value_at(row: Row, path: str) -> Any:
     """Return the value at a path; `None` where the row holds null there, or lacks it and the path ends in "?".
 
     Raises:
-        RejectedRow: `missing_key`, there is no such place in the row; `wrong_type`, `[*]` stands at no list.
+        RejectedRow: `missing_key`, there is no such place in the row; `wrong_type`, `[*]` or `[0]` stands at no list.
     """
     found = look_up(row, path.removesuffix("?"))
     if found is not ABSENT:
@@ -44,7 +44,7 @@ def look_up(row: Row, path: str) -> Any:
     """Return the value at a path, or `ABSENT`.
 
     Raises:
-        RejectedRow: `wrong_type`, `[*]` stands at no list.
+        RejectedRow: `wrong_type`, `[*]` or `[0]` stands at no list.
     """
     if path in row:  # a column may have dots in its name
         return row[path]
@@ -54,6 +54,8 @@ def look_up(row: Row, path: str) -> Any:
 def _walk(value: Any, steps: tuple[tuple[bool, Step], ...], path: str) -> Any:
     for number, (in_list, step) in enumerate(steps):
         value = _parsed(value)
+        if in_list and value is not None and not isinstance(value, list):
+            raise RejectedRow("wrong_type", f"{path}: [{step}] stands at {kind_name(value)}, not a list")
         if in_list and step == _EACH:
             return _each(value, steps[number + 1 :], path)
         try:
@@ -63,11 +65,9 @@ def _walk(value: Any, steps: tuple[tuple[bool, Step], ...], path: str) -> Any:
     return value
 
 
-def _each(value: Any, rest: tuple[tuple[bool, Step], ...], path: str) -> Any:
+def _each(value: list[Any] | None, rest: tuple[tuple[bool, Step], ...], path: str) -> Any:
     if value is None:
         return None
-    if not isinstance(value, list):
-        raise RejectedRow("wrong_type", f"{path}: [*] stands at {kind_name(value)}, not a list")
     found = [_walk(part, rest, path) for part in value]
     return ABSENT if ABSENT in found else found
 
