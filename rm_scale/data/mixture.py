@@ -5,6 +5,7 @@ Arithmetic on counts and arrays alone. `rm_scale.batching.mixture_sampler` makes
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from rm_scale.errors import DataError
 
 MOST_OF_AN_EPOCH = 10**12
+_HASHED_AT_ONCE = 1 << 20
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -55,9 +57,19 @@ class Mixture:
         return math.ceil(needed / groups_per_step) * groups_per_step
 
     def describe(self) -> str:
-        """Return sources, shares and where they hold in a line, for people and to compare runs by."""
-        parts = [f"{name} {share!r}" for name, share in zip(self.names, self.shares(), strict=True)]
-        return f"{', '.join(parts)}, {'in each step' if self.per_step else 'in each epoch'}"
+        """Return sources, shares, where they hold and which group is of which source, in a line to compare runs by."""
+        parts = [
+            f"{name} {share!r} of {size:,} groups"
+            for name, share, size in zip(self.names, self.shares(), self.sizes().tolist(), strict=True)
+        ]
+        held = "in each step" if self.per_step else "in each epoch"
+        return f"{', '.join(parts)}, {held}, groups by source {self._source_hash()}"
+
+    def _source_hash(self) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, len(self.source), _HASHED_AT_ONCE):
+            digest.update(self.source[start : start + _HASHED_AT_ONCE].astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
 
 def weighted(

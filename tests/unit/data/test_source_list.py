@@ -17,6 +17,7 @@ from rm_scale.batching.mixture_sampler import MixtureSampler
 from rm_scale.config import RunConfig
 from rm_scale.data.data_report import raise_if_too_many, too_many_text, write_data_report
 from rm_scale.data.encoding import TextEncoder
+from rm_scale.data.mixture import Mixture
 from rm_scale.data.preparation import PreparedData, find_sources, prepare_data, prepare_evaluation, prepare_held_out
 from rm_scale.errors import DataError
 from rm_scale.training.checkpoint.manifest import differences
@@ -238,9 +239,31 @@ def test_changed_sources_weights_or_files_are_told_apart_in_a_resumed_run(
     before = facts(1, 3)
     assert differences(before, facts(1, 3)) == differences(before, facts(0.5, 1.5)) == []
     (changed,) = differences(before, facts(1, 3.5))
-    assert changed.startswith("mixture: 'a 0.25, b 0.75, in each step' then, 'a 0.222")
+    assert changed.startswith("mixture: 'a 0.25 of 6 groups, b 0.75 of 6 groups, in each step, groups by source ")
+    assert " then, 'a 0.222" in changed
     assert [line.split(":")[0] for line in differences(before, facts(1, 3, mixture_shares="per_epoch"))] == ["mixture"]
     assert [line.split(":")[0] for line in differences(before, facts(1, 3, 1))] == ["data", "mixture"]
     jsonl(tmp_path / "b.jsonl", [*pairs(5, "b"), pair(5, "b", rejected="something else")])
     assert [line.split(":")[0] for line in differences(before, facts(1, 3))] == ["data"]
     assert differences(before, facts(1, 3), ["data"]) == []
+
+
+def test_files_that_moved_between_sources_are_told_in_a_resumed_run(
+    tmp_path: Path, jsonl: Jsonl, prepare: Callable[..., PreparedData]
+) -> None:
+    """All groups, their order and the weights are the same; only which source the middle file counts for is not."""
+    for folder, middle in (("one", "b"), ("two", "a")):
+        for source, name in (("a", "1"), (middle, "2"), ("b", "3")):
+            (tmp_path / folder / source).mkdir(parents=True, exist_ok=True)
+            jsonl(tmp_path / folder / source / f"{name}.jsonl", pairs(4, name))
+
+    def facts(folder: str) -> dict[str, Any]:
+        data = prepare(*({"path": str(tmp_path / folder / name), "weight": 1} for name in ("a", "b")))
+        assert data.mixture is not None
+        return {"data": data_fingerprint(data), "mixture": data.mixture.describe()}
+
+    (changed,) = differences(facts("one"), facts("two"))
+    assert changed.startswith("mixture: 'a 0.5 of 4 groups, b 0.5 of 8 groups, in each step, groups by source ")
+    assert " then, 'a 0.5 of 8 groups, b 0.5 of 4 groups, in each step, groups by source " in changed
+    same = [Mixture(("a", "b"), np.array(source), (1, 1), None, True) for source in ([0, 1, 1, 0], [0, 1, 0, 1])]
+    assert same[0].describe() != same[1].describe() and same[0].describe()[:40] == same[1].describe()[:40]
