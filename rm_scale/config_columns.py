@@ -231,6 +231,8 @@ def _place_problems(at: str, place: Any) -> Iterator[tuple[str, str]]:
     value = place.get(form) if form else None
     if form == "path":
         yield from _place_problems(f"{at}.path", value if isinstance(value, str) else [value])
+    elif form == "constant":
+        yield from _key_problems(f"{at}.constant", value)
     elif form in ("first_of", "join"):
         yield from _some_places(f"{at}.{form}", value)
         if not isinstance(place.get("with", ""), str):
@@ -299,6 +301,7 @@ def _dialogue_problems(at: str, place: Mapping[str, Any]) -> Iterator[tuple[str,
     for role in [*marks.values(), place.get("first", "user")]:
         if role not in ROLES:
             yield at, f"{role!r} is no role. Fix: one of {', '.join(ROLES)}."
+    yield from _key_problems(f"{at}.marks", marks)
     if "" in marks:
         yield f"{at}.marks", "an empty text marks nothing. Fix: the text before a turn."
 
@@ -399,6 +402,7 @@ def _message_problems(naming: Any) -> Iterator[tuple[str, str]]:
     roles = naming.get("roles", {})
     if not isinstance(roles, Mapping) or any(role not in ROLES for role in roles.values()):
         yield f".messages.roles={roles!r}", f"Fix: a map from the file's names to {', '.join(ROLES)}."
+    yield from _key_problems(".messages.roles", roles)
     yield from _one_of(".messages.blocks", naming.get("blocks", "anthropic"), ("anthropic",))
 
 
@@ -417,3 +421,17 @@ def _tree_problems(tree: Any) -> Iterator[tuple[str, str]]:
     where = tree.get("where", {})
     if not isinstance(where, Mapping) or not all(isinstance(value, str | int | float) for value in where.values()):
         yield f".tree.where={where!r}", "is no map from columns to values. Fix: {role: assistant}."
+    yield from _key_problems(".tree.where", where)
+
+
+def _key_problems(at: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield which keys of mappings at any depth are no text; JSON, which rows are made of, has no others."""
+    for key in _other_keys(value):
+        yield at, f"the key {key!r} is no text. Fix: in quotes, '{key}'."
+
+
+def _other_keys(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from (key for key in value if not isinstance(key, str))
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _other_keys(part)

@@ -67,6 +67,14 @@ BETTER = {"path": "l", "first": [1], "second": [2]}
         ({**PAIR, "tree": {"kind": "i"}}, "dataset_columns.tree={'kind': 'i'}: Fix: a map of id, parent"),
         ({**PAIR, "tree": {"id": "i", "parent": 1}}, "dataset_columns.tree.parent=1: is no name of a column."),
         ({**PAIR, "tree": {"id": "i", "parent": "p", "where": []}}, "dataset_columns.tree.where=[]: is no map"),
+        ({**PAIR, "messages": {"roles": {1: "user", "human": "user"}}},
+         "dataset_columns.messages.roles: the key 1 is no text. Fix: in quotes, '1'."),
+        ({**PAIR, "prompt": {"dialogue": "a", "marks": {2: "user", "B": "assistant"}}},
+         "dataset_columns.prompt.marks: the key 2 is no text. Fix: in quotes, '2'."),
+        ({**PAIR, "tree": {"id": "i", "parent": "p", "where": {True: 1, "a": 2}}},
+         "dataset_columns.tree.where: the key True is no text."),
+        ({**PAIR, "tools": {"constant": [{"a": 1, "b": {3: 2}}]}},
+         "dataset_columns.tools.constant: the key 3 is no text."),
     ],
 )  # fmt: skip
 def test_each_fault_of_a_map_has_its_text(columns: Any, problem: str) -> None:
