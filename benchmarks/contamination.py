@@ -28,6 +28,7 @@ sys.path[:0] = [str(REPOSITORY)]
 from benchmarks.paraphrases import ENGLISH_ONLY, RULES, Rule  # noqa: E402
 from rm_scale.contamination.benchmark_texts import read_benchmark_texts  # noqa: E402
 from rm_scale.contamination.compare import PROMPT_RULES, ComparedRow, compare_with_files  # noqa: E402
+from rm_scale.contamination.source_rows import SourceRows
 from rm_scale.data.sources import local_sources  # noqa: E402
 from rm_scale.files import write_whole  # noqa: E402
 from rm_scale.overlap.normalisation import normalise, tokens  # noqa: E402
@@ -154,7 +155,7 @@ def compared(name: str, train: Path, against: Sequence[Path]) -> dict[str, Any]:
     """Return the training rows that match, by side and kind, and those of which one text holds the other whole."""
     whole: set[int] = set()
 
-    def keep_whole(_: Any, rows: Sequence[ComparedRow]) -> None:
+    def keep_whole(_: SourceRows, __: int, rows: Sequence[ComparedRow]) -> None:
         for row in rows:
             for match in row.matches:
                 texts = sorted((normalise(text) for text in (match.text, match.against_text)), key=len)
