@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rm_scale.config import RunConfig
 from rm_scale.config_columns import map_problems, preset_entries
+from rm_scale.config_sources import sources_in
 from rm_scale.data.column_maps.presets import fitting_presets, presets, recognised_preset
 from rm_scale.data.column_maps.regrouping import Regrouping
 from rm_scale.data.encoded_rows import read_row
@@ -21,7 +23,7 @@ from rm_scale.data.formats import RowReader
 from rm_scale.data.measure_lengths import measure_lengths
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.reading import Reading
-from rm_scale.data.rejected_rows import RejectedRow
+from rm_scale.data.rejected_rows import FILTERED, RejectedRow
 from rm_scale.data.row_readers import choose_reader, open_source
 from rm_scale.data.sources import local_sources
 from rm_scale.data.text_files import parse_row
@@ -420,6 +422,20 @@ def test_strengths_of_helpsteer(read: Read) -> None:
     columns = dict(preset_entries()["helpsteer3"]["columns"])
     columns["better"] = {**columns["better"], "margin": True}
     assert read(ROWS["helpsteer3"], columns=columns)[0].margin == 3.0
+
+
+def test_the_filter_on_the_page_leaves_out_the_validation_rows_of_helpsteer2(
+    tmp_path: Path, jsonl: Callable[[Path, Iterable[Any]], str], make_config: Callable[..., RunConfig]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data_formats.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(datasets:\n.*?preset: helpsteer2_preference\n.*?)```", page, re.S)
+    path = jsonl(tmp_path / "preference.jsonl", ROWS["helpsteer2_preference"])
+    (entry,) = yaml.safe_load(block)["datasets"]
+    (settings,) = sources_in(make_config(datasets=[{**entry, "path": path}]), "datasets")
+    train, validation = groups_of(path, preset=entry["preset"], filters=settings.filters)
+    assert isinstance(train, PreferenceGroup)
+    assert isinstance(validation, RejectedRow) and validation.reason == FILTERED
+    assert "train and validation rows in one file" in presets()["helpsteer2_preference"].about
 
 
 def test_the_rows_of_a_prompt_of_helpsteer2(read: Read) -> None:
