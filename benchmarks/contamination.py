@@ -28,7 +28,7 @@ sys.path[:0] = [str(REPOSITORY)]
 from benchmarks.paraphrases import ENGLISH_ONLY, RULES, Rule  # noqa: E402
 from rm_scale.contamination.benchmark_texts import read_benchmark_texts  # noqa: E402
 from rm_scale.contamination.compare import PROMPT_RULES, ComparedRow, compare_with_files  # noqa: E402
-from rm_scale.contamination.source_rows import SourceRows
+from rm_scale.contamination.source_rows import SourceRows  # noqa: E402
 from rm_scale.data.sources import local_sources  # noqa: E402
 from rm_scale.files import write_whole  # noqa: E402
 from rm_scale.overlap.normalisation import normalise, tokens  # noqa: E402
