@@ -12,18 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rm_scale.data.batch_tokenizer import BatchTokenizer
 from rm_scale.data.common_prefix import common_prefix_length
 from rm_scale.data.encoding_settings import wrong_setting
 from rm_scale.data.length_bound import longest_token, num_solid_characters
 from rm_scale.data.preference_group import PreferenceGroup, Text
 from rm_scale.data.rejected_rows import RejectedRow
 from rm_scale.data.rendering import TextRenderer
-from rm_scale.data.shared_prefix import can_be_cut, place_to_cut, tokens_before
 from rm_scale.data.tokenizer_checks import PROBE_TEXT, check_tokenizer, require_same_tokenizer, tokenizer_facts
 from rm_scale.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 OverlongPolicy = Literal["drop", "truncate_prompt_left", "error"]
 
@@ -76,25 +76,6 @@ class EncodedGroup:
         return sum(len(sequence) for sequence in self.input_ids)
 
 
-_Place = tuple[str, int]
-"""A kind of text in `_Batches`, and its number there."""
-
-
-class _Batches:
-    """Texts that are tokenised together, by kind: plain, of a chat template, or the tail of either."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, list[str]] = {}
-
-    def add(self, kind: str, text: str) -> _Place:
-        texts = self.texts.setdefault(kind, [])
-        texts.append(text)
-        return kind, len(texts) - 1
-
-    def add_whole(self, text: str, is_chat: bool) -> _Place:
-        return self.add("chat" if is_chat else "plain", text)
-
-
 class TextEncoder:
     """Turns prompts and responses into token ids under fixed rules.
 
@@ -117,10 +98,10 @@ class TextEncoder:
         # Asked for in every row, where the tokenizer takes its time to look them up.
         self._bos_id, self._pad_id = tokenizer.bos_token_id, tokenizer.pad_token_id
         bos = self._bos_id
-        self.adds_bos = bos is not None and self._call([PROBE_TEXT], add_special_tokens=True)[0][:1] == [bos]
+        self._tokens = BatchTokenizer(tokenizer, self.rules.add_special_tokens)
+        self.adds_bos = bos is not None and self._tokens.ids([PROBE_TEXT], add_special_tokens=True)[0][:1] == [bos]
         self._reads_conversations = True
         self._longest_token = longest_token(tokenizer)
-        self._cuts = can_be_cut(tokenizer) and self._adds_nothing_behind()
 
     # --- One text --------------------------------------------------------------------------------------------------
 
@@ -137,7 +118,7 @@ class TextEncoder:
             ModelError: a conversation, but there is no chat template.
         """
         text, is_chat = self._render_or_data_error(prompt, response, tools)
-        ids = self._tokenize([text], is_chat)[0]
+        ids = self._tokens.ids_of_kind([text], is_chat)[0]
         if self._has_double_bos(ids):
             raise DataError(_double_bos_text(self.tokenizer.bos_token))
         return ids
@@ -154,8 +135,8 @@ class TextEncoder:
         text, is_chat = self._render_or_data_error(prompt, response, tools)
         bos = self.tokenizer.bos_token
         plain = text.removeprefix(bos) if is_chat and self.adds_bos and isinstance(bos, str) else text
-        expected = self._tokenize([text], is_chat)[0]
-        if self._call([plain], add_special_tokens=True)[0] == expected:
+        expected = self._tokens.ids_of_kind([text], is_chat)[0]
+        if self._tokens.ids([plain], add_special_tokens=True)[0] == expected:
             return plain
         raise ModelError(
             f"{type(self.tokenizer).__name__}: tokenizer(text) can't give the token ids used in training "
@@ -230,7 +211,7 @@ class TextEncoder:
             text, is_chat = self._renderer.complete(text, self._reads_conversations)
         except RejectedRow as rejected:
             return rejected
-        ids = self._tokenize([text], is_chat)[0]
+        ids = self._tokens.ids_of_kind([text], is_chat)[0]
         if len(ids) > self.rules.max_length:
             return RejectedRow("over_long", f"{len(ids)} tokens, max_length is {self.rules.max_length}")
         return self._problem_of(ids) or ids
@@ -303,48 +284,9 @@ class TextEncoder:
             else:
                 rendered[number] = texts
                 results.append([])
-        for number, sequences in zip(rendered, self._tokenize_texts(list(rendered.values())), strict=True):
+        for number, sequences in zip(rendered, self._tokens.ids_of_groups(list(rendered.values())), strict=True):
             results[number] = sequences
         return results
-
-    def _tokenize_texts(self, groups: Sequence[Sequence[tuple[str, bool]]]) -> list[list[list[int]]]:
-        """Return the sequences of each group's texts, given with whether the chat template wrote them.
-
-        The tokenizer is called once for texts of each kind: it is fastest on long lists. Where it is safe, all texts of
-        a group but the first are tokenised from where they begin to differ, or a little before.
-        """
-        batches = _Batches()
-        plans: list[tuple[list[_Place], int | None]] = []
-        for texts in groups:
-            cut = place_to_cut([text for text, _ in texts]) if self._cuts and _are_of_one_kind(texts) else None
-            first, others = texts[0], texts[1:]
-            places = [batches.add_whole(*first)]
-            for text, is_chat in others:
-                places.append(batches.add("tail", text[cut:]) if cut else batches.add_whole(text, is_chat))
-            plans.append((places, cut))
-        found = {
-            kind: self._encodings(texts, kind == "plain" and self.rules.add_special_tokens)
-            for kind, texts in batches.texts.items()
-        }
-        return [self._joined(texts, *plan, found) for texts, plan in zip(groups, plans, strict=True)]
-
-    def _joined(
-        self,
-        texts: Sequence[tuple[str, bool]],
-        places: Sequence[_Place],
-        cut: int | None,
-        found: Mapping[str, BatchEncoding],
-    ) -> list[list[int]]:
-        """Return the sequences of a group's texts, put together where they were cut."""
-        sequences: list[list[int]] = [found[kind]["input_ids"][number] for kind, number in places]
-        if not cut:
-            return sequences
-        kind, number = places[0]
-        before = tokens_before(found[kind].encodings[number], cut)
-        if before is None:
-            return [sequences[0], *(self._tokenize([text], is_chat)[0] for text, is_chat in texts[1:])]
-        start = sequences[0][:before]
-        return [sequences[0], *(start + tail for tail in sequences[1:])]
 
     def _refuse_far_too_long(self, texts: Iterable[str]) -> None:
         """Reject a text whose characters alone show that it is too long, where it would be dropped in the end."""
@@ -419,10 +361,10 @@ class TextEncoder:
             return 0
         try:
             if isinstance(group.prompt, str):
-                prompt_ids = self._call([group.prompt], self.rules.add_special_tokens)[0]
+                prompt_ids = self._tokens.ids_of_kind([group.prompt], is_chat=False)[0]
             else:
                 text = self._renderer.render_messages(group.prompt, group.tools, add_generation_prompt=True)
-                prompt_ids = self._call([text], add_special_tokens=False)[0]
+                prompt_ids = self._tokens.ids_of_kind([text], is_chat=True)[0]
         except RejectedRow:
             # Some templates refuse to render a prompt alone. The caller then cuts no more than the shared tokens.
             return len(sequence)
@@ -435,30 +377,6 @@ class TextEncoder:
             return self._renderer.render(prompt, response, tools)
         except RejectedRow as rejected:
             raise DataError(f"{rejected}. Fix: correct this conversation or the chat template.") from rejected
-
-    def _tokenize(self, texts: list[str], is_chat: bool) -> list[list[int]]:
-        # In a conversation the template has already written the special tokens.
-        return self._call(texts, add_special_tokens=not is_chat and self.rules.add_special_tokens)
-
-    def _call(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self._encodings(texts, add_special_tokens)["input_ids"]
-        return ids
-
-    def _encodings(self, texts: list[str], add_special_tokens: bool) -> BatchEncoding:
-        # verbose=False: no warning about long texts, which max_length takes care of.
-        return self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-
-    def _adds_nothing_behind(self) -> bool:
-        plain = self._call([PROBE_TEXT], add_special_tokens=False)[0]
-        return self._call([PROBE_TEXT], add_special_tokens=True)[0][-len(plain) :] == plain
 
     def _num_leading_bos(self, ids: Sequence[int]) -> int:
         bos = self._bos_id
@@ -501,10 +419,6 @@ class TextEncoder:
         encoder = cls(tokenizer, EncodingRules(**rules))
         require_same_tokenizer(tokenizer, settings)
         return encoder
-
-
-def _are_of_one_kind(texts: Sequence[tuple[str, bool]]) -> bool:
-    return len(texts) > 1 and len({is_chat for _, is_chat in texts}) == 1
 
 
 def _template_facts(name: str, template: str | None) -> dict[str, Any]:

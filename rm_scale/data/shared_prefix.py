@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rm_scale.data.common_prefix import common_prefix_length
+from rm_scale.data.tokenizer_checks import only_calls_its_backend
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 _SHORTEST = 24
@@ -42,16 +42,9 @@ def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
     space, and it must encode words by themselves, without chance.
     """
     from tokenizers import models
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    kind = type(tokenizer)
-    if not issubclass(kind, PreTrainedTokenizerFast):
+    if not only_calls_its_backend(tokenizer):
         return False
-    if (
-        kind.__call__ is not PreTrainedTokenizerBase.__call__
-        or kind._encode_plus is not PreTrainedTokenizerFast._encode_plus
-    ):
-        return False  # what it does besides is not known
     backend = tokenizer.backend_tokenizer
     model = backend.model
     return (
@@ -98,16 +91,3 @@ def place_to_cut(texts: Sequence[str]) -> int | None:
         if around.isascii() and around.isalpha():
             return place
     return None
-
-
-def tokens_before(encoding: Encoding, place: int) -> int | None:
-    """Return how many tokens of a text stand before a place to cut; `None` where no word begins there after all."""
-    token = encoding.char_to_token(place + 1)
-    word = None if token is None else encoding.token_to_word(token)
-    if word is None:
-        return None
-    tokens, characters = encoding.word_to_tokens(word), encoding.word_to_chars(word)
-    # The space in front of a word is left out of what it says it covers, or not.
-    if tokens is None or characters is None or characters[0] not in (place, place + 1):
-        return None
-    return tokens[0]

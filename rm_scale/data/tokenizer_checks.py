@@ -65,6 +65,22 @@ def _num_known_tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: se
     return len(set(tokenizer(text, add_special_tokens=False)["input_ids"]) - special)
 
 
+def only_calls_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether `tokenizer(texts)` gives the ids that its backend gives, once a call has set the backend up.
+
+    So it is with all that leave calls as transformers has them; what others do besides is not known.
+    """
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return (
+        issubclass(kind, PreTrainedTokenizerFast)
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and kind._convert_encoding is PreTrainedTokenizerFast._convert_encoding
+    )
+
+
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return special tokens, class, size and hash of a tokenizer, as JSON values."""
     facts: dict[str, Any] = {}

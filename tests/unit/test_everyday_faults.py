@@ -496,17 +496,17 @@ def test_a_large_first_row_is_not_the_sample(
     rows = tmp_path / "rows.jsonl"
     large = {"prompt": "p", "chosen": "x" * 500_000, "rejected": "b"}
     rows.write_text("".join(json.dumps(row) + "\n" for row in (large, {**large, "chosen": "a"}, large)))
-    tokenised: list[int] = []
-    call = TextEncoder._call
+    encoded: list[int] = []
+    encode = TextEncoder.encode
 
-    def counted(encoder: TextEncoder, texts: list[str], *how: Any, **named: Any) -> list[list[int]]:
-        tokenised.extend(map(len, texts))
-        return call(encoder, texts, *how, **named)
+    def counted(encoder: TextEncoder, prompt: str, response: str, *more: Any) -> list[int]:
+        encoded.append(len(response))
+        return encode(encoder, prompt, response, *more)
 
-    monkeypatch.setattr(TextEncoder, "_call", counted)
+    monkeypatch.setattr(TextEncoder, "encode", counted)
     words = ["--model_name_or_path", tiny_model, "--dataset_path", rows, "--dataset_cache_dir", tmp_path / "cache"]
     assert "over_long 2" in refused("data", *words)
-    assert tokenised and max(tokenised) < 1000
+    assert encoded and max(encoded) < 1000
 
 
 @pytest.mark.parametrize("command", ["score", "rank"])

@@ -59,8 +59,8 @@ def test_what_is_far_too_long_is_refused_without_tokenising(monkeypatch: pytest.
     encoder = TextEncoder(build_tokenizer(), EncodingRules(max_length=8))
     long, short = "a b " * 1000, "a b"
     called: list[str] = []
-    tokenizer = encoder.tokenizer
-    monkeypatch.setattr(encoder, "tokenizer", lambda texts, **how: called.extend(texts) or tokenizer(texts, **how))
+    ids = encoder._tokens.ids
+    monkeypatch.setattr(encoder._tokens, "ids", lambda texts, *how: called.extend(texts) or ids(texts, *how))
     kept, refused = encoder.encode_many(["", ""], [short, long])
     assert isinstance(kept, list) and isinstance(refused, RejectedRow) and refused.reason == "over_long"
     assert "max_length is 8" in refused.detail

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rm_scale.data import shared_prefix
 from rm_scale.data.encoding import EncodedGroup, EncodingRules, TextEncoder
 from rm_scale.data.preference_group import PreferenceGroup
 from rm_scale.data.shared_prefix import _PATTERNS, can_be_cut, place_to_cut
@@ -73,9 +72,9 @@ texts = st.lists(pieces, max_size=12).map("".join)
 def test_tokens_are_those_of_the_whole_texts(name: str, prompt: str, responses: list[str], is_chat: bool) -> None:
     tokenizer = CUT[name]
     encoder = TextEncoder(tokenizer, EncodingRules(max_length=10_000))
-    assert encoder._cuts
+    assert encoder._tokens.cuts
     whole = TextEncoder(tokenizer, EncodingRules(max_length=10_000))
-    whole._cuts = False
+    whole._tokens.cuts = False
     prompt = f"How do I bake the best bread?{prompt} and now{prompt}"
     asked: Any = [{"role": "user", "content": prompt}] if is_chat else prompt
     said: Any = [[{"role": "assistant", "content": text}] if is_chat else text for text in responses]
@@ -90,7 +89,7 @@ def test_tokens_are_those_of_the_whole_texts(name: str, prompt: str, responses: 
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
 def test_only_tokenizers_of_which_all_is_known_are_cut_for(name: str) -> None:
     encoder = TextEncoder({**CUT, **WHOLE}[name], EncodingRules(append_eos=False))
-    assert encoder._cuts == (name in CUT)
+    assert encoder._tokens.cuts == (name in CUT)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +142,8 @@ def test_the_place_is_the_last_between_a_letter_and_a_space(given_texts: list[st
 def test_a_word_that_does_not_begin_there_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should a tokenizer be another than it seems, the whole texts are tokenised."""
     tokenizer = CUT["gpt2"]
-    monkeypatch.setattr("rm_scale.data.encoding.place_to_cut", lambda texts: 26)
+    monkeypatch.setattr("rm_scale.data.batch_tokenizer.place_to_cut", lambda texts: 26)
     encoder = TextEncoder(tokenizer)
     group = PreferenceGroup("How do I bake the best bread?", (" Yes.", " No."), (0, 1))
     found = encoder.encode_group(group)
     assert list(found.input_ids) == [encoder.encode(group.prompt, response) for response in group.responses]
-    assert shared_prefix.tokens_before(tokenizer(["How do I bake the best bread"]).encodings[0], 26) is None
