@@ -115,12 +115,11 @@ def refuse_unread_context(row: Row, group: PreferenceGroup, read: Collection[str
     Raises:
         UnreadContext: names the columns.
     """
+    unread = [(name, value) for name, value in row.items() if name not in read]
+    if not unread:
+        return
     texts = _Texts(group.prompt, group.responses)
-    found = [
-        name
-        for name, value in row.items()
-        if name not in read and (_has_other_meaning(name, value) or _is_unread(name, value, texts))
-    ]
+    found = [name for name, value in unread if (_has_other_meaning(name, value) or _is_unread(name, value, texts))]
     if found:
         raise UnreadContext(found, f"{found[0]} holds {_shown(row[found[0]])}, which is not read")
 

@@ -86,6 +86,9 @@ def json_messages(text: str, where: str) -> list[Any] | None:
     Raises:
         RejectedRow: it begins like messages and can't be read as such, e.g. since it is Python's form of them.
     """
+    first = text[:1]
+    if first not in "[{" and not first.isspace():
+        return None  # as most texts are, at a fraction of the time
     if not _JSON_OBJECTS.match(text) and not _LIKE_MESSAGES.match(text):
         return None
     try:

@@ -65,6 +65,7 @@ MAX_RESPONSES = 1_000
 SOFT_LABEL_COLUMNS = ("soft_label", "chosen_probability", "preference_probability")
 BETTER_COLUMN = "better_response_id"
 PAIR_COLUMNS = (("chosen", "rejected"), ("response_0", "response_1"), ("response_a", "response_b"))
+_TEXT_COLUMNS = tuple(name for pair in PAIR_COLUMNS for name in pair)
 # A response may begin with a prompt of one word of fewer characters by chance: "Hello".
 _FEW_CHARACTERS = 12
 HH_HUMAN = "\n\nHuman:"
@@ -206,7 +207,9 @@ def require_few_responses(row: Any) -> None:
     Raises:
         RejectedRow: `too_many_responses`.
     """
-    for column in RESPONSE_LIST_COLUMNS if isinstance(row, Mapping) else ():
+    if not isinstance(row, Mapping):
+        return
+    for column in RESPONSE_LIST_COLUMNS:
         responses = row.get(column)
         if isinstance(responses, list) and len(responses) > MAX_RESPONSES:
             raise RejectedRow(
@@ -221,13 +224,11 @@ def _with_messages(row: Row) -> tuple[Row, bool]:
         RejectedRow: a text begins like messages and can't be read as such; or one response is a text, the other the
             JSON of messages, and which of them the user means can't be told.
     """
-    found = dict(row)
-    changed = False
-    pairs = [name for pair in PAIR_COLUMNS for name in pair]
+    read: dict[str, Any] = {}
     prompt = "prompt" if row.get("prompt") is not None else "conversations"
-    for name in (prompt, *pairs):
+    for name in (prompt, *_TEXT_COLUMNS):
         if isinstance(row.get(name), str) and (messages := json_messages(row[name], name)) is not None:
-            found[name], changed = messages, True
+            read[name] = messages
     for name in RESPONSE_LIST_COLUMNS:
         if isinstance(row.get(name), list):
             parts = [
@@ -235,15 +236,17 @@ def _with_messages(row: Row) -> tuple[Row, bool]:
                 for n, part in enumerate(row[name])
             ]
             if any(part is not None for part in parts):
-                found[name] = [old if part is None else part for old, part in zip(row[name], parts, strict=True)]
-                changed = True
-    if changed and not isinstance(found.get(prompt), list):
+                read[name] = [old if part is None else part for old, part in zip(row[name], parts, strict=True)]
+    if not read:
+        return row, False
+    found = {**row, **read}
+    if not isinstance(found.get(prompt), list):
         for first, second in PAIR_COLUMNS:
             kinds = {name: isinstance(found.get(name), str) for name in (first, second)}
             if kinds[first] != kinds[second] and None not in (found.get(first), found.get(second)):
                 text, other = (first, second) if kinds[first] else (second, first)
                 raise RejectedRow("wrong_type", f"{other} is a conversation written as JSON, {text} is plain text")
-    return found, changed
+    return found, True
 
 
 # --- Readers -------------------------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ def refuse_empty_prompt(prompt: str) -> None:
 
 def check_unicode(text: str, where: str) -> None:
     """Reject text that can't be written as UTF-8, which tokenizers can't take."""
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -119,8 +121,10 @@ def check_no_nul(value: Any, where: str) -> None:
 
     For training data alone. A policy may write one, and its text has a score.
     """
-    if isinstance(value, str) and "\x00" in value:
-        raise RejectedRow("bad_unicode", f"{where} holds a NUL character at {value.index(chr(0))}")
+    if isinstance(value, str):
+        if "\x00" in value:
+            raise RejectedRow("bad_unicode", f"{where} holds a NUL character at {value.index(chr(0))}")
+        return
     parts = (
         [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else []
     )
