@@ -14,7 +14,7 @@ from rm_scale.data.cache import EncodedSource
 from rm_scale.data.data_report import SourceShare
 from rm_scale.data.mixture import Mixture, divide, first_groups, repeated, weighted
 from rm_scale.data.sources import Source
-from rm_scale.data.splits import GroupSet, draw_prompts
+from rm_scale.data.splits import GroupSet, draw_prompts, num_held_out
 from rm_scale.errors import DataError
 
 
@@ -70,12 +70,7 @@ def hold_out_of_each(data: GroupSet, size: float, seed: int) -> tuple[GroupSet, 
     Raises:
         DataError: one side would be empty.
     """
-    wanted = int(size) if size >= 1 else round(size * len(data))
-    if not 1 <= wanted < len(data):
-        raise DataError(
-            f"eval_split_size={size:g}: holds out {wanted} of {len(data)} usable groups; at least one must be on each "
-            "side. Fix: choose another size, or give eval_datasets."
-        )
+    wanted = num_held_out(len(data), size, "eval_datasets")
     _, first, prompt_of, sizes = np.unique(data.prompts, return_index=True, return_inverse=True, return_counts=True)
     home = data.sources[first]
     held_prompts = np.zeros(len(sizes), dtype=bool)

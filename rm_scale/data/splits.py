@@ -204,12 +204,7 @@ def hold_out(data: GroupSet, size: float, seed: int) -> tuple[GroupSet, GroupSet
     Raises:
         DataError: one side would be empty.
     """
-    wanted = int(size) if size >= 1 else round(size * len(data))
-    if not 1 <= wanted < len(data):
-        raise DataError(
-            f"eval_split_size={size:g}: holds out {wanted} of {len(data)} usable groups; at least one must be on each "
-            "side. Fix: choose another size, or give eval_dataset_path."
-        )
+    wanted = num_held_out(len(data), size, "eval_dataset_path")
     _, prompt_of, sizes = np.unique(data.prompts, return_inverse=True, return_counts=True)
     held = draw_prompts(sizes, wanted, seed)[prompt_of.reshape(-1)]
     if not held.any():
@@ -220,6 +215,26 @@ def hold_out(data: GroupSet, size: float, seed: int) -> tuple[GroupSet, GroupSet
     if held.sum() != wanted:
         logger.warning(f"eval_split_size={size:g}: {held.sum()} groups held out, as groups of one prompt stay together")
     return data.take(np.flatnonzero(~held)), data.take(np.flatnonzero(held))
+
+
+def num_held_out(num_groups: int, size: float, instead: str) -> int:
+    """Return how many groups `eval_split_size` holds out.
+
+    Args:
+        num_groups: usable groups.
+        size: a number of groups (>= 1) or a share (< 1).
+        instead: the setting that names evaluation data of its own, for the message.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    wanted = int(size) if size >= 1 else round(size * num_groups)
+    if not 1 <= wanted < num_groups:
+        raise DataError(
+            f"eval_split_size={size:g}: holds out {wanted} of {num_groups} usable groups; at least one must be on each "
+            f"side. Fix: choose another size, or give {instead}."
+        )
+    return wanted
 
 
 def draw_prompts(sizes: IntArray, wanted: int, seed: int | tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
